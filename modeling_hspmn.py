@@ -1,0 +1,824 @@
+"""HSPMN: a causal language model whose blocks do not spend the same work on every token.
+
+Every token passes the reflexive stream (gated linear attention, a local window and SwiGLU: linear time, constant
+state). A router, balanced by a bias and not by a loss (ALF-LB, arXiv 2408.15664), sends about a fifth of the tokens
+through the contextual stream as well: SQSK attention, full causal attention among routed tokens alone. Both streams
+share one Q/K/V projection, and only routed tokens enter the key/value cache.
+
+Shape suffixes: B batch, T tokens, K routed slots, P key slots, H query heads, G key/value heads, E head width,
+D hidden size, L layers.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import ModelOutput, logging
+
+from .cache_hspmn import HSPMNCache
+from .configuration_hspmn import HSPMNConfig
+from .operations_hspmn import linear_attention, local_attention, pick_backend, sqsk_attention, take_rows
+from .reference_hspmn import add_sinks_ref, causal_conv_ref, compact_ref, route_ref
+
+logger = logging.get_logger(__name__)
+
+SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
+
+
+class Stream(NamedTuple):
+    """Where the tokens of one call stand, shared by all blocks. Rows are right-padded: real tokens come first.
+
+    start_BT and length_B are those of `reference_hspmn`, or None for one full document per row; seen_B counts the
+    real tokens of earlier calls, None without a cache; cos and sin are RoPE's, [B, T, E].
+    """
+
+    position_BT: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    start_BT: torch.Tensor | None = None
+    length_B: torch.Tensor | None = None
+    seen_B: torch.Tensor | None = None
+
+
+class Route(NamedTuple):
+    """What the router decided for one layer. index_BK, slot_BT and count_B are those of `compact_ref`."""
+
+    score_BT: torch.Tensor
+    gate_BT: torch.Tensor
+    index_BK: torch.Tensor
+    slot_BT: torch.Tensor
+    count_B: torch.Tensor
+    stats: "RouterStats"
+
+
+class RouterStats(NamedTuple):
+    """Per-layer scalars, float32: share of real tokens routed, share without a slot, mean gate entropy in nats."""
+
+    load: torch.Tensor
+    overflow: torch.Tensor
+    entropy: torch.Tensor
+    aux_loss: torch.Tensor
+
+
+@dataclass
+class HSPMNOutput(ModelOutput):
+    """Fields common to the outputs of all HSPMN models.
+
+    past_key_values: `HSPMNCache` or None. hidden_states: L + 1 tensors [B, T, D] if asked for.
+    aux_loss: scalar, the weighted entropy losses of all layers. router_scores: float32 [L, B, T], the score of each
+    token before the bias. router_mask: bool [L, B, T], whether the token entered the contextual stream.
+    router_load, router_overflow, router_entropy: float32 [L], see `RouterStats`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_scores: torch.FloatTensor | None = None
+    router_mask: torch.BoolTensor | None = None
+    router_load: torch.FloatTensor | None = None
+    router_overflow: torch.FloatTensor | None = None
+    router_entropy: torch.FloatTensor | None = None
+
+
+class HSPMNRouter(nn.Module):
+    """ALF-LB router: a float32 score per token, a bias that keeps the load at its target, no noise.
+
+    Buffers: `bias`, added to the score for the decision only; `target`, the share of tokens to route at this point
+    of training. Parameters and buffers stay float32 whatever dtype the model is cast to.
+    """
+
+    def __init__(self, config, layer_idx=0):
+        super().__init__()
+        self.config = config
+        self.sparsity_k = config.layer_sparsity[layer_idx]
+        self.annealing = False
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+        self.register_buffer("bias", torch.empty((), dtype=torch.float32))
+        self.register_buffer("target", torch.empty((), dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Scores of unit-variance inputs get a deviation of 0.5, and the bias the load `sparsity_k` on them."""
+        init.normal_(self.weight, std=0.5 * self.weight.numel() ** -0.5)
+        init.constant_(self.bias, 0.5 * NormalDist().inv_cdf(min(max(self.sparsity_k, 0.02), 0.98)))
+        init.constant_(self.target, self.sparsity_k)
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    @torch.no_grad()
+    def set_progress(self, progress):
+        """Move the target along its annealing: 1.0 at progress 0, `sparsity_k` at progress 1."""
+        self.annealing = progress < 1.0
+        self.target.fill_(1.0 + (self.sparsity_k - 1.0) * progress)
+
+    @torch.no_grad()
+    def update_bias(self, load):
+        """One step of b += rate * clip(gain * (target - load), -1, 1); `load` is a scalar tensor."""
+        error = self.config.router_bias_gain * (self.target - load)
+        self.bias += self.config.router_bias_rate * error.clamp(-1.0, 1.0)
+
+    def capacity(self, tokens):
+        """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
+        if self.annealing:
+            return tokens
+        return min(tokens, -int(-self.config.capacity_factor * self.sparsity_k * tokens // 1))
+
+    def forward(self, h_BTD, length_B=None):
+        """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`."""
+        T = h_BTD.shape[1]
+        score_BT, gate_BT, wanted_BT = route_ref(h_BTD, self.weight, self.bias, self.config.router_noise_floor)
+        real_BT = torch.ones_like(wanted_BT)
+        if length_B is not None:
+            real_BT = torch.arange(T, device=h_BTD.device) < length_B[:, None]
+        if self.config.router_mode == "topk":
+            wanted_BT = self._top_k(score_BT, real_BT)
+        elif self.sparsity_k == 1.0:
+            wanted_BT = real_BT
+        wanted_BT = wanted_BT & real_BT
+
+        if self.training and self.config.router_mode == "threshold":
+            capacity = self.capacity(T)
+        elif torch.compiler.is_compiling() or h_BTD.is_cuda:
+            capacity = T  # no reading of the device: memory is held for all, work is done for those routed
+        else:
+            capacity = max(1, int(wanted_BT.sum(1).max()))
+        index_BK, slot_BT, count_B = compact_ref(wanted_BT, capacity)
+        stats = self._stats(score_BT, wanted_BT, real_BT, count_B)
+        return Route(score_BT, gate_BT, index_BK, slot_BT, count_B, stats)
+
+    def _top_k(self, score_BT, real_BT):
+        k = max(1, round(self.sparsity_k * score_BT.shape[1]))
+        best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(k, 1).indices
+        return torch.zeros_like(real_BT).scatter(1, best_BK, True)
+
+    def _stats(self, score_BT, wanted_BT, real_BT, count_B):
+        real = real_BT.sum().clamp(min=1)
+        load = wanted_BT.sum() / real
+        overflow = load - count_B.sum() / real
+        probability_BT = score_BT.sigmoid()
+        entropy_BT = F.softplus(score_BT) - probability_BT * score_BT
+        entropy = torch.where(real_BT, entropy_BT, 0).sum() / real
+        mean = (torch.where(real_BT, probability_BT, 0).sum() / real).clamp(1e-6, 1 - 1e-6)
+        target = self.target.clamp(1e-6, 1 - 1e-6)
+        divergence = target * (target / mean).log() + (1 - target) * ((1 - target) / (1 - mean)).log()
+        aux_loss = self.config.router_token_entropy_coef * entropy + self.config.router_load_entropy_coef * divergence
+        return RouterStats(load.detach(), overflow.detach(), entropy.detach(), aux_loss)
+
+
+class SharedProjection(nn.Module):
+    """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens.
+
+    The convolution lets a key hold its predecessor too, which makes recall of a repeated pair a matter of one layer.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        channels = sum(self.sizes) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """The convolution starts close to the identity."""
+        taps = torch.randn(self.conv_weight.shape) * 0.1
+        taps[:, -1] += 1.0
+        init.copy_(self.conv_weight, taps)
+
+    def forward(self, h_BTD, stream, layer_cache):
+        """Queries [B, T, H, E], keys and values [B, T, G, E] of every token; updates the convolution history."""
+        x_BTC = self.qkv_proj(h_BTD)
+        B, T, C = x_BTC.shape
+        lags = self.conv_weight.shape[1] - 1
+        if lags:
+            history = None if layer_cache is None else layer_cache.conv_state
+            history = x_BTC.new_zeros(B, lags, C) if history is None else history
+            if layer_cache is not None:
+                index_BL = stream.length_B[:, None] + torch.arange(lags, device=x_BTC.device)
+                joined = torch.cat([history.to(x_BTC.dtype), x_BTC], 1)
+                layer_cache.conv_state = joined.gather(1, index_BL[..., None].expand(-1, -1, C))
+            x_BTC = causal_conv_ref(x_BTC, self.conv_weight.to(x_BTC.dtype), stream.start_BT, history)
+        heads = x_BTC.unflatten(-1, (-1, self.head_dim))
+        return heads.split(self.sizes, 2)
+
+
+class ReflexiveStream(nn.Module):
+    """Every token, O(N) time, O(1) state: causal linear attention plus local softmax attention.
+
+    "gated": scalar data-dependent decay per head, L2-normalised q/k, RMSNorm and a gate per head on the output (the
+    form of Mamba-2, arXiv 2405.21060, and Gated Linear Attention, arXiv 2312.06635). "elu": feature map elu(x) + 1
+    with a running normaliser (arXiv 2006.16236).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        H = config.num_attention_heads
+        if config.linear_attention == "gated":
+            self.head_proj = nn.Linear(config.hidden_size, 2 * H, bias=False)
+            self.decay_log_rate = nn.Parameter(torch.empty(H))
+            self.decay_bias = nn.Parameter(torch.empty(H))
+            self.norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Heads remember over time scales from about 1 to 1000 tokens, evenly spread in the logarithm."""
+        if self.config.linear_attention == "gated":
+            H = self.config.num_attention_heads
+            rate = torch.exp(torch.linspace(math.log(1e-3), math.log(0.7), H))  # log-decay per token at zero input
+            init.zeros_(self.decay_log_rate)
+            init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
+
+    def forward(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks=None):
+        """Sum of both attentions, [B, T, H, E]. `rotated` holds the normalised q and k with RoPE."""
+        out_BTHE = self._linear(h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache)
+        if not self.config.sliding_window:
+            return out_BTHE
+        q_BTHE, k_BTGE = rotated
+        history = None
+        if layer_cache is not None:
+            history = layer_cache.window_history(stream.seen_B)
+        local_BTHE, lse_BTH = local_attention(
+            q_BTHE, k_BTGE, v_BTGE, stream.start_BT, self.config.sliding_window, history, backend
+        )
+        if layer_cache is not None:
+            layer_cache.write_window(k_BTGE, v_BTGE, stream.seen_B, stream.length_B)
+        if sinks is not None:
+            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, q_BTHE, *sinks)
+        return out_BTHE + local_BTHE
+
+    def _linear(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache):
+        state = None if layer_cache is None else layer_cache.linear_state
+        if self.config.linear_attention == "gated":
+            decay_BTH, gate_BTH = self.head_proj(h_BTD).float().chunk(2, -1)
+            log_decay_BTH = -self.decay_log_rate.float().exp() * F.softplus(decay_BTH + self.decay_bias.float())
+            q_BTHE, k_BTGE = (F.normalize(F.silu(x).float(), dim=-1).to(x.dtype) for x in (q_BTHE, k_BTGE))
+        else:
+            q_BTHE, k_BTGE = (F.elu(x.float()).add(1).to(x.dtype) for x in (q_BTHE, k_BTGE))
+            v_BTGE = F.pad(v_BTGE, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
+            log_decay_BTH = torch.zeros_like(q_BTHE[..., 0], dtype=torch.float32)
+        out_BTHE, state = linear_attention(
+            q_BTHE, k_BTGE, v_BTGE, log_decay_BTH, stream.start_BT, stream.length_B, state
+        )
+        if layer_cache is not None:
+            layer_cache.linear_state = state
+        if self.config.linear_attention == "gated":
+            return self.norm(out_BTHE) * gate_BTH.sigmoid()[..., None].to(out_BTHE.dtype)
+        return out_BTHE[..., :-1] / out_BTHE[..., -1:].clamp(min=1e-6)
+
+
+class ContextualStream(nn.Module):
+    """Routed tokens only: SQSK attention, full causal attention among them at their original positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, rotated, v_BTGE, route, stream, layer_cache, backend, sinks=None):
+        """Attention output of every routed token at its place, zeros elsewhere, [B, T, H, E]."""
+        index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
+        q_BKHE, k_BKGE, v_BKGE = (take_rows(x, index_BK, slot_BT) for x in (*rotated, v_BTGE))
+        cached_B = first_BK = None
+        if stream.start_BT is not None:
+            first_BT = self._first_slot(route, stream, layer_cache)
+            first_BK = first_BT.gather(1, index_BK.clamp(min=0))
+        if layer_cache is not None:
+            cached_B = layer_cache.count if layer_cache.columns else None
+            position_BK = stream.position_BT.expand_as(slot_BT).gather(1, index_BK.clamp(min=0))
+            keys, values = layer_cache.update(k_BKGE, v_BKGE, position_BK, count_B)
+            layer_cache.document_slot = first_BT[:, -1].to(torch.int32)
+            if cached_B is not None:
+                k_BKGE, v_BKGE = keys, values
+        out_BKHE, lse_BKH = sqsk_attention(q_BKHE, k_BKGE, v_BKGE, first_BK, cached_B, count_B, backend)
+        if sinks is not None:
+            out_BKHE = add_sinks_ref(out_BKHE, lse_BKH, q_BKHE, *sinks)
+        return take_rows(out_BKHE, slot_BT, index_BK)
+
+    def _first_slot(self, route, stream, layer_cache):
+        """First slot of each token's document, counted with the cached slots, [B, T]."""
+        routed_BT = route.slot_BT >= 0
+        before_BT = routed_BT.cumsum(1) - routed_BT.long()  # routed tokens of this call before each token
+        start_BT = stream.start_BT.expand_as(before_BT)
+        first_BT = before_BT.gather(1, start_BT.clamp(min=0))
+        if layer_cache is None:
+            return first_BT
+        first_BT = first_BT + layer_cache.count[:, None]
+        return torch.where(start_BT < 0, layer_cache.document_slot[:, None], first_BT)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_BTD):
+        """[B, T, D] to [B, T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTD).clamp(min=-SILU_LIMIT)) * self.up_proj(x_BTD))
+
+
+class HSPMNBlock(GradientCheckpointingLayer):
+    """One block: shared projection, router, both streams, merge and SwiGLU. Works alone on [B, S, hidden_size]."""
+
+    def __init__(self, config, layer_idx=0):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.layer_idx = layer_idx
+        D, E = config.hidden_size, config.head_dim
+        self.input_layernorm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.projection = SharedProjection(config)
+        self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+        self.reflexive = ReflexiveStream(config)
+        self.router = HSPMNRouter(config, layer_idx) if config.layer_sparsity[layer_idx] else None
+        self.contextual = ContextualStream(config) if self.router is not None else None
+        if config.num_sink_tokens:
+            self.sink_keys = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
+            self.sink_values = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(D, config.intermediate_size)
+        heavier = config.routed_intermediate_size and self.router is not None
+        self.routed_mlp = SwiGLU(D, config.routed_intermediate_size) if heavier else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Sinks start small, so that they take little of any softmax's value."""
+        if self.config.num_sink_tokens:
+            init.normal_(self.sink_keys, std=self.config.initializer_range)
+            init.normal_(self.sink_values, std=self.config.initializer_range)
+
+    def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False):
+        """Run the block.
+
+        Args:
+            hidden_states: [B, S, hidden_size].
+            stream: where the tokens stand; None: one document per row, continued if `past_key_values` is given.
+            past_key_values: `HSPMNCache` to read and extend, or None.
+            output_router: return the `Route` (None for a purely reflexive layer) as a fourth value.
+
+        Returns:
+            output [B, S, hidden_size], aux_loss (scalar), and the cache.
+        """
+        alone = stream is None
+        if alone:
+            stream = make_stream(hidden_states, past_key_values, LlamaRotaryEmbedding(self.config, hidden_states.device))
+        output, route = self._run(hidden_states, stream, past_key_values)
+        if alone and past_key_values is not None:
+            advance_cache(past_key_values, hidden_states.shape[1], stream)
+        aux_loss = output.new_zeros((), dtype=torch.float32) if route is None else route.stats.aux_loss
+        if output_router:
+            return output, aux_loss, past_key_values, route
+        return output, aux_loss, past_key_values
+
+    def _run(self, x_BTD, stream, past_key_values):
+        backend = pick_backend(self.config.backend, x_BTD.device)
+        h_BTD = self.input_layernorm(x_BTD)
+        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        q_BTHE, k_BTGE, v_BTGE = self.projection(h_BTD, stream, layer_cache)
+        if layer_cache is not None and not layer_cache.is_initialized:
+            layer_cache.lazy_initialization(k_BTGE)
+        rotated = apply_rotary_pos_emb(
+            self.q_norm(q_BTHE), self.k_norm(k_BTGE), stream.cos.to(x_BTD.dtype), stream.sin.to(x_BTD.dtype), 2
+        )
+        rotated = tuple(x.to(v_BTGE.dtype) for x in rotated)
+        sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
+        merged_BTHE = self.reflexive(
+            h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks
+        )
+        route = None
+        if self.router is not None:
+            route = self.router(h_BTD, stream.length_B)
+            contextual_BTHE = self.contextual(rotated, v_BTGE, route, stream, layer_cache, backend, sinks)
+            merged_BTHE = merged_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
+        x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
+        return self._feed_forward(x_BTD, route), route
+
+    def _feed_forward(self, x_BTD, route):
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        x_BTD = x_BTD + self.mlp(h_BTD)
+        if self.routed_mlp is None:
+            return x_BTD
+        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT))
+        routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK)
+        return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype)
+
+
+def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
+    """The `Stream` of one call.
+
+    Args:
+        x_BTD: embeddings, real tokens first in each row.
+        cache: `HSPMNCache` or None; a first call starts its rows.
+        rotary: module giving cos and sin for (x, position ids).
+        position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
+        length_B: real tokens per row, or None if all are.
+    """
+    B, T = x_BTD.shape[:2]
+    token_T = torch.arange(T, device=x_BTD.device)
+    seen_B = start_BT = None
+    if cache is not None:
+        cache.start_rows(B, x_BTD.device)
+        seen_B = cache.seen
+        length_B = torch.full_like(seen_B, T) if length_B is None else length_B
+    document_seen = 0 if cache is None else cache.document_seen[:, None]
+    if position_BT is None:
+        position_BT = (token_T + document_seen).expand(B if cache is not None else 1, T)
+        start_BT = None if cache is None else (-document_seen).expand(B, T)
+    else:
+        last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
+        jumps_BT = position_BT != torch.cat([last, position_BT[:, :-1]], 1) + 1
+        start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
+        start_BT = torch.where(start_BT < 0, -document_seen, start_BT)
+    cos, sin = rotary(x_BTD, position_BT)
+    return Stream(position_BT, cos, sin, start_BT, length_B, seen_B)
+
+
+def positions_of_rows(position_BT, index_BT):
+    """Position ids of rows whose real tokens were moved to the front; padding counts on and starts no document."""
+    token_T = torch.arange(index_BT.shape[1], device=index_BT.device)
+    last_B1 = index_BT.argmax(1, keepdim=True)  # the last real token has the highest index
+    packed_BT = position_BT.gather(1, index_BT.clamp(min=0))
+    return torch.where(index_BT >= 0, packed_BT, packed_BT.gather(1, last_B1) + token_T - last_B1)
+
+
+def restore_rows(y_BTX, rows):
+    """Rows in the caller's order, zeros at padding; `rows` is (slot of each token, token of each slot) or None."""
+    return y_BTX if rows is None else take_rows(y_BTX, *rows)
+
+
+def advance_cache(cache, columns, stream):
+    """Account for a finished call in the cache's counts."""
+    cache.advance(columns, stream.length_B, stream.start_BT, stream.position_BT)
+
+
+class HSPMNPreTrainedModel(PreTrainedModel):
+    """Loading, saving, initialisation and declarations shared by all HSPMN models."""
+
+    config_class = HSPMNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HSPMNBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["router"]
+    _is_stateful = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config, *args, **kwargs):
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, HSPMNRouter | SharedProjection | ReflexiveStream | HSPMNBlock):
+            module.reset_parameters()
+
+    def _routers(self):
+        return [module for module in self.modules() if isinstance(module, HSPMNRouter)]
+
+    def set_sparsity_progress(self, progress):
+        """Move every layer's target share along its annealing.
+
+        progress: 0.0 routes every token, 1.0 routes `config.sparsity_k`, linear between. Call it before each
+        training step (arXiv 2404.02258 trains at a fixed share; from scratch the router then has no signal).
+        Raises ValueError outside [0, 1].
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress must lie in [0, 1], got {progress}")
+        for router in self._routers():
+            router.set_progress(progress)
+
+    @property
+    def router_targets(self):
+        """Current target share of each layer that has a router, float32, shape [number of routers]."""
+        return torch.stack([router.target for router in self._routers()]) if self._routers() else torch.zeros(0)
+
+    def kv_bytes_per_token(self, dtype=None):
+        """Bytes by which the cache grows per token, on average over tokens at the configured `sparsity_k`.
+
+        dtype: that of the keys and values, the model's own by default.
+        """
+        config = self.config
+        row = 2 * config.num_key_value_heads * config.head_dim * (dtype or self.dtype).itemsize
+        return row * sum(config.layer_sparsity)
+
+    def estimate_flops(self, sequence_length, batch_size=1):
+        """Multiply-adds, counted as two operations each, of one forward pass over `batch_size` full rows."""
+        config, T = self.config, sequence_length
+        H, G, E, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        window, chunk = min(config.sliding_window, T), 64
+        per_token = 2 * D * ((H + 2 * G) * E + H * E) + 6 * D * config.intermediate_size  # projections, SwiGLU
+        per_token += 4 * D * H if config.linear_attention == "gated" else 0
+        per_token += H * E * (4 * chunk / 2 + 4 * E)  # linear attention: within chunks, through the state
+        per_token += 4 * H * E * window  # local attention
+        total = per_token * T * config.num_hidden_layers
+        for share in config.layer_sparsity:
+            total += 2 * H * E * (share * T) ** 2 + 6 * D * config.routed_intermediate_size * share * T
+            total += 2 * D * T if share else 0
+        head = 2 * D * config.vocab_size * T if hasattr(self, "lm_head") else 0
+        return int(batch_size * (total + head))
+
+
+class HSPMNModel(HSPMNPreTrainedModel):
+    """The stack of blocks, without a head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(HSPMNBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """Hidden states of every token.
+
+        Args:
+            input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them.
+            attention_mask: [B, T] or [B, cached columns + T], 1 for real tokens; padding may stand anywhere.
+            position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing).
+            past_key_values: `HSPMNCache` to continue; created if `use_cache` and None.
+
+        Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit.
+        """
+        use_cache = self._wants_cache(use_cache, past_key_values)
+        x_BTD = self._embed(input_ids, inputs_embeds, output_attentions)
+        B, T = x_BTD.shape[:2]
+        # by name: a model loaded through the Auto classes has its own copy of the class
+        if past_key_values is not None and type(past_key_values).__name__ != "HSPMNCache":
+            raise ValueError(
+                f"past_key_values must be an HSPMNCache, got {type(past_key_values).__name__}; pass None and "
+                "continue with the cache that the output returns"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = HSPMNCache(self.config)
+
+        position_BT = self._check_positions(position_ids, B, T)
+        real_BT = self._real_tokens(attention_mask, B, T, past_key_values)
+        rows = length_B = None
+        if real_BT is not None:
+            index_BT, slot_BT, length_B = compact_ref(real_BT, T)
+            rows, length_B = (slot_BT, index_BT), length_B.long()
+            x_BTD = take_rows(x_BTD, index_BT, slot_BT)
+            if position_BT is not None:
+                position_BT = positions_of_rows(position_BT.expand(B, T), index_BT)
+        stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B)
+
+        states, routes, aux_loss = [], [], x_BTD.new_zeros((), dtype=torch.float32)
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(restore_rows(x_BTD, rows))
+            x_BTD, layer_aux, _, route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True)
+            aux_loss = aux_loss + layer_aux.to(aux_loss.device)
+            routes.append(route)
+        x_BTD = restore_rows(self.norm(x_BTD), rows)
+        if past_key_values is not None:
+            advance_cache(past_key_values, T, stream)
+        if self.training:
+            self._update_biases(routes, real_BT)
+        return HSPMNOutput(
+            last_hidden_state=x_BTD,
+            past_key_values=past_key_values,
+            hidden_states=(*states, x_BTD) if output_hidden_states else None,
+            aux_loss=aux_loss,
+            **self._router_outputs(routes, rows, x_BTD),
+        )
+
+    def _wants_cache(self, use_cache, past_key_values):
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if self.config.router_mode == "topk":
+            if past_key_values is not None:
+                raise ValueError("router_mode='topk' looks at later tokens and cannot continue a cache; pass none")
+            return False
+        if use_cache and self.training and self.layers[0].gradient_checkpointing:
+            logger.warning_once("use_cache=True is incompatible with gradient checkpointing; setting use_cache=False")
+            return False
+        return use_cache
+
+    def _embed(self, input_ids, inputs_embeds, output_attentions):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions=True is not supported: no attention matrix is ever formed")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape [batch, tokens], got {tuple(input_ids.shape)}")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x_BTD.shape[1] == 0:
+            raise ValueError("input_ids holds no token; pass at least one per row")
+        return x_BTD
+
+    @staticmethod
+    def _check_positions(position_ids, B, T):
+        if position_ids is not None and (position_ids.shape[-1] != T or position_ids.shape[0] not in (1, B)):
+            raise ValueError(f"position_ids must have shape [{B}, {T}], got {tuple(position_ids.shape)}")
+        return position_ids
+
+    @staticmethod
+    def _real_tokens(attention_mask, B, T, cache):
+        if attention_mask is None:
+            return None
+        columns = T if cache is None else T + cache.get_seq_length()
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] not in (T, columns):
+            raise ValueError(
+                f"attention_mask must have shape [{B}, {columns}] with 1 for real tokens, "
+                f"got {tuple(attention_mask.shape)}; causal, window and document masks are built by the model"
+            )
+        return attention_mask[:, -T:].bool()
+
+    @torch.no_grad()
+    def _update_biases(self, routes, real_BT):
+        """One bias step per layer from the loads of this forward, averaged over ranks by their real tokens."""
+        routed = [(layer, route) for layer, route in zip(self.layers, routes, strict=True) if route is not None]
+        if not routed or self.config.router_mode == "topk":
+            return
+        device = routed[0][1].stats.load.device
+        first = routed[0][1].slot_BT
+        real = torch.full((), first.numel(), device=device) if real_BT is None else real_BT.sum()
+        loads = torch.stack([route.stats.load.to(device) for _, route in routed])
+        sums = torch.cat([loads * real, real.to(loads.dtype)[None]])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        loads = sums[:-1] / sums[-1].clamp(min=1)
+        for (layer, _), load in zip(routed, loads, strict=True):
+            layer.router.update_bias(load.to(layer.router.bias.device))
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            for layer, route in routed:
+                if route.stats.overflow > 0:
+                    logger.warning_once(
+                        f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
+                        f"{self.config.capacity_factor} holds; the latest were dropped (see router_overflow)"
+                    )
+
+    @staticmethod
+    def _router_outputs(routes, rows, x_BTD):
+        device = x_BTD.device
+        zero = torch.zeros((), device=device)
+        none = torch.zeros(x_BTD.shape[:2], device=device)
+        scores = [none if r is None else restore_rows(r.score_BT.to(device), rows) for r in routes]
+        masks = [none.bool() if r is None else restore_rows((r.slot_BT >= 0).to(device), rows) for r in routes]
+        stats = [(zero,) * 3 if route is None else [x.to(device) for x in route.stats[:3]] for route in routes]
+        load, overflow, entropy = (torch.stack(values) for values in zip(*stats, strict=True))
+        return {
+            "router_scores": torch.stack(scores), "router_mask": torch.stack(masks),
+            "router_load": load, "router_overflow": overflow, "router_entropy": entropy,
+        }  # fmt: skip
+
+
+class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
+    """HSPMN with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = HSPMNModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, num_items_in_batch=None, return_dict=None, **kwargs):
+        """Next-token logits, and the loss if `labels` are given.
+
+        Args:
+            input_ids: int64 [B, T]; the other arguments of `HSPMNModel.forward` pass through.
+            labels: int64 [B, T], shifted inside; -100 is ignored.
+            logits_to_keep: last tokens to compute logits for, 0 for all, or a 1-D tensor of indices.
+            num_items_in_batch: target tokens of the whole (accumulated, distributed) batch, as Trainer passes it.
+
+        Returns `HSPMNOutput` with logits [B, T, vocab_size]; the loss is the mean cross entropy in nats plus the
+        auxiliary losses.
+        """
+        outputs = self.model(input_ids, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        outputs.logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if labels is not None:
+            loss = self.loss_function(
+                outputs.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+            outputs.loss = add_aux_loss(loss, outputs.aux_loss)
+        return as_asked(outputs, return_dict)
+
+    def generate(self, *args, **kwargs):
+        """`GenerationMixin.generate`; refuses a router that cannot decide for one decoded token."""
+        if self.config.router_mode == "topk":
+            raise ValueError(
+                "generate() needs router_mode='threshold': 'topk' ranks a token against later ones, which do not exist "
+                "yet while decoding. Set model.config.router_mode = 'threshold' and fine-tune so that the bias settles"
+            )
+        return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation must be None or 'dynamic' for HSPMN, got {implementation!r}")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HSPMNCache(self.config)
+
+
+class HSPMNForSequenceClassification(HSPMNPreTrainedModel):
+    """HSPMN with a label per sequence, read from the last real token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HSPMNModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, return_dict=None, **kwargs):
+        """Logits [B, num_labels]; labels int64 [B], or float for regression and multi-label problems."""
+        if attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
+            if self.config.pad_token_id is None:
+                raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
+        B, T = outputs.last_hidden_state.shape[:2]
+        token_T = torch.arange(T, device=outputs.last_hidden_state.device)
+        last_B = token_T[-1].expand(B) if attention_mask is None else (token_T * attention_mask[:, -T:]).argmax(1)
+        outputs.logits = self.score(outputs.last_hidden_state[torch.arange(B, device=last_B.device), last_B])
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=outputs.logits, config=self.config)
+            outputs.loss = add_aux_loss(loss, outputs.aux_loss)
+        return as_asked(outputs, return_dict)
+
+
+class HSPMNForTokenClassification(HSPMNPreTrainedModel):
+    """HSPMN with a label per token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HSPMNModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids=None, labels=None, return_dict=None, **kwargs):
+        """Logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored."""
+        outputs = self.model(input_ids, **kwargs)
+        outputs.logits = self.score(outputs.last_hidden_state)
+        if labels is not None:
+            loss = self.loss_function(outputs.logits, labels, self.config)
+            outputs.loss = add_aux_loss(loss, outputs.aux_loss)
+        return as_asked(outputs, return_dict)
+
+
+def add_aux_loss(loss, aux_loss):
+    """Task loss plus auxiliary losses, on the task loss's device."""
+    return loss + aux_loss.to(loss.device, loss.dtype)
+
+
+def as_asked(outputs, return_dict):
+    """The output object, or a tuple of its fields for `return_dict=False`."""
+    return outputs.to_tuple() if return_dict is False else outputs
+
+
+HSPMNModel.register_for_auto_class("AutoModel")
+HSPMNForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+HSPMNForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+HSPMNForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
+__all__ = [
+    "HSPMNBlock",
+    "HSPMNCache",
+    "HSPMNForCausalLM",
+    "HSPMNForSequenceClassification",
+    "HSPMNForTokenClassification",
+    "HSPMNModel",
+    "HSPMNOutput",
+    "HSPMNPreTrainedModel",
+]

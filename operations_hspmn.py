@@ -1,0 +1,132 @@
+"""Which implementation runs an operation: the reference on CPU, FlexAttention for gradients on CUDA, kernels if asked.
+
+The one place of that choice. Shapes and meaning of every operation are those of `reference_hspmn`.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from .reference_hspmn import (
+    linear_attention_ref,
+    local_attention_ref,
+    sqsk_attention_ref,
+    take_rows_ref,
+)
+
+FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
+
+
+def pick_backend(requested, device):
+    """The attention backend for tensors on `device`: "reference" or "flex".
+
+    Raises ValueError if the requested one cannot run there; a forced choice is never replaced silently.
+    """
+    if requested == "triton":
+        raise ValueError("backend='triton' is not available in this version; set backend='auto'")
+    if requested == "flex" and device.type != "cuda":
+        raise ValueError(f"backend='flex' needs a CUDA device, got {device.type}; set backend='auto' or 'reference'")
+    if requested == "auto":
+        return "flex" if device.type == "cuda" else "reference"
+    return requested
+
+
+class _TakeRows(torch.autograd.Function):
+    """`take_rows_ref` whose backward is a gather too: `inverse` maps rows of `x` to slots of the result."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        return take_rows_ref(x, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, inverse = ctx.saved_tensors
+        return take_rows_ref(grad, inverse), None, None
+
+
+def take_rows(x_BTX, index_BK, inverse_BT):
+    """Rows of `x` named by `index` (-1: zeros); `inverse`, the opposite map, spares backward an atomic scatter."""
+    return _TakeRows.apply(x_BTX, index_BK, inverse_BT)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def _flex(q_BTHE, k_BSGE, v_BSGE, block_mask):
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
+    out, lse = attend(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], return_lse=True)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _blocks(first_BN, last_BN, columns):
+    """Counts and indices of the key blocks first .. last (both included) of each query block."""
+    count_BN = (last_BN - first_BN + 1).clamp(min=0)
+    index_BNM = first_BN[..., None] + torch.arange(columns, device=first_BN.device)
+    return count_BN[:, None].to(torch.int32), index_BNM.clamp(max=columns - 1)[:, None].to(torch.int32)
+
+
+def _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window):
+    B, T = q_BTHE.shape[:2]
+    N = -(-T // FLEX_BLOCK)
+    block_N = torch.arange(N, device=q_BTHE.device)
+    first_BN = ((block_N * FLEX_BLOCK - window + 1).clamp(min=0) // FLEX_BLOCK).expand(B, N)
+    counts, indices = _blocks(first_BN, block_N.expand(B, N), N)
+
+    def visible(b, h, query, key):
+        near = (key <= query) & (key > query - window)
+        return near if start_BT is None else near & (key >= start_BT[b, query])
+
+    mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(T, T))
+    return _flex(q_BTHE, k_BTGE, v_BTGE, mask)
+
+
+def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
+    """Compacted causal attention; blocks past a row's count are not visited, so no [K, K] mask exists."""
+    B, K = q_BKHE.shape[:2]
+    N = -(-K // FLEX_BLOCK)
+    block_N = torch.arange(N, device=q_BKHE.device)
+    used_BN = block_N * FLEX_BLOCK < count_B[:, None]
+    if first_BK is None:
+        counts, indices = used_BN[:, None].to(torch.int32), block_N[:, None].expand(B, 1, N, N).to(torch.int32)
+        full_counts = torch.where(used_BN, block_N, 0)[:, None].to(torch.int32)
+        full_indices = block_N.expand(B, 1, N, N).to(torch.int32)
+    else:
+        first_BN = first_BK[:, ::FLEX_BLOCK] // FLEX_BLOCK
+        counts, indices = _blocks(first_BN, torch.where(used_BN, block_N, -1), N)
+        full_counts = full_indices = None
+
+    def visible(b, h, query, key):
+        causal = key <= query
+        return causal if first_BK is None else causal & (key >= first_BK[b, query])
+
+    mask = BlockMask.from_kv_blocks(
+        counts, indices.contiguous(), full_counts, None if full_indices is None else full_indices.contiguous(),
+        BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(K, K),
+    )  # fmt: skip
+    return _flex(q_BKHE, k_BKGE, v_BKGE, mask)
+
+
+def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    """See `linear_attention_ref`."""
+    return linear_attention_ref(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
+
+
+def local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend):
+    """See `local_attention_ref`; `history` is None or the keys and values of the window before this call."""
+    if history is None and backend == "flex":
+        return _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window)
+    history_k, history_v = history or (None, None)
+    return local_attention_ref(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k, history_v)
+
+
+def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, backend):
+    """See `sqsk_attention_ref`; `cached_B` None means that no slot precedes this call."""
+    if cached_B is None and backend == "flex":
+        return _sqsk_flex(q_BKHE, k_BPGE, v_BPGE, first_BK, count_B)
+    cached_B = torch.zeros_like(count_B) if cached_B is None else cached_B
+    return sqsk_attention_ref(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B)

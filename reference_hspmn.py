@@ -1,0 +1,272 @@
+"""What each HSPMN operation means, in plain PyTorch: the executable specification of the kernels.
+
+Legend of shape suffixes:
+    B batch, T tokens of this call, K routed slots of this call, P key slots (cached ones first), S key tokens,
+    H query heads, G key/value heads (H = G * R), E head width, F value width, C channels, W window, D model width.
+
+Two integer tensors carry packing, padding and cache continuation through every operation:
+    start_BT  index of the first token that token t may see, counted in tokens of this call; negative values reach
+              into the cached past (-3: the last three cached tokens are visible). It never decreases along a row.
+    length_B  tokens of this call that are real; rows are right-padded, so they are tokens 0 .. length - 1.
+"""
+
+import torch
+from torch.nn import functional as F
+
+LINEAR_CHUNK = 64  # tokens per chunk of the linear attention
+LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; longer rows loop over spans
+QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
+
+
+def wide(x):
+    """`x` in float32, or in float64 if it is float64: what scores, softmaxes and states are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def route_ref(h_BTD, weight_D, bias, noise_floor):
+    """Router score, gate and decision of each token, in float32 whatever the autocast or TF32 setting.
+
+    The score is a sum of products, not a matmul, so no reduced-precision mode applies. `bias` (a scalar tensor)
+    steers the decision and never enters the gate (arXiv 2408.15664).
+
+    Returns score_BT and gate_BT in float32, routed_BT in bool.
+    """
+    score_BT = (wide(h_BTD) * weight_D).sum(-1)
+    gate_BT = score_BT.sigmoid()
+    gate_BT = gate_BT * (gate_BT >= noise_floor)
+    return score_BT, gate_BT, score_BT + bias > 0
+
+
+def compact_ref(mask_BT, capacity):
+    """Ordered compaction of the true entries of a mask into `capacity` slots per row.
+
+    Returns index_BK (int64, the token of each slot, -1 for an empty slot), slot_BT (int64, the slot of each token,
+    -1 for a token without one) and count_B (int32, used slots). Entries past the capacity, the latest, get none.
+    """
+    slot_BT = mask_BT.long().cumsum(1) - 1
+    slot_BT = torch.where(mask_BT & (slot_BT < capacity), slot_BT, -1)
+    token_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(slot_BT)
+    index_BK = slot_BT.new_full((mask_BT.shape[0], capacity + 1), -1)
+    index_BK = index_BK.scatter(1, torch.where(slot_BT < 0, capacity, slot_BT), token_BT)[:, :capacity]
+    return index_BK, slot_BT, (slot_BT >= 0).sum(1, dtype=torch.int32)
+
+
+def take_rows_ref(x_BTX, index_BK):
+    """Rows of `x_BTX` [B, T, ...] named by `index_BK`, as [B, K, ...]; index -1 gives zeros."""
+    index = index_BK.reshape(*index_BK.shape, *[1] * (x_BTX.dim() - 2))
+    rows = x_BTX.gather(1, index.clamp(min=0).expand(-1, -1, *x_BTX.shape[2:]))
+    return torch.where(index >= 0, rows, 0)
+
+
+def causal_conv_ref(x_BTC, weight_CL, start_BT, history_BLC):
+    """Depthwise causal convolution: y_t = sum_i weight_i x_(t - L + 1 + i) over visible tokens.
+
+    weight_CL: the last of the L taps weighs the current token. history_BLC: the L - 1 tokens before this call.
+    """
+    T, L = x_BTC.shape[1], weight_CL.shape[1]
+    padded = torch.cat([history_BLC.to(x_BTC.dtype), x_BTC], 1)
+    token_T = torch.arange(T, device=x_BTC.device)
+    y_BTC = x_BTC * weight_CL[:, -1]
+    for lag in range(1, L):
+        past_BTC = padded[:, L - 1 - lag : L - 1 - lag + T]
+        if start_BT is not None:
+            past_BTC = torch.where((token_T - lag >= start_BT)[..., None], past_BTC, 0)
+        y_BTC = y_BTC + past_BTC * weight_CL[:, -1 - lag]
+    return y_BTC
+
+
+def linear_attention_recurrent_ref(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    """Decayed linear attention, one token at a time: S_t = exp(log_decay_t) S_(t-1) + k_t v_t^T and o_t = S_t^T q_t.
+
+    The state restarts at zero at a token with start_t = t; tokens past `length_B` leave it as it was.
+    Returns o_BTHF in q's dtype and the last state in float32.
+    Source: Linear Transformers (arXiv 2006.16236); scalar decay per head as in Mamba-2 (arXiv 2405.21060).
+    """
+    T, R = q_BTHE.shape[1], q_BTHE.shape[2] // k_BTGE.shape[2]
+    state, outputs = state_BHEF.to(wide(q_BTHE).dtype), []
+    for t in range(T):
+        q, k, v = wide(q_BTHE[:, t]), wide(k_BTGE[:, t]), wide(v_BTGF[:, t])
+        update = (k[..., :, None] * v[..., None, :]).repeat_interleave(R, 1)
+        decay = log_decay_BTH[:, t].to(state.dtype).exp()[..., None, None]
+        if start_BT is not None:
+            decay = decay * (start_BT[:, t] < t)[:, None, None, None]
+        advanced = decay * state + update
+        if length_B is not None:
+            advanced = torch.where((t < length_B)[:, None, None, None], advanced, state)
+        state = advanced
+        outputs.append((q[..., None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, 1).to(q_BTHE.dtype), state
+
+
+def linear_attention_ref(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    """`linear_attention_recurrent_ref` in chunks of `LINEAR_CHUNK` tokens: the same result from matrix products.
+
+    Products run in q's dtype, decays and states in float32. start_BT, length_B and state_BHEF may be None: one
+    document from token 0, all tokens real, zero state. Source: chunkwise form of Gated Linear Attention
+    (arXiv 2312.06635) and the state-space dual (arXiv 2405.21060).
+    """
+    B, T, H, E = q_BTHE.shape
+    if state_BHEF is None:
+        state_BHEF = q_BTHE.new_zeros(B, H, E, v_BTGF.shape[-1])
+    if length_B is not None:
+        real_BT = torch.arange(T, device=q_BTHE.device) < length_B[:, None]
+        log_decay_BTH = torch.where(real_BT[..., None], log_decay_BTH, 0)
+        k_BTGE = torch.where(real_BT[..., None, None], k_BTGE, 0)
+    outputs, state = [], state_BHEF.to(wide(q_BTHE).dtype)
+    for begin in range(0, T, LINEAR_SPAN):
+        span = slice(begin, min(begin + LINEAR_SPAN, T))
+        start = None if start_BT is None else start_BT[:, span] - begin
+        out, state = _linear_attention_span(
+            q_BTHE[:, span], k_BTGE[:, span], v_BTGF[:, span], log_decay_BTH[:, span], start, state
+        )
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
+
+
+def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, state_BHEF):
+    B, T, H, E = q_BTHE.shape
+    G, V = v_BTGF.shape[2:]
+    R, L = H // G, min(LINEAR_CHUNK, T)
+    N = -(-T // L)
+    padding = N * L - T
+    if padding:  # empty tokens: no key, no decay
+        q_BTHE, k_BTGE, v_BTGF = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q_BTHE, k_BTGE, v_BTGF))
+        log_decay_BTH = F.pad(log_decay_BTH, (0, 0, 0, padding))
+    # [B, N, G, R, L, E] and [B, N, G, L, E]: query heads that share a key head are rows of one product
+    q = q_BTHE.reshape(B, N, L, G, R, E).permute(0, 1, 3, 4, 2, 5)
+    k = k_BTGE.reshape(B, N, L, G, E).transpose(2, 3)
+    v = v_BTGF.reshape(B, N, L, G, V).transpose(2, 3)
+    decay = log_decay_BTH.to(state_BHEF.dtype).reshape(B, N, L, G, R)
+    decay = decay.permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, N, G, R, L]
+
+    token_L = torch.arange(L, device=q.device)
+    visible = token_L[:, None] >= token_L  # [L, L] query by key
+    if start_BT is not None:
+        start = start_BT if not padding else torch.cat([start_BT, start_BT[:, -1:].expand(-1, padding)], 1)
+        start = start.reshape(B, N, L) - torch.arange(0, N * L, L, device=q.device)[:, None]  # within its chunk
+        visible = visible & (token_L >= start[..., None])
+        visible = visible[:, :, None, None]
+    weight = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf")).exp()
+    scores = (q.reshape(B, N, G, R * L, E) @ k.transpose(-1, -2)).reshape(B, N, G, R, L, L)
+    out = (scores * weight).to(v.dtype).reshape(B, N, G, R * L, L) @ v
+    out = out.reshape(B, N, G, R, L, V)
+
+    to_end = (decay[..., -1:] - decay).exp()  # [B, N, G, R, L]
+    if start_BT is not None:
+        to_end = to_end * (token_L >= start[:, :, -1:])[:, :, None, None]
+    updates = (k[:, :, :, None] * to_end[..., None]).to(k.dtype).transpose(-1, -2) @ v[:, :, :, None]
+    # States at the N + 1 chunk borders from the initial state and the N updates, in one triangular product
+    total = F.pad(decay[..., -1].reshape(B, N, H).cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # [B, H, N + 1]
+    border = torch.arange(N + 1, device=q.device)
+    reached = border[:, None] >= border
+    if start_BT is not None:
+        resets = F.pad((start[:, :, -1] >= 0).long().cumsum(1), (1, 0))  # chunks that hold a document's start
+        reached = (reached & (resets[:, :, None] == resets[:, None, :]))[:, None]
+    carry = (total[..., :, None] - total[..., None, :]).masked_fill(~reached, float("-inf")).exp()
+    sources = torch.cat([state_BHEF[:, None], wide(updates).reshape(B, N, H, E, V)], 1)
+    states = torch.einsum("bhnm,bmhx->bnhx", carry, sources.flatten(3)).reshape(B, N + 1, G, R, E, V)
+
+    from_begin = decay.exp()
+    if start_BT is not None:
+        from_begin = from_begin * (start < 0)[:, :, None, None]
+    out = out + (q @ states[:, :-1].to(q.dtype)) * from_begin[..., None]
+    out = out.permute(0, 1, 4, 2, 3, 5).reshape(B, N * L, H, V)[:, :T]
+    return out.to(q_BTHE.dtype), states[:, -1].reshape(B, H, E, V)
+
+
+def interval_attention_ref(q_BTHE, k_BSGE, v_BSGE, first_BT, last_BT):
+    """Softmax attention of query t over the keys first_t .. last_t, both included; an empty interval gives zeros.
+
+    Scores are scaled by 1/sqrt(E); scores and softmax are float32 or wider.
+    Returns out_BTHE in q's dtype and the log-sum-exp of the scores lse_BTH in float32 (-inf where empty).
+    """
+    outputs = []
+    for begin in range(0, max(q_BTHE.shape[1], 1), QUERY_SPAN):
+        span = slice(begin, begin + QUERY_SPAN)
+        key_S = torch.arange(k_BSGE.shape[1], device=q_BTHE.device)
+        visible = (key_S >= first_BT[:, span, None]) & (key_S <= last_BT[:, span, None])
+        outputs.append(_masked_attention(q_BTHE[:, span], k_BSGE[:, None], v_BSGE[:, None], visible[:, None]))
+    out, lse = (torch.cat(parts, 1) for parts in zip(*outputs, strict=True))
+    return out, lse
+
+
+def _masked_attention(q_BTHE, k_BNSGE, v_BNSGE, visible_BNTS):
+    """Attention of N blocks of queries, each over its own S keys; T = N * (queries per block)."""
+    (B, T, H, E), (N, _, G) = q_BTHE.shape, k_BNSGE.shape[1:4]
+    q = q_BTHE.reshape(B, N, T // N, G, H // G, E).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)  # [B, N, G, R * T/N, E]
+    k, v = k_BNSGE.transpose(2, 3), v_BNSGE.transpose(2, 3)  # [B, N, G, S, E]
+    scores = wide(q @ k.transpose(-1, -2)).unflatten(3, (H // G, T // N)) * E**-0.5
+    scores = scores.masked_fill(~visible_BNTS[:, :, None, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+    out = (weights.to(v.dtype).flatten(3, 4) @ v).unflatten(3, (H // G, T // N))
+    out = out.permute(0, 1, 4, 2, 3, 5).reshape(B, T, H, E)
+    return out, lse.permute(0, 1, 4, 2, 3).reshape(B, T, H)
+
+
+def local_attention_ref(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE=None, history_v_BWGE=None):
+    """Softmax attention of token t over the visible tokens among t - window + 1 .. t.
+
+    history_*: the `window` tokens before this call in order (entries before `start` are never read as values).
+    Blocks of queries see only their own stretch of keys, so time and memory are O(T * window).
+    Returns out_BTHE in q's dtype and lse_BTH in float32.
+    """
+    B, T, G, E = k_BTGE.shape
+    block = min(window, T)
+    N = -(-T // block)
+    padding = N * block - T
+    if start_BT is None:
+        start_BT = torch.zeros(1, T, dtype=torch.long, device=q_BTHE.device)
+    if history_k_BWGE is None:
+        history_k_BWGE = history_v_BWGE = k_BTGE.new_zeros(B, window, G, E)
+    q = F.pad(q_BTHE, (0, 0, 0, 0, 0, padding))
+    k, v = (
+        _with_previous(F.pad(torch.cat([past.to(x.dtype), x], 1), (0, 0, 0, 0, 0, padding)), window, block)
+        for past, x in ((history_k_BWGE, k_BTGE), (history_v_BWGE, v_BTGE))
+    )
+    token = torch.arange(N * block, device=q.device).reshape(N, block, 1)
+    key = torch.arange(-window, block, device=q.device) + torch.arange(0, N * block, block, device=q.device)[:, None]
+    key = key[:, None]  # [N, 1, window + block]
+    start = F.pad(start_BT, (0, padding)).reshape(-1, N, block, 1)
+    visible = ((key <= token) & (key > token - window) & (key >= start)).expand(B, -1, -1, -1)
+    out, lse = _masked_attention(q, k, v, visible)
+    return out[:, :T], lse[:, :T]
+
+
+def _with_previous(x_BSGE, window, block):
+    """Stretches of `window + block` keys, one per block of queries; blocks are `window` long unless there is one."""
+    if x_BSGE.shape[1] == window + block:
+        return x_BSGE[:, None]
+    blocks = x_BSGE.unflatten(1, (-1, window))
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2)
+
+
+def sqsk_attention_ref(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B):
+    """SQSK attention: routed query i sees the routed keys first_i .. cached + i, in slots; empty slots give zeros.
+
+    Slots are ordered by position, so this is dense causal attention on the compacted rows. k_BPGE holds `cached_B`
+    earlier slots followed by those of this call; count_B of the K query slots are used; first_BK is the first
+    visible slot (documents packed in one row), or None for slot 0. RoPE has been applied at original positions.
+    Returns out_BKHE in q's dtype and lse_BKH in float32.
+    """
+    slot_K = torch.arange(q_BKHE.shape[1], device=q_BKHE.device)
+    last_BK = torch.where(slot_K < count_B[:, None], slot_K + cached_B[:, None], -1)
+    first_BK = torch.zeros_like(last_BK) if first_BK is None else first_BK
+    return interval_attention_ref(q_BKHE, k_BPGE, v_BPGE, first_BK, last_BK)
+
+
+def add_sinks_ref(out_BTHE, lse_BTH, q_BTHE, sink_k_NGE, sink_v_NGE):
+    """Attention output as if N learned keys and values had taken part in the softmax (arXiv 2309.17453)."""
+    N, G, E = sink_k_NGE.shape
+    q = wide(q_BTHE).unflatten(2, (G, -1))
+    scores = torch.einsum("btgre,nge->btgrn", q, wide(sink_k_NGE)).flatten(2, 3) * E**-0.5
+    total = torch.logaddexp(lse_BTH, scores.logsumexp(-1))
+    weights = (scores - total[..., None]).exp().unflatten(2, (G, -1))
+    sinks = torch.einsum("btgrn,nge->btgre", weights, wide(sink_v_NGE)).flatten(2, 3)
+    return (wide(out_BTHE) * (lse_BTH - total).exp()[..., None] + sinks).to(out_BTHE.dtype)
+
+
+def merge_ref(reflexive_BTHE, contextual_BKHE, gate_BT, slot_BT):
+    """reflexive + gate * scatter(contextual): each routed token receives its slot of the contextual stream."""
+    contextual_BTHE = take_rows_ref(contextual_BKHE, slot_BT)
+    return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
