@@ -93,6 +93,14 @@ class HSPMNOutput(ModelOutput):
     router_entropy: torch.FloatTensor | None = None
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input, so that float32 weights under autocast keep the fused bf16 path."""
+
+    def forward(self, x):
+        """[..., width] to the same."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class HSPMNRouter(nn.Module):
     """ALF-LB router: a float32 score per token, a bias that keeps the load at its target, no noise.
 
@@ -237,7 +245,7 @@ class ReflexiveStream(nn.Module):
             self.head_proj = nn.Linear(config.hidden_size, 2 * H, bias=False)
             self.decay_log_rate = nn.Parameter(torch.empty(H))
             self.decay_bias = nn.Parameter(torch.empty(H))
-            self.norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -348,10 +356,10 @@ class HSPMNBlock(GradientCheckpointingLayer):
         self.config = config
         self.layer_idx = layer_idx
         D, E = config.hidden_size, config.head_dim
-        self.input_layernorm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
         self.projection = SharedProjection(config)
-        self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(E, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(E, eps=config.rms_norm_eps)
         self.reflexive = ReflexiveStream(config)
         self.router = HSPMNRouter(config, layer_idx) if config.layer_sparsity[layer_idx] else None
         self.contextual = ContextualStream(config) if self.router is not None else None
@@ -359,7 +367,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             self.sink_keys = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
             self.sink_values = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
         self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(D, config.intermediate_size)
         heavier = config.routed_intermediate_size and self.router is not None
         self.routed_mlp = SwiGLU(D, config.routed_intermediate_size) if heavier else None
@@ -385,7 +393,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
         """
         alone = stream is None
         if alone:
-            stream = make_stream(hidden_states, past_key_values, LlamaRotaryEmbedding(self.config, hidden_states.device))
+            rotary = LlamaRotaryEmbedding(self.config, hidden_states.device)
+            stream = make_stream(hidden_states, past_key_values, rotary)
         output, route = self._run(hidden_states, stream, past_key_values)
         if alone and past_key_values is not None:
             advance_cache(past_key_values, hidden_states.shape[1], stream)
@@ -550,7 +559,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HSPMNBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
@@ -711,7 +720,9 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, labels=None, logits_to_keep=0, num_items_in_batch=None, return_dict=None, **kwargs):
+    def forward(
+        self, input_ids=None, labels=None, logits_to_keep=0, num_items_in_batch=None, return_dict=None, **kwargs
+    ):
         """Next-token logits, and the loss if `labels` are given.
 
         Args:
@@ -737,8 +748,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`; refuses a router that cannot decide for one decoded token."""
         if self.config.router_mode == "topk":
             raise ValueError(
-                "generate() needs router_mode='threshold': 'topk' ranks a token against later ones, which do not exist "
-                "yet while decoding. Set model.config.router_mode = 'threshold' and fine-tune so that the bias settles"
+                "generate() needs router_mode='threshold': 'topk' ranks a token against later ones, which do not "
+                "exist yet while decoding. Set model.config.router_mode = 'threshold' and fine-tune so that the bias settles"
             )
         return super().generate(*args, **kwargs)
 

@@ -1,9 +1,43 @@
 """Make this checkout importable as `hspmn`, whatever its folder is called and whether or not it is installed."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before the first import of triton: kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 package = ModuleType("hspmn")
 package.__path__ = [str(Path(__file__).resolve().parent.parent)]
 sys.modules["hspmn"] = package
+
+# Wide weights, so that every part of the model shows in the logits; one layer of each kind
+TINY = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "sparsity_k": [0.4, 0.0, 0.5],
+    "initializer_range": 0.15,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Function from overrides to the configuration of a model that runs in milliseconds."""
+    from hspmn.configuration_hspmn import HSPMNConfig
+
+    return lambda **overrides: HSPMNConfig(**TINY | overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """Function from a class (HSPMNForCausalLM) and overrides to a seeded model in eval mode."""
+    from hspmn.modeling_hspmn import HSPMNForCausalLM
+
+    def build(kind=HSPMNForCausalLM, **overrides):
+        torch.manual_seed(0)
+        return kind(tiny_config(**overrides)).eval()
+
+    return build

@@ -1,0 +1,370 @@
+"""Linear attention on the GPU: chunks in matrix products, the state in registers, and the one-token step.
+
+Meaning and shapes: `linear_attention_ref` in `reference_hspmn`; legend in `kernels_common_hspmn`.
+"""
+
+import torch
+
+from .kernels_common_hspmn import LOG2E, capability, check_heads, has_descriptors, operation, processors, rows_of
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError as error:
+    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+
+
+@triton.jit(do_not_specialize=["T"])
+def decay_kernel(
+    log_decay, length, decays, T,
+    H: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, HAS_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """decays[b, h, t]: log2 of the decay from the begin of its block of BLOCK_T tokens through token t.
+
+    Done ahead, for all heads at once: inside the scan it costs each step two exchanges between warps.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = tl.arange(0, HEADS)
+    stop = T
+    if HAS_LENGTH:
+        stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+    at = (b * T + t)[:, None] * H + h[None, :]
+    logs = tl.load(log_decay + at, mask=(t < stop)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32) * LOG2E
+    at = (b * H + h)[None, :] * T + t[:, None]
+    tl.store(decays + at, tl.cumsum(logs, 0), mask=(t < T)[:, None] & (h < H)[None, :])
+
+
+@triton.jit
+def advance_state(state, k_tile, v_tile, to_end):
+    """State [F, E] after a block, given the decayed one before it: keys times values decayed to the block's end."""
+    v_scaled = (tl.trans(v_tile) * to_end[None, :]).to(v_tile.dtype)
+    return tl.dot(v_scaled, k_tile, state, input_precision="tf32x3")
+
+
+@triton.jit
+def block_output(held, q_tile, k_tile, v_tile, decay, from_begin, visible):
+    """Output of a block: the state held before it, decayed by `from_begin`, and the visible part of the block."""
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+    # The mask goes into the exponent: above the diagonal the difference is positive and may overflow
+    weight = tl.exp2(tl.where(visible, decay[:, None] - decay[None, :], float("-inf")))
+    tile = tl.dot(q_tile, tl.trans(held), input_precision="tf32x3") * from_begin[:, None]
+    return tl.dot((scores * weight).to(v_tile.dtype), v_tile, tile, input_precision="tf32x3")
+
+
+@triton.jit(do_not_specialize=["T", "span", "S"])
+def linear_attention_kernel(
+    q, k, v, q_map, k_map, v_map, decays, start, length, state_in, out, state_out, carry, T, span, S,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_STATE: tl.constexpr, STATE_ONLY: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program walks `span` tokens of one head and one block of value columns; the state [E, F] stays in registers.
+
+    q_map, k_map, v_map: tensor descriptors of q, k, v as [B * T, heads * width], or None; they carry the whole blocks.
+    STATE_ONLY leaves out the outputs and stores, for segment s, the state that its tokens alone give (state_out) and
+    the log2 of the decay over all of them (carry, -inf where a document starts inside).
+    """
+    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    program = tl.program_id(0).to(tl.int64)
+    column = (program % blocks).to(tl.int32) * BLOCK_F
+    h = program // blocks % H
+    s = program // (blocks * H) % S
+    b = program // (blocks * H) // S
+    g = h // (H // G)
+    t = tl.arange(0, BLOCK_T)
+    e = tl.arange(0, E)
+    f = column + tl.arange(0, BLOCK_F)
+    in_f = f[None, :] < F
+    stop = T
+    if HAS_LENGTH:
+        stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+    begin = (s * span).to(tl.int32)
+    end = tl.minimum(begin + span, T)
+    stop = tl.minimum(stop, end)
+    if STATE_ONLY:  # nothing follows the last segment
+        stop = tl.where(s == S - 1, begin, stop)
+    state_at = e[None, :] * F + f[:, None]
+    segment = ((b * H + h) * S + s) * E * F
+    state = tl.zeros([BLOCK_F, E], tl.float32)
+    if HAS_STATE:
+        state = tl.load(state_in + segment + state_at, mask=(f < F)[:, None], other=0.0).to(tl.float32)
+    # Offsets inside a tile fit 32 bits, which halves the registers that addresses take
+    out_at = t[:, None] * (H * F) + f[None, :]
+    sum_decay = 0.0
+    decays += (b * H + h) * T
+    causal = t[:, None] >= t[None, :]
+    whole = begin
+    if k_map is not None:
+        whole = begin + tl.maximum(stop - begin, 0) // BLOCK_T * BLOCK_T
+        total = tl.load(decays + tl.minimum(begin + BLOCK_T, end) - 1)
+        ready = tl.zeros([BLOCK_T, BLOCK_F], q.dtype.element_ty)
+        for c in range(begin, whole, BLOCK_T):
+            row = b * T + c
+            # What needs no load comes first, the store of the step before too: it hides the wait for this step's loads
+            if not STATE_ONLY:
+                tl.store(out + ((row - BLOCK_T) * H + h) * F + out_at, ready, mask=(c > begin) & in_f)
+            held = state.to(k.dtype.element_ty)
+            keep = tl.exp2(total)
+            if HAS_START:
+                last_first = tl.load(start + row + BLOCK_T - 1).to(tl.int32)
+                keep = tl.where(last_first < c, keep, 0.0)
+            state *= keep
+            # One step ahead, because the compiler does not prefetch a scalar
+            next_total = tl.load(decays + tl.minimum(c + 2 * BLOCK_T, end) - 1)
+            decay = tl.load(decays + c + t)
+            k_tile = k_map.load([row.to(tl.int32), (g * E).to(tl.int32)])
+            v_tile = v_map.load([row.to(tl.int32), (g * F).to(tl.int32) + column])
+            to_end, from_begin, visible = tl.exp2(total - decay), tl.exp2(decay), causal
+            if HAS_START:
+                first = tl.load(start + row + t).to(tl.int32)
+                to_end = tl.where(c + t >= last_first, to_end, 0.0)
+                from_begin = tl.where(first < c, from_begin, 0.0)
+                visible = visible & (c + t[None, :] >= first[:, None])
+                total = tl.where(last_first < c, total, float("-inf"))
+            if not STATE_ONLY:
+                q_tile = q_map.load([row.to(tl.int32), (h * E).to(tl.int32)])
+                tile = block_output(held, q_tile, k_tile, v_tile, decay, from_begin, visible)
+                ready = tile.to(q.dtype.element_ty)
+            state = advance_state(state, k_tile, v_tile, to_end)
+            sum_decay += total
+            total = next_total
+        if not STATE_ONLY:
+            row = b * T + whole - BLOCK_T
+            tl.store(out + (row * H + h) * F + out_at, ready, mask=(whole > begin) & in_f)
+    k_at = t[:, None] * (G * E) + e[None, :]
+    v_at = t[:, None] * (G * F) + f[None, :]
+    q_at = t[:, None] * (H * E) + e[None, :]
+    for c in tl.range(whole, stop, BLOCK_T, num_stages=TAIL_STAGES):
+        real = c + t < stop
+        row = b * T + c
+        total = tl.load(decays + tl.minimum(c + BLOCK_T, end) - 1)
+        decay = tl.load(decays + c + t, mask=c + t < end, other=0.0)
+        k_tile = tl.load(k + (row * G + g) * E + k_at, mask=real[:, None], other=0.0)
+        v_tile = tl.load(v + (row * G + g) * F + v_at, mask=real[:, None] & in_f, other=0.0)
+        to_end, from_begin, visible = tl.exp2(total - decay), tl.exp2(decay), causal
+        if HAS_START:
+            first = tl.load(start + row + t, mask=real, other=0).to(tl.int32)
+            last_first = tl.load(start + b * T + tl.minimum(c + BLOCK_T, stop) - 1).to(tl.int32)
+            to_end = tl.where(c + t >= last_first, to_end, 0.0)
+            from_begin = tl.where(first < c, from_begin, 0.0)
+            visible = visible & (c + t[None, :] >= first[:, None])
+            total = tl.where(last_first < c, total, float("-inf"))
+        if not STATE_ONLY:
+            q_tile = tl.load(q + (row * H + h) * E + q_at, mask=real[:, None], other=0.0)
+            tile = block_output(state.to(q_tile.dtype), q_tile, k_tile, v_tile, decay, from_begin, visible)
+            tl.store(out + (row * H + h) * F + out_at, tile.to(out.dtype.element_ty), mask=real[:, None] & in_f)
+        state = advance_state(state * tl.exp2(total), k_tile, v_tile, to_end)
+        sum_decay += total
+    if STATE_ONLY:
+        tl.store(state_out + segment + state_at, state, mask=(f < F)[:, None])
+        if column == 0:
+            tl.store(carry + (b * H + h) * S + s, sum_decay)
+    else:
+        # Tokens past the length give zeros: nothing reads them, but they must be finite
+        for c in range(tl.maximum(stop, begin), end, BLOCK_T):
+            empty = tl.zeros([BLOCK_T, BLOCK_F], out.dtype.element_ty)
+            tl.store(out + ((b * T + c) * H + h) * F + out_at, empty, mask=(c + t < end)[:, None] & in_f)
+        if s == S - 1:
+            tl.store(state_out + (b * H + h) * E * F + state_at, state, mask=(f < F)[:, None])
+
+
+@triton.jit(do_not_specialize=["S"])
+def segment_states_kernel(state_in, states, carry, S, X: tl.constexpr, BLOCK_X: tl.constexpr, HAS_STATE: tl.constexpr):
+    """Replace, in place, what each segment adds to the state by the state before that segment; X = E * F."""
+    row = tl.program_id(0).to(tl.int64)
+    x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    in_x = x < X
+    state = tl.zeros([BLOCK_X], tl.float32)
+    if HAS_STATE:
+        state = tl.load(state_in + row * X + x, mask=in_x, other=0.0).to(tl.float32)
+    for s in range(S):
+        at = states + (row * S + s) * X + x
+        added = tl.load(at, mask=in_x & (s < S - 1), other=0.0)
+        keep = tl.exp2(tl.load(carry + row * S + s, mask=s < S - 1, other=0.0))
+        tl.store(at, state, mask=in_x)
+        state = state * keep + added
+
+
+@triton.jit
+def linear_attention_step_kernel(
+    q, k, v, log_decay, start, length, state, out,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """One token: state = decay * state + k v^T in place, out = state^T q; one program per head and value block."""
+    b = tl.program_id(0).to(tl.int64) // H
+    h = tl.program_id(0).to(tl.int64) % H
+    g = h // (H // G)
+    e = tl.arange(0, E)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_f = f < F
+    at = (b * H + h) * E * F + e[:, None] * F + f[None, :]
+    held = tl.load(state + at, mask=in_f[None, :], other=0.0)
+    q_row = tl.load(q + (b * H + h) * E + e).to(tl.float32)
+    k_row = tl.load(k + (b * G + g) * E + e).to(tl.float32)
+    v_row = tl.load(v + (b * G + g) * F + f, mask=in_f, other=0.0).to(tl.float32)
+    decay = tl.exp2(tl.load(log_decay + b * H + h).to(tl.float32) * LOG2E)
+    if HAS_START:
+        decay = tl.where(tl.load(start + b) < 0, decay, 0.0)
+    advanced = held * decay + k_row[:, None] * v_row[None, :]
+    if HAS_LENGTH:
+        advanced = tl.where(tl.load(length + b) > 0, advanced, held)
+    tl.store(state + at, advanced, mask=in_f[None, :])
+    row = tl.sum(advanced * q_row[:, None], 0)
+    tl.store(out + (b * H + h) * F + f, row.to(out.dtype.element_ty), mask=in_f)
+
+
+def linear_attention_config(element_size, E, F, compute_capability):
+    """Block sizes and launch options of `linear_attention_kernel`.
+
+    H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors and 1.73 without;
+    three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99.
+    On sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
+    than 16 tokens (compiler's report, not timed).
+    """
+    columns = triton.next_power_of_2(F)
+    if element_size == 4:
+        return {"BLOCK_T": 16, "BLOCK_F": max(16, min(64, columns)), "num_warps": 8, "num_stages": 1}
+    warps = 4 if compute_capability in (90, 100) or E * columns <= 64 * 64 else 8
+    return {"BLOCK_T": 64, "BLOCK_F": max(16, min(64, columns)), "num_warps": warps, "num_stages": 2}
+
+
+def _descriptor(x_BTGE, rows, columns):
+    """Tensor descriptor of [B * T, G * E] in tiles, or None where hardware, dtype or alignment have none."""
+    B, T, G, E = x_BTGE.shape
+    # A tile of columns must not reach into the next head
+    if not has_descriptors(x_BTGE) or x_BTGE.data_ptr() % 16 or E % columns or B * T < rows:
+        return None
+    return TensorDescriptor(x_BTGE, [B * T, G * E], [G * E, 1], [rows, columns])
+
+
+def _segments(programs, T, device):
+    """Into how many segments a row is cut: one where whole rows fill the chip, else about eight programs each.
+
+    H200, B=1, T=335,872, 16/4 heads, E=128: 33 segments (the result) 2.49 ms, 16 segments 2.62, 8 segments 2.60.
+    """
+    fill = processors(device)
+    if programs >= 1.5 * fill or T <= 1024:
+        return 1
+    return max(1, min(8 * fill // programs, triton.cdiv(T, 512)))
+
+
+@operation("linear_attention")
+def _linear_attention(
+    q_BTHE: torch.Tensor,
+    k_BTGE: torch.Tensor,
+    v_BTGF: torch.Tensor,
+    log_decay_BTH: torch.Tensor,
+    start_BT: torch.Tensor | None,
+    length_B: torch.Tensor | None,
+    state_BHEF: torch.Tensor | None,
+    segments: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
+    q, k, v, log_decay = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH))
+    start, length, state = rows_of(start_BT, B), rows_of(length_B, B), rows_of(state_BHEF, B)
+    out_BTHF = q.new_empty(B, T, H, F)
+    last_BHEF = q.new_empty(B, H, E, F, dtype=torch.float32)
+    config = linear_attention_config(q.element_size(), E, F, capability(q.device))
+    blocks = triton.cdiv(F, config["BLOCK_F"])
+    if segments == 0:
+        segments = _segments(B * H * blocks, T, q.device)
+    span = triton.cdiv(triton.cdiv(T, segments), config["BLOCK_T"]) * config["BLOCK_T"]
+    S = triton.cdiv(T, span)
+    maps = [_descriptor(x, config["BLOCK_T"], w) for x, w in ((q, E), (k, E), (v, config["BLOCK_F"]))]
+    maps = [None] * 3 if None in maps else maps
+    sizes = dict(H=H, G=G, E=E, F=F, HAS_START=start is not None, HAS_LENGTH=length is not None, **config)
+    sizes["TAIL_STAGES"] = config["num_stages"] if maps[0] is None else 1
+    grid, before = (B * H * S * blocks,), state
+    decays = q.new_empty(B, H, T, dtype=torch.float32)
+    decay_kernel[(triton.cdiv(T, config["BLOCK_T"]), B)](
+        log_decay, length, decays, T, H=H, HEADS=triton.next_power_of_2(H), BLOCK_T=config["BLOCK_T"],
+        HAS_LENGTH=length is not None, num_warps=4,
+    )  # fmt: skip
+    if S > 1:
+        before = q.new_empty(B, H, S, E, F, dtype=torch.float32)
+        carry = q.new_empty(B, H, S, dtype=torch.float32)
+        linear_attention_kernel[grid](
+            q, k, v, *maps, decays, start, length, None, None, before, carry, T, span, S,
+            HAS_STATE=False, STATE_ONLY=True, **sizes,
+        )  # fmt: skip
+        segment_states_kernel[(B * H, triton.cdiv(E * F, 1024))](
+            state, before, carry, S, X=E * F, BLOCK_X=1024, HAS_STATE=state is not None, num_warps=4
+        )
+    linear_attention_kernel[grid](
+        q, k, v, *maps, decays, start, length, before, out_BTHF, last_BHEF, None, T, span, S,
+        HAS_STATE=before is not None, STATE_ONLY=False, **sizes,
+    )  # fmt: skip
+    return out_BTHF, last_BHEF
+
+
+@_linear_attention.register_fake
+def _(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, segments):
+    (B, T, H, E), F = q_BTHE.shape, v_BTGF.shape[-1]
+    return q_BTHE.new_empty(B, T, H, F), q_BTHE.new_empty(B, H, E, F, dtype=torch.float32)
+
+
+def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, *, segments=0):
+    """`linear_attention_ref` in one pass over the tokens; tokens past `length_B` give zeros.
+
+    q_BTHE, k_BTGE, v_BTGF: one dtype of float32, bfloat16, float16; E of 16, 32, 64, 128, any F. log_decay_BTH: float
+    <= 0. start_BT (integers), length_B (integers), state_BHEF (float32) may be None. segments: cuts of a row that are
+    worked on at once, 0 to choose by the size of the chip; more than one reads k and v twice.
+    Returns o_BTHF in q's dtype and the last state_BHEF in float32; products in q's dtype, sums in float32.
+    Raises ValueError on shapes or dtypes the kernel does not take.
+    Source: chunkwise Gated Linear Attention (arXiv 2312.06635), state-space dual (arXiv 2405.21060).
+    """
+    check_heads(q_BTHE, k_BTGE, v_BTGF)
+    return _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, segments)
+
+
+@operation("linear_attention_step", mutates_args=("state_BHEF",))
+def _linear_attention_step(
+    q_BTHE: torch.Tensor,
+    k_BTGE: torch.Tensor,
+    v_BTGF: torch.Tensor,
+    log_decay_BTH: torch.Tensor,
+    start_BT: torch.Tensor | None,
+    length_B: torch.Tensor | None,
+    state_BHEF: torch.Tensor,
+) -> torch.Tensor:
+    (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
+    q, k, v, log_decay = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH))
+    out_BTHF = q.new_empty(B, T, H, F)
+    # 32 columns: at B=8, H=16 this is 512 programs, so that reading the state fills the chip
+    block_f = min(32, triton.next_power_of_2(F))
+    linear_attention_step_kernel[(B * H, triton.cdiv(F, block_f))](
+        q, k, v, log_decay, rows_of(start_BT, B), rows_of(length_B, B), state_BHEF, out_BTHF,
+        H=H, G=G, E=E, F=F, BLOCK_F=block_f, HAS_START=start_BT is not None, HAS_LENGTH=length_B is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return out_BTHF
+
+
+@_linear_attention_step.register_fake
+def _(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    return q_BTHE.new_empty(*q_BTHE.shape[:3], v_BTGF.shape[-1])
+
+
+def linear_attention_step(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    """`linear_attention_ref` for T = 1; advances `state_BHEF` IN PLACE and returns o_BTHF in q's dtype alone.
+
+    Shapes as in `linear_attention`; all arithmetic in float32. A row with start 0 begins anew; a row with length 0
+    keeps its state. Raises ValueError if T is not 1 or the state is not contiguous float32 [B, H, E, F].
+    """
+    check_heads(q_BTHE, k_BTGE, v_BTGF)
+    B, T, H, E = q_BTHE.shape
+    if T != 1:
+        raise ValueError(f"linear_attention_step takes one token, got T={T}; use linear_attention")
+    wanted = (B, H, E, v_BTGF.shape[-1])
+    if state_BHEF.shape != wanted or state_BHEF.dtype != torch.float32 or not state_BHEF.is_contiguous():
+        raise ValueError(
+            f"state must be contiguous float32 {wanted} to be updated in place, "
+            f"got {state_BHEF.dtype} {tuple(state_BHEF.shape)}, contiguous={state_BHEF.is_contiguous()}"
+        )
+    return _linear_attention_step(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
+
+
+__all__ = ["linear_attention", "linear_attention_step"]

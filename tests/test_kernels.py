@@ -1,0 +1,341 @@
+"""Kernels equal the reference: no further from float64 than twice what the eager low-precision reference is.
+
+Without a GPU the kernels run in Triton's interpreter, on small shapes and without bfloat16 (its interpreter multiplies
+the bit patterns of bfloat16); with one, on larger shapes, compiled, and from a CUDA graph.
+"""
+
+import pytest
+import torch
+from hspmn import kernels_attention_hspmn, kernels_hspmn, kernels_linear_hspmn, reference_hspmn
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[True, False] if CUDA else [False, True], ids=lambda on: "descriptors" if on else "pointers")
+def descriptors(request, monkeypatch):
+    """Read tiles through tensor descriptors, where shape and dtype allow, or not, on any device."""
+    if not CUDA or not request.param:
+        for module in (kernels_attention_hspmn, kernels_linear_hspmn):
+            monkeypatch.setattr(module, "has_descriptors", lambda x: request.param)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Make every `empty` tensor hold NaN, or a wild number, so that an output nobody wrote cannot pass."""
+
+    def poisoned(allocate):
+        def wrapped(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else True if out.dtype == torch.bool else 77)
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def relative_rms(got, want):
+    return ((got.double() - want).square().mean() / want.square().mean().clamp_min(1e-30)).sqrt().item()
+
+
+def assert_as_accurate(name, kernel, eager, exact):
+    assert kernel.dtype == eager.dtype and kernel.shape == exact.shape, name
+    if exact.numel():
+        limit = 2 * relative_rms(eager, exact) + torch.finfo(kernel.dtype).eps
+        assert relative_rms(kernel, exact) <= limit, f"{name}: {relative_rms(kernel, exact):.2e} > {limit:.2e}"
+
+
+def exactly(tensors):
+    """The same inputs in float64; integers and None as they are."""
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors]
+
+
+def heads(B, T, H, G, E, F, dtype):
+    shapes = ((B, T, H, E), (B, T, G, E), (B, T, G, F))
+    q, k, v = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in shapes)
+    return q, k / E**0.5, v
+
+
+def documents(B, T, past=0, length=None):
+    """start_BT of rows of packed documents; the first reaches `past` tokens back, none begins in the padding."""
+    begins = torch.rand(B, T, device=DEVICE) < 4 / T
+    token = torch.arange(T, device=DEVICE).expand(B, T)
+    if length is not None:
+        begins &= token < length[:, None]
+    return torch.where(begins, token, -past).cummax(1).values
+
+
+def lengths(B, T):
+    return torch.tensor([T, 0, T // 2, max(T - 1, 0)], device=DEVICE)[:B]
+
+
+LINEAR = [(1, 1, 1, 1, 16, 16), (3, 67, 4, 2, 16, 32), (2, 130, 6, 2, 32, 17)]
+LINEAR += [(4, 1000, 8, 2, 128, 128), (2, 517, 4, 4, 64, 129), (1, 5000, 16, 4, 128, 128)] * CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "state", "length", "packed", "segments"])
+@pytest.mark.parametrize("B, T, H, G, E, F", LINEAR, ids=str)
+def test_linear_attention(B, T, H, G, E, F, case, dtype, descriptors, poison):
+    q, k, v = heads(B, T, H, G, E, F, dtype)
+    log_decay = -torch.rand(B, T, H, device=DEVICE) ** 3
+    length = lengths(B, T) if case in ("length", "segments") else None
+    start = documents(B, T, past=3, length=length) if case in ("packed", "segments") else None
+    state = torch.randn(B, H, E, F, device=DEVICE) if case != "plain" else None
+    inputs = (q, k, v, log_decay, start, length, state)
+    got = kernels_hspmn.linear_attention(*inputs, segments=3 if case == "segments" else 0)
+    eager = reference_hspmn.linear_attention_ref(*inputs)
+    exact = reference_hspmn.linear_attention_ref(*exactly(inputs))
+    if length is not None:
+        real = torch.arange(T, device=DEVICE) < length[:, None]
+        assert not got[0][~real].any()
+        got, eager, exact = ((out[real], last) for out, last in (got, eager, exact))
+    assert_as_accurate("out", got[0], eager[0], exact[0])
+    assert_as_accurate("state", got[1], eager[1], exact[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_attention_step(dtype, poison):
+    B, T, H, G, E, F = 4, 3, 4, 2, 16, 33
+    q, k, v = heads(B, T, H, G, E, F, dtype)
+    log_decay = -torch.rand(B, T, H, device=DEVICE)
+    start = torch.tensor([[-5, 1, 1], [-1, -1, -1], [0, 0, 0], [-2, -2, 2]], device=DEVICE)
+    length = torch.tensor([3, 0, 2, 3], device=DEVICE)
+    state = torch.randn(B, H, E, F, device=DEVICE)
+    inputs = (q, k, v, log_decay, start, length, state)
+    held, outputs = state.clone(), []
+    for t in range(T):
+        one = (x[:, t : t + 1] for x in (q, k, v, log_decay, start - t))
+        outputs.append(kernels_hspmn.linear_attention_step(*one, (length - t).clamp(0, 1), held))
+    real = torch.arange(T, device=DEVICE) < length[:, None]
+    eager = reference_hspmn.linear_attention_recurrent_ref(*inputs)
+    exact = reference_hspmn.linear_attention_recurrent_ref(*exactly(inputs))
+    assert_as_accurate("out", torch.cat(outputs, 1)[real], eager[0][real], exact[0][real])
+    assert_as_accurate("state", held, eager[1], exact[1])
+
+
+LOCAL = [(1, 1, 1, 1, 16, 1), (2, 75, 4, 2, 16, 24), (2, 50, 6, 2, 32, 7), (1, 40, 2, 2, 16, 64)]
+LOCAL += [(4, 1000, 16, 4, 128, 128), (2, 517, 4, 1, 64, 100)] * CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "packed", "history"])
+@pytest.mark.parametrize("B, T, H, G, E, window", LOCAL, ids=str)
+def test_local_attention(B, T, H, G, E, window, case, dtype, descriptors, poison):
+    q, k, v = heads(B, T, H, G, E, E, dtype)
+    start = None if case == "plain" else documents(B, T, past=0 if case == "packed" else window // 2 + 1)
+    history = [None, None]
+    if case == "history":
+        history = [torch.randn(B, window, G, E, device=DEVICE).to(dtype) for _ in range(2)]
+    inputs = (q, k, v, start, window, *history)
+    out, lse = kernels_hspmn.local_attention(*inputs, with_lse=True)
+    eager = reference_hspmn.local_attention_ref(*inputs)
+    exact = reference_hspmn.local_attention_ref(*exactly(inputs))
+    assert_as_accurate("out", out, eager[0], exact[0])
+    assert_as_accurate("lse", lse, eager[1], exact[1])
+    assert torch.equal(out, kernels_hspmn.local_attention(*inputs))
+
+
+SQSK = [(1, 1, 0, 1, 1, 16), (4, 40, 0, 6, 2, 16), (4, 40, 51, 4, 1, 16), (3, 70, 20, 4, 2, 32)]
+SQSK += [(4, 820, 0, 16, 4, 128), (4, 300, 1000, 16, 4, 64), (2, 2500, 130, 4, 4, 128)] * CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("B, K, past, H, G, E", SQSK, ids=str)
+def test_sqsk_attention(B, K, past, H, G, E, first, dtype, descriptors, poison):
+    P = past + K + 5
+    q, k, v = heads(B, P, H, G, E, E, dtype)
+    q = q[:, :K].contiguous()
+    cached = torch.tensor([past, past // 2, 0, past], dtype=torch.int32, device=DEVICE)[:B] if past else None
+    count = torch.tensor([K, K // 3, 0, max(K - 1, 1)], dtype=torch.int32, device=DEVICE)[:B]
+    begin = cached if past else torch.zeros_like(count)
+    first = (documents(B, K) + begin[:, None]) if first else None
+    eager = reference_hspmn.sqsk_attention_ref(q, k, v, first, begin, count)
+    exact = reference_hspmn.sqsk_attention_ref(*exactly((q, k, v)), first, begin, count)
+    for x in (k, v):
+        x[torch.arange(P, device=DEVICE) >= (begin + count)[:, None]] = float("nan")
+    q[torch.arange(K, device=DEVICE) >= count[:, None]] = float("nan")
+    out, lse = kernels_hspmn.sqsk_attention(q, k, v, first, cached, count, with_lse=True)
+    assert_as_accurate("out", out, eager[0], exact[0])
+    assert torch.equal(lse == float("-inf"), exact[1] == float("-inf"))
+    assert_as_accurate("lse", *(x.masked_fill(x == float("-inf"), 0) for x in (lse, eager[1], exact[1])))
+    assert torch.equal(out, kernels_hspmn.sqsk_attention(q, k, v, first, cached, count))
+
+
+def test_a_store_with_spare_slots_is_read_in_place(poison):
+    """Keys and values that are the first slots of a longer buffer, as a growing cache hands them over."""
+    B, K, P, H, G, E = 2, 9, 20, 4, 2, 16
+    q = torch.randn(B, K, H, E, device=DEVICE)
+    k, v = (torch.randn(B, P + 3, G, E, device=DEVICE)[:, :P] for _ in range(2))
+    cached, count = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([11, 4], [9, 5]))
+    out = kernels_hspmn.sqsk_attention(q, k, v, None, cached, count)
+    assert torch.equal(out, kernels_hspmn.sqsk_attention(q, k.contiguous(), v.contiguous(), None, cached, count))
+    assert kernels_attention_hspmn._store_rows(k, v)[0] is k
+
+
+def routed(B, T, capacity, share):
+    mask = torch.rand(B, T, device=DEVICE) < share
+    mask[-1] = False
+    return reference_hspmn.compact_ref(mask, capacity)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("past", [0, 30])
+@pytest.mark.parametrize("B, T, capacity, share", [(2, 1, 1, 1.0), (3, 90, 50, 0.4), (3, 90, 20, 0.4)], ids=str)
+def test_sqsk_merge(B, T, capacity, share, past, dtype, poison):
+    H, G, E = 6, 2, 16
+    q, k, v = heads(B, T, H, G, E, E, dtype)
+    reflexive, gate = torch.randn(B, T, H, E, device=DEVICE).to(dtype), torch.rand(B, T, device=DEVICE)
+    index, slot, count = routed(B, T, capacity, share)
+    cached = torch.full((B,), past, dtype=torch.int32, device=DEVICE)
+    first = None if past else documents(B, capacity)
+    keys, values = (reference_hspmn.take_rows_ref(x, index) for x in (k, v))
+    if past:
+        earlier = [torch.randn(B, past, G, E, device=DEVICE).to(dtype) for _ in range(2)]
+        keys, values = (torch.cat(pair, 1) for pair in zip(earlier, (keys, values), strict=True))
+
+    def whole(reflexive, gate, q, keys, values):
+        rows = reference_hspmn.take_rows_ref(q, index)
+        contextual, _ = reference_hspmn.sqsk_attention_ref(rows, keys, values, first, cached, count)
+        return reference_hspmn.merge_ref(reflexive, contextual, gate, slot)
+
+    eager = whole(reflexive, gate, q, keys, values)
+    exact = whole(*exactly((reflexive, gate, q, keys, values)))
+    got = reflexive.clone()
+    store = (keys, values) if past else (k, v)
+    kernels_hspmn.sqsk_merge(got, gate, q, *store, index, first, cached if past else None, count)
+    assert_as_accurate("merged", got, eager, exact)
+    assert torch.equal(got[slot < 0], reflexive[slot < 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("P", [700, 300])
+def test_decoding_splits_the_keys(P, dtype, poison, monkeypatch):
+    """One query per row over many cached keys: parts of the keys are combined, rows of any count included."""
+    monkeypatch.setattr(kernels_attention_hspmn, "processors", lambda device: 16)
+    B, H, G, E = 4, 4, 2, 16
+    q, k, v = heads(B, P, H, G, E, E, dtype)
+    q, cached = q[:, :1].contiguous(), torch.tensor([P - 1, 0, 5, 260], dtype=torch.int32, device=DEVICE)
+    count, gate = torch.tensor([1, 1, 0, 1], dtype=torch.int32, device=DEVICE), torch.rand(B, 1, device=DEVICE)
+    eager = reference_hspmn.sqsk_attention_ref(q, k, v, None, cached, count)
+    exact = reference_hspmn.sqsk_attention_ref(*exactly((q, k, v)), None, cached, count)
+    out, lse = kernels_hspmn.sqsk_attention(q, k, v, None, cached, count, with_lse=True)
+    assert_as_accurate("out", out, eager[0], exact[0])
+    assert_as_accurate("lse", *(x.masked_fill(x == float("-inf"), 0) for x in (lse, eager[1], exact[1])))
+    index, slot = count.long()[:, None] - 1, count.long()[:, None] - 1
+    merged = torch.randn_like(q)
+    want = reference_hspmn.merge_ref(merged.double(), exact[0], gate.double(), slot)
+    eager = reference_hspmn.merge_ref(merged, eager[0], gate, slot)
+    kernels_hspmn.sqsk_merge(merged, gate, q, k, v, index, None, cached, count)
+    assert_as_accurate("merged", merged, eager, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, T, D", [(1, 1, 8), (2, 37, 100), (1, 9, 2048)], ids=str)
+def test_route(B, T, D, dtype, poison):
+    h, weight = torch.randn(B, T, D, device=DEVICE).to(dtype), torch.randn(D, device=DEVICE) / D**0.5
+    bias = torch.tensor(0.1, device=DEVICE)
+    score, gate, decision = kernels_hspmn.route(h, weight, bias, 0.3)
+    eager = reference_hspmn.route_ref(h, weight, bias, 0.3)
+    exact = reference_hspmn.route_ref(*exactly((h, weight, bias)), 0.3)
+    assert_as_accurate("score", score, eager[0], exact[0])
+    clear = (exact[0].sigmoid() - 0.3).abs() > 1e-5
+    assert_as_accurate("gate", gate[clear], eager[1][clear], exact[1][clear])
+    clear = (exact[0] + bias).abs() > 1e-5
+    assert torch.equal(decision[clear], exact[2][clear])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(
+    "B, T, capacity", [(1, 1, 1), (3, 100, 30), (2, 5000, 1100), (1, 2048, 4100), (2, 9, 0)], ids=str
+)
+def test_compact(B, T, capacity, share, poison):
+    mask = torch.rand(B, T, device=DEVICE) < share
+    got, want = kernels_hspmn.compact(mask, capacity), reference_hspmn.compact_ref(mask, capacity)
+    for name, kernel, reference in zip(("index", "slot", "count"), got, want, strict=True):
+        assert kernel.dtype == reference.dtype and torch.equal(kernel, reference), name
+
+
+def test_take_rows(poison):
+    x = torch.randn(2, 20, 3, 7, device=DEVICE)
+    index = torch.tensor([[4, 4, -1, 19, 0, 1, 2, 3, -1], [-1] * 9], device=DEVICE)
+    assert torch.equal(kernels_hspmn.take_rows(x, index), reference_hspmn.take_rows_ref(x, index))
+
+
+def test_errors_name_what_is_wrong():
+    q, k, v = heads(1, 4, 3, 2, 16, 16, torch.float32)
+    decay, state = torch.zeros(1, 4, 3, device=DEVICE), torch.zeros(1, 4, 16, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="multiple of key/value heads"):
+        kernels_hspmn.linear_attention(q, k, v, decay, None, None, None)
+    q, k, v = heads(1, 4, 4, 2, 16, 16, torch.float32)
+    with pytest.raises(ValueError, match="head width"):
+        kernels_hspmn.local_attention(q[..., :8], k[..., :8], v[..., :8], None, 4)
+    with pytest.raises(ValueError, match="window"):
+        kernels_hspmn.local_attention(q, k, v, None, 0)
+    with pytest.raises(ValueError, match="dtype"):
+        kernels_hspmn.local_attention(q.half(), k, v, None, 4)
+    with pytest.raises(ValueError, match="one token"):
+        kernels_hspmn.linear_attention_step(q, k, v, decay, None, None, state)
+    with pytest.raises(ValueError, match="contiguous float32"):
+        kernels_hspmn.linear_attention_step(q[:, :1], k[:, :1], v[:, :1], decay, None, None, state.half())
+    with pytest.raises(ValueError, match="bool"):
+        kernels_hspmn.compact(torch.zeros(1, 3, device=DEVICE), 3)
+    with pytest.raises(ValueError, match="width of h"):
+        kernels_hspmn.route(q[0], torch.zeros(3, device=DEVICE), torch.zeros(1, device=DEVICE), 0.1)
+
+
+def reflexive_and_contextual(h, weight, bias, q, k, v, log_decay, gate_scale, capacity):
+    """All kernels in one call, as a block would make them."""
+    _, gate, decision = kernels_hspmn.route(h, weight, bias, 0.05)
+    index, _, count = kernels_hspmn.compact(decision, capacity)
+    out, state = kernels_hspmn.linear_attention(q, k, v, log_decay, None, None, None)
+    out = out + kernels_hspmn.local_attention(q, k, v, None, 128)
+    kernels_hspmn.sqsk_merge(out, gate * gate_scale, q, k, v, index, None, None, count)
+    one = (x[:, :1].contiguous() for x in (q, k, v, log_decay))
+    step = kernels_hspmn.linear_attention_step(*one, None, None, state)
+    return out, state, step
+
+
+def block_inputs(B=2, T=700, H=8, G=2, E=64, D=256, dtype=torch.bfloat16):
+    q, k, v = heads(B, T, H, G, E, E, dtype)
+    h, weight = torch.randn(B, T, D, device=DEVICE).to(dtype), torch.randn(D, device=DEVICE) / D**0.5
+    return [h, weight, torch.zeros(1, device=DEVICE), q, k, v, -torch.rand(B, T, H, device=DEVICE)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
+def test_compile_sees_no_graph_break(backend):
+    """Full graph, and bit-equal to the eager calls of the same kernels."""
+    inputs = block_inputs() if CUDA else block_inputs(1, 40, 2, 1, 16, 8, torch.float32)
+    capacity = inputs[0].shape[1] // 2
+    want = reflexive_and_contextual(*inputs, 1.0, capacity)
+    torch.compiler.reset()
+    got = torch.compile(reflexive_and_contextual, fullgraph=True, backend=backend)(*inputs, 1.0, capacity)
+    for name, kernel, eager in zip(("out", "state", "step"), got, want, strict=True):
+        assert torch.equal(kernel, eager), name
+
+
+@needs_gpu
+def test_cuda_graph_replay_is_bit_equal():
+    """Captured without a host synchronisation and replayed with other routed counts."""
+    static, fresh = block_inputs(), block_inputs()
+    run = lambda: reflexive_and_contextual(*static, 1.0, 350)  # noqa: E731
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for held, new in zip(static, fresh, strict=True):
+        held.copy_(new)
+    graph.replay()
+    want = reflexive_and_contextual(*fresh, 1.0, 350)
+    for name, kernel, eager in zip(("out", "state", "step"), got, want, strict=True):
+        assert torch.equal(kernel, eager), name

@@ -1,0 +1,218 @@
+"""The comparison harness and the evaluation tasks, in their tiny CPU settings."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("hspmn_quality", ROOT / "benchmarks" / "quality.py")
+quality = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quality)
+evaluate = quality.evaluate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished tiny comparison of all models, with a checkpoint of one of them."""
+    folder = tmp_path_factory.mktemp("quality")
+    assert run(folder, "--save", "hspmn_fixed") == 0
+    return folder
+
+
+def run(folder, *arguments):
+    return quality.main(["--tiny", "--output", str(folder), "--data_cache", str(folder / "data"), *arguments])
+
+
+def read(folder, name="quality"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_results_have_the_documented_form(folder):
+    document = read(folder)
+    assert {"name", "command", "date", "device", "versions", "commit", "rows"} <= document.keys()
+    assert str(folder) not in json.dumps(document)
+    values = {(row["case"], row["metric"]): row["value"] for row in document["rows"]}
+    for case in quality.MODELS:
+        for metric in ("val", "recall", "other", "params", "kv_bytes_per_token", "train_tok_s"):
+            assert np.isfinite(values[case, metric])
+        assert 1 - quality.PARAMETER_TOLERANCE <= values[case, "params"] / values["dense", "params"]
+        assert values[case, "params"] / values["dense", "params"] <= 1 + quality.PARAMETER_TOLERANCE
+    for case in ("hspmn", "hspmn_random", "hspmn_fixed"):
+        assert 0 <= values[case, "load_min"] <= values[case, "load_max"]
+    assert values["hspmn", "kv_bytes_per_token"] == pytest.approx(0.2 * values["dense", "kv_bytes_per_token"])
+    for entry in document["runs"]:
+        assert len(entry["curve"]) == 3 and entry["curve"][-1][0] == 6
+        mean = entry["recall_share"] * entry["recall"] + (1 - entry["recall_share"]) * entry["other"]
+        assert entry["val"] == pytest.approx(mean)
+    assert (folder / "quality.png").exists() or importlib.util.find_spec("matplotlib") is None
+
+
+def test_finished_pairs_are_kept_and_new_ones_appended(folder, capsys):
+    before = read(folder)["runs"]
+    run(folder, "--models", "dense", "hspmn", "--seeds", "0", "1")
+    after = read(folder)
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert all(entry in after["runs"] for entry in before) and len(after["runs"]) == len(before) + 2
+    values = {(row["case"], row["metric"]): row["value"] for row in after["rows"]}
+    losses = [entry["val"] for entry in after["runs"] if entry["case"] == "dense"]
+    assert values["dense", "seeds"] == 2 and values["dense", "val"] == pytest.approx(sum(losses) / 2)
+    assert values["dense", "val_std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+
+
+def test_a_seed_gives_the_same_result_alone_and_after_another(folder, tmp_path):
+    run(folder, "--name", "pair", "--models", "hspmn", "--seeds", "2", "3")
+    run(folder, "--name", "alone", "--models", "hspmn", "--seeds", "3")
+    assert read(folder, "pair")["runs"][1]["val"] == pytest.approx(read(folder, "alone")["runs"][0]["val"], abs=1e-4)
+
+
+def test_variants_override_fields_and_are_recorded(folder):
+    run(folder, "--name", "ablations", "--models", "--variants", "graded:sparsity_k=[0.5,0.1],sliding_window=16")
+    (entry,) = read(folder, "ablations")["runs"]
+    assert entry["case"] == "graded" and entry["target"] == [0.5, 0.1]
+    assert entry["overrides"] == {"sparsity_k": [0.5, 0.1], "sliding_window": 16}
+
+
+def test_the_time_budget_stops_before_a_pair(folder, capsys):
+    count = len(read(folder)["runs"])
+    run(folder, "--models", "reflexive", "--seeds", "7", "--time_budget", "0.001")
+    assert "not started" in capsys.readouterr().out and len(read(folder)["runs"]) == count
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lr", "0.01"], "lr 0.0015 -> 0.01"),
+        (["--models", "hspnm"], "use hspmn"),
+        (["--set", "sliding_windw=16"], "no such field"),
+        (["--set", "sliding_window"], "expected KEY=VALUE"),
+        (["--variants", "hspmn:sliding_window=16"], "expected NAME"),
+        (["--models", "hspmn", "--set", "intermediate_size=256"], "parameters"),
+        (["--needle_mix", "1.5"], "--needle_mix"),
+        (["--vocab_size", "100"], "--vocab_size"),
+        (["--steps", "0"], "--steps"),
+        (["--plot_only", "--name", "none"], "--plot_only"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_arguments_are_refused(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, *arguments)
+
+
+def test_other_code_is_refused_unless_forced(folder, monkeypatch):
+    run(folder, "--name", "coded", "--models", "dense")
+    monkeypatch.setattr(evaluate, "code_hash", lambda: "other")
+    with pytest.raises(ValueError, match="code .* -> other"):
+        run(folder, "--name", "coded", "--models", "dense", "--seeds", "1")
+    run(folder, "--name", "coded", "--models", "dense", "--seeds", "1", "--force")
+    assert read(folder, "coded")["mixed"]
+
+
+@pytest.mark.parametrize("case", quality.MODELS)
+def test_full_size_models_have_equal_parameters(case):
+    args = quality.make_parser().parse_args([])
+    sizes = {field: getattr(args, field) for field in quality.SIZES}
+    dense = quality.count_parameters("dense", evaluate.comparison_config("dense", sizes))
+    assert 30e6 < dense < 60e6
+    _, count = quality.matched_config(case, sizes, {}, dense, quality.PARAMETER_TOLERANCE)
+    assert count == pytest.approx(dense, rel=0.01)
+
+
+def test_a_frozen_router_does_not_learn(folder):
+    sizes = {field: quality.TINY[field] for field in quality.SIZES}
+    model = evaluate.build_model("hspmn_random", evaluate.comparison_config("hspmn_random", sizes), 0)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert len(frozen) == 2 and all(name.endswith("router.weight") for name in frozen)
+
+
+def test_recall_targets_complete_a_bigram_of_the_same_row():
+    ids = torch.tensor([[1, 2, 3, 1, 2, 1, 2], [5, 5, 5, 5, 1, 2, 0]])
+    wanted = [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert evaluate.recall_targets(ids).tolist() == [[bool(x) for x in row] for row in wanted]
+
+
+def test_needles_are_where_they_should_be(folder):
+    tokenizer, train, _ = quality.prepare_data(arguments(folder))
+    for depth in (0.0, 0.5, 1.0):
+        ids, value = evaluate.needle_prompt(tokenizer, train, 256, depth, np.random.default_rng(0))
+        text, answer = tokenizer.decode(ids), tokenizer.decode(value)
+        key = text.split('assert SECRET["')[1].split('"]')[0]
+        assert len(ids) == 256 and text.endswith(f'assert SECRET["{key}"] == "') and len(answer) == 6
+        assert f'SECRET["{key}"] = "{answer}"\n' in text
+        assert text.index("SECRET") == pytest.approx(depth * text.index("\nassert SECRET"), abs=160)
+    rows = evaluate.needle_rows(tokenizer, train, 20, 512, 0)
+    assert rows.shape == (20, 512)
+    assert all(tokenizer.decode(row.tolist()).count("assert SECRET[") >= 1 for row in rows)
+
+
+def arguments(folder):
+    parser = quality.make_parser()
+    parser.set_defaults(**quality.TINY)
+    return parser.parse_args(["--data_cache", str(folder / "data")])
+
+
+def test_greedy_is_the_same_with_any_prefill_chunk(folder):
+    args = evaluate.make_parser().parse_args(["--task", "loss", str(folder / "checkpoints/hspmn_fixed-s0")])
+    model, tokenizer = evaluate.load(args)
+    ids = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
+    assert torch.equal(evaluate.greedy(model, ids, 5, 40), evaluate.greedy(model, ids, 5, 7))
+    assert evaluate.encode(tokenizer, "def f():")
+
+
+def test_mqar_batches_follow_the_protocol():
+    generator = torch.Generator().manual_seed(0)
+    ids, query, values = evaluate.mqar_batch(16, 64, 8, 128, generator, torch.device("cpu"))
+    for row, places, answers in zip(ids.tolist(), query.tolist(), values.tolist(), strict=True):
+        pairs = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        assert len(pairs) == 8 and all(0 < key < 64 <= value < 128 for key, value in pairs.items())
+        assert [pairs[row[place]] for place in places] == answers
+        assert len(set(places)) == 8 and all(place >= 16 and place % 2 == 0 for place in places)
+        assert sum(token != 0 for token in row) == 3 * 8
+    with pytest.raises(ValueError, match="pairs do not fit"):
+        evaluate.mqar_batch(1, 64, 40, 128, generator, torch.device("cpu"))
+
+
+def test_tasks_write_their_results(folder):
+    checkpoint, out = str(folder / "checkpoints/hspmn_fixed-s0"), ["--tiny", "--output", str(folder)]
+    assert evaluate.main(["--task", "mqar", *out, "--steps", "2"]) == 0
+    cases = {row["case"] for row in read(folder, "mqar")["rows"]}
+    assert cases == {"dense/T64_P4", "hspmn/T64_P4", "reflexive/T64_P4"}
+    assert evaluate.main(["--task", "loss", checkpoint, *out, "--train_length", "64"]) == 0
+    assert np.isfinite([row["value"] for row in read(folder, "loss")["rows"]]).all()
+    for label in ("one", "two"):
+        assert evaluate.main(["--task", "needle", checkpoint, *out, "--label", label]) == 0
+    assert [row["case"] for row in read(folder, "needle")["rows"]] == ["one/x1", "one/x2", "two/x1", "two/x2"]
+
+
+def test_verify_passes_a_good_model_and_names_what_is_broken(folder, tmp_path):
+    checkpoint = folder / "checkpoints/hspmn_fixed-s0"
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--tiny", "--task", "verify", str(checkpoint)]
+    lines = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+    assert sum(line.startswith("pass  contract") for line in lines if "contract 7" not in line) == 5
+    assert not [line for line in lines if line.startswith("FAIL") and "contract 7" not in line]
+
+    (checkpoint / "reference_hspmn.py").rename(tmp_path / "kept.py")
+    assert [passed for _, passed, _ in evaluate.check_files(checkpoint)][0] is False
+    assert evaluate.main(["--task", "verify", str(checkpoint)]) == 1
+    (tmp_path / "kept.py").rename(checkpoint / "reference_hspmn.py")
+
+
+def test_non_finite_weights_are_found():
+    model = torch.nn.Linear(2, 2)
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    assert all(passed for _, passed, _ in evaluate.check_weights(model, info))
+    torch.nn.init.constant_(model.bias, float("nan"))
+    assert [passed for _, passed, _ in evaluate.check_weights(model, info)] == [True, False]
+
+
+def test_wrong_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        evaluate.main(["--task", "loss", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--task", "loss"])
