@@ -147,12 +147,16 @@ class HSPMNRouter(nn.Module):
         """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
         if self.annealing:
             return tokens
-        return min(tokens, -int(-self.config.capacity_factor * self.sparsity_k * tokens // 1))
+        # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
+        return min(tokens, math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6)))
 
-    def forward(self, h_BTD, length_B=None):
-        """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`."""
-        T = h_BTD.shape[1]
-        score_BT, gate_BT, wanted_BT = route_ref(h_BTD, self.weight, self.bias, self.config.router_noise_floor)
+    def forward(self, h_BTD, length_B=None, bias=None):
+        """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`.
+
+        bias: the value to decide with, None for the present one.
+        """
+        T, bias = h_BTD.shape[1], self.bias if bias is None else bias
+        score_BT, gate_BT, wanted_BT = route_ref(h_BTD, self.weight, bias, self.config.router_noise_floor)
         real_BT = torch.ones_like(wanted_BT)
         if length_B is not None:
             real_BT = torch.arange(T, device=h_BTD.device) < length_B[:, None]
@@ -379,7 +383,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             init.normal_(self.sink_keys, std=self.config.initializer_range)
             init.normal_(self.sink_values, std=self.config.initializer_range)
 
-    def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False):
+    def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False, router_bias=None):
         """Run the block.
 
         Args:
@@ -387,15 +391,17 @@ class HSPMNBlock(GradientCheckpointingLayer):
             stream: where the tokens stand; None: one document per row, continued if `past_key_values` is given.
             past_key_values: `HSPMNCache` to read and extend, or None.
             output_router: return the `Route` (None for a purely reflexive layer) as a fourth value.
+            router_bias: the routing bias of this call, None for the router's own. A caller that moves the bias before
+                backward passes a copy, so that recomputation under gradient checkpointing routes the same tokens.
 
         Returns:
             output [B, S, hidden_size], aux_loss (scalar), and the cache.
         """
         alone = stream is None
         if alone:
-            rotary = LlamaRotaryEmbedding(self.config, hidden_states.device)
+            rotary = LlamaRotaryEmbedding(self.config).to(hidden_states.device)
             stream = make_stream(hidden_states, past_key_values, rotary)
-        output, route = self._run(hidden_states, stream, past_key_values)
+        output, route = self._run(hidden_states, stream, past_key_values, router_bias)
         if alone and past_key_values is not None:
             advance_cache(past_key_values, hidden_states.shape[1], stream)
         aux_loss = output.new_zeros((), dtype=torch.float32) if route is None else route.stats.aux_loss
@@ -403,7 +409,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             return output, aux_loss, past_key_values, route
         return output, aux_loss, past_key_values
 
-    def _run(self, x_BTD, stream, past_key_values):
+    def _run(self, x_BTD, stream, past_key_values, router_bias):
         backend = pick_backend(self.config.backend, x_BTD.device)
         h_BTD = self.input_layernorm(x_BTD)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
@@ -420,7 +426,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         )
         route = None
         if self.router is not None:
-            route = self.router(h_BTD, stream.length_B)
+            route = self.router(h_BTD, stream.length_B, router_bias)
             contextual_BTHE = self.contextual(rotated, v_BTGE, route, stream, layer_cache, backend, sinks)
             merged_BTHE = merged_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
@@ -460,18 +466,12 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
     else:
         last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
         jumps_BT = position_BT != torch.cat([last, position_BT[:, :-1]], 1) + 1
+        if length_B is not None:  # padding starts no document
+            jumps_BT = jumps_BT & (token_T < length_B[:, None])
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
         start_BT = torch.where(start_BT < 0, -document_seen, start_BT)
     cos, sin = rotary(x_BTD, position_BT)
     return Stream(position_BT, cos, sin, start_BT, length_B, seen_B)
-
-
-def positions_of_rows(position_BT, index_BT):
-    """Position ids of rows whose real tokens were moved to the front; padding counts on and starts no document."""
-    token_T = torch.arange(index_BT.shape[1], device=index_BT.device)
-    last_B1 = index_BT.argmax(1, keepdim=True)  # the last real token has the highest index
-    packed_BT = position_BT.gather(1, index_BT.clamp(min=0))
-    return torch.where(index_BT >= 0, packed_BT, packed_BT.gather(1, last_B1) + token_T - last_B1)
 
 
 def restore_rows(y_BTX, rows):
@@ -605,14 +605,17 @@ class HSPMNModel(HSPMNPreTrainedModel):
             rows, length_B = (slot_BT, index_BT), length_B.long()
             x_BTD = take_rows(x_BTD, index_BT, slot_BT)
             if position_BT is not None:
-                position_BT = positions_of_rows(position_BT.expand(B, T), index_BT)
+                position_BT = position_BT.expand(B, T).gather(1, index_BT.clamp(min=0))
         stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B)
 
         states, routes, aux_loss = [], [], x_BTD.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
             if output_hidden_states:
                 states.append(restore_rows(x_BTD, rows))
-            x_BTD, layer_aux, _, route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True)
+            bias = layer.router.bias.clone() if self.training and layer.router is not None else None
+            x_BTD, layer_aux, _, route = layer(
+                x_BTD, stream, past_key_values=past_key_values, output_router=True, router_bias=bias
+            )
             aux_loss = aux_loss + layer_aux.to(aux_loss.device)
             routes.append(route)
         x_BTD = restore_rows(self.norm(x_BTD), rows)
@@ -620,13 +623,14 @@ class HSPMNModel(HSPMNPreTrainedModel):
             advance_cache(past_key_values, T, stream)
         if self.training:
             self._update_biases(routes, real_BT)
-        return HSPMNOutput(
+        outputs = HSPMNOutput(
             last_hidden_state=x_BTD,
             past_key_values=past_key_values,
             hidden_states=(*states, x_BTD) if output_hidden_states else None,
             aux_loss=aux_loss,
             **self._router_outputs(routes, rows, x_BTD),
         )
+        return outputs.to_tuple() if return_dict is False else outputs
 
     def _wants_cache(self, use_cache, past_key_values):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -653,7 +657,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
     @staticmethod
     def _check_positions(position_ids, B, T):
-        if position_ids is not None and (position_ids.shape[-1] != T or position_ids.shape[0] not in (1, B)):
+        if position_ids is not None and tuple(position_ids.shape) not in ((1, T), (B, T)):
             raise ValueError(f"position_ids must have shape [{B}, {T}], got {tuple(position_ids.shape)}")
         return position_ids
 
@@ -721,28 +725,42 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self, input_ids=None, labels=None, logits_to_keep=0, num_items_in_batch=None, return_dict=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        return_dict=None,
     ):
         """Next-token logits, and the loss if `labels` are given.
 
         Args:
-            input_ids: int64 [B, T]; the other arguments of `HSPMNModel.forward` pass through.
             labels: int64 [B, T], shifted inside; -100 is ignored.
             logits_to_keep: last tokens to compute logits for, 0 for all, or a 1-D tensor of indices.
             num_items_in_batch: target tokens of the whole (accumulated, distributed) batch, as Trainer passes it.
+            The others are those of `HSPMNModel.forward`.
 
         Returns `HSPMNOutput` with logits [B, T, vocab_size]; the loss is the mean cross entropy in nats plus the
         auxiliary losses.
         """
-        outputs = self.model(input_ids, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+            output_attentions,
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        outputs.logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
         if labels is not None:
             loss = self.loss_function(
-                outputs.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-            outputs.loss = add_aux_loss(loss, outputs.aux_loss)
-        return as_asked(outputs, return_dict)
+        return with_head(outputs, logits, loss, return_dict)
 
     def generate(self, *args, **kwargs):
         """`GenerationMixin.generate`; refuses a router that cannot decide for one decoded token."""
@@ -771,21 +789,38 @@ class HSPMNForSequenceClassification(HSPMNPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, labels=None, attention_mask=None, return_dict=None, **kwargs):
-        """Logits [B, num_labels]; labels int64 [B], or float for regression and multi-label problems."""
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        num_items_in_batch=None,
+        return_dict=None,
+    ):
+        """Logits [B, num_labels]; labels int64 [B], or float for regression and multi-label problems.
+
+        num_items_in_batch, which Trainer passes, is not used: the loss is the mean over rows. The other arguments are
+        those of `HSPMNModel.forward`. Raises ValueError for a batch whose last tokens cannot be told from padding.
+        """
         if attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
             if self.config.pad_token_id is None:
                 raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
             attention_mask = (input_ids != self.config.pad_token_id).long()
-        outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
+            output_attentions,
+        )  # fmt: skip
         B, T = outputs.last_hidden_state.shape[:2]
         token_T = torch.arange(T, device=outputs.last_hidden_state.device)
         last_B = token_T[-1].expand(B) if attention_mask is None else (token_T * attention_mask[:, -T:]).argmax(1)
-        outputs.logits = self.score(outputs.last_hidden_state[torch.arange(B, device=last_B.device), last_B])
+        logits, loss = self.score(outputs.last_hidden_state[torch.arange(B, device=last_B.device), last_B]), None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=outputs.logits, config=self.config)
-            outputs.loss = add_aux_loss(loss, outputs.aux_loss)
-        return as_asked(outputs, return_dict)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return with_head(outputs, logits, loss, return_dict)
 
 
 class HSPMNForTokenClassification(HSPMNPreTrainedModel):
@@ -798,23 +833,39 @@ class HSPMNForTokenClassification(HSPMNPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(self, input_ids=None, labels=None, return_dict=None, **kwargs):
-        """Logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored."""
-        outputs = self.model(input_ids, **kwargs)
-        outputs.logits = self.score(outputs.last_hidden_state)
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        num_items_in_batch=None,
+        return_dict=None,
+    ):
+        """Logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored.
+
+        num_items_in_batch: labelled tokens of the whole batch, as Trainer passes it. The other arguments are those of
+        `HSPMNModel.forward`.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
+            output_attentions,
+        )  # fmt: skip
+        logits, loss = self.score(outputs.last_hidden_state), None
         if labels is not None:
-            loss = self.loss_function(outputs.logits, labels, self.config)
-            outputs.loss = add_aux_loss(loss, outputs.aux_loss)
-        return as_asked(outputs, return_dict)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return with_head(outputs, logits, loss, return_dict)
 
 
-def add_aux_loss(loss, aux_loss):
-    """Task loss plus auxiliary losses, on the task loss's device."""
-    return loss + aux_loss.to(loss.device, loss.dtype)
-
-
-def as_asked(outputs, return_dict):
-    """The output object, or a tuple of its fields for `return_dict=False`."""
+def with_head(outputs, logits, loss, return_dict):
+    """`outputs` with logits and loss, auxiliary losses added, as an object or for `return_dict=False` as a tuple."""
+    if loss is not None:
+        loss = loss + outputs.aux_loss.to(loss.device, loss.dtype)
+    # built anew, because a field set later would come last in the tuple
+    outputs = HSPMNOutput(**dict(outputs) | {"loss": loss, "logits": logits})
     return outputs.to_tuple() if return_dict is False else outputs
 
 
