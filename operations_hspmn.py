@@ -3,6 +3,7 @@
 The one place of that choice. Shapes and meaning of every operation are those of `reference_hspmn`.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -63,11 +64,28 @@ def _flex(q_BTHE, k_BSGE, v_BSGE, block_mask):
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
+def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visible, length):
+    """`BlockMask` of key blocks per query block, the same for all heads; the full ones (or None) need no mask.
+
+    FlexAttention's kernels take the tensors for row-major, also in the head dimension of size 1, but inductor lays out
+    what it computes itself as it likes: in inference, where nothing keeps them for backward, row b of a [B, 1, N]
+    tensor with strides (N, B * N, 1) was read B rows further on. `as_strided` fixes the layout.
+    """
+
+    def row_major(x):
+        x = x[:, None].to(torch.int32).contiguous()
+        strides = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
+        return x.as_strided(x.shape, strides)
+
+    tensors = (None if x is None else row_major(x) for x in (counts_BN, indices_BNM, full_counts_BN, full_indices_BNM))
+    return BlockMask.from_kv_blocks(*tensors, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length))
+
+
 def _blocks(first_BN, last_BN, columns):
     """Counts and indices of the key blocks first .. last (both included) of each query block."""
     count_BN = (last_BN - first_BN + 1).clamp(min=0)
     index_BNM = first_BN[..., None] + torch.arange(columns, device=first_BN.device)
-    return count_BN[:, None].to(torch.int32), index_BNM.clamp(max=columns - 1)[:, None].to(torch.int32)
+    return count_BN, index_BNM.clamp(max=columns - 1)
 
 
 def _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window):
@@ -81,8 +99,7 @@ def _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window):
         near = (key <= query) & (key > query - window)
         return near if start_BT is None else near & (key >= start_BT[b, query])
 
-    mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(T, T))
-    return _flex(q_BTHE, k_BTGE, v_BTGE, mask)
+    return _flex(q_BTHE, k_BTGE, v_BTGE, _block_mask(counts, indices, None, None, visible, T))
 
 
 def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
@@ -92,9 +109,8 @@ def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
     block_N = torch.arange(N, device=q_BKHE.device)
     used_BN = block_N * FLEX_BLOCK < count_B[:, None]
     if first_BK is None:
-        counts, indices = used_BN[:, None].to(torch.int32), block_N[:, None].expand(B, 1, N, N).to(torch.int32)
-        full_counts = torch.where(used_BN, block_N, 0)[:, None].to(torch.int32)
-        full_indices = block_N.expand(B, 1, N, N).to(torch.int32)
+        counts, indices = used_BN, block_N[:, None].expand(B, N, N)
+        full_counts, full_indices = torch.where(used_BN, block_N, 0), block_N.expand(B, N, N)
     else:
         first_BN = first_BK[:, ::FLEX_BLOCK] // FLEX_BLOCK
         counts, indices = _blocks(first_BN, torch.where(used_BN, block_N, -1), N)
@@ -104,10 +120,7 @@ def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
         causal = key <= query
         return causal if first_BK is None else causal & (key >= first_BK[b, query])
 
-    mask = BlockMask.from_kv_blocks(
-        counts, indices.contiguous(), full_counts, None if full_indices is None else full_indices.contiguous(),
-        BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(K, K),
-    )  # fmt: skip
+    mask = _block_mask(counts, indices, full_counts, full_indices, visible, K)
     return _flex(q_BKHE, k_BKGE, v_BKGE, mask)
 
 

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_fixed", "reflexive")
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    "intermediate_size",
+    *("intermediate_size", "initializer_range"),
 )
 SETTINGS = (*SIZES, "steps", "batch_size", "length", "lr", "needle_mix", "validation_tokens", "set")
 PARAMETER_TOLERANCE = 0.03
@@ -179,7 +179,7 @@ def compile_layers(model, how):
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # layers of several targets, two stages of annealing, evaluation
     for module in model.base_model.layers if how == "layers" else [model.base_model]:
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, fullgraph=True)
     return torch.compile(next_token_loss, dynamic=False)
 
 
@@ -265,12 +265,16 @@ class Case:
     def run(self, seed, batches, validation_rows):
         """Train and evaluate one seed; returns its entry of the results file."""
         begun = time.monotonic()
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.start(seed)
         entry = {"case": self.name, "seed": seed, "params": self.parameters}
         entry |= {"overrides": self.overrides, "intermediate_size": self.config.intermediate_size}
         entry |= train(self.model, self.loss_function, batches, seed, self.args)
         entry |= evaluate.validate(self.model, validation_rows, self.args.batch_size, self.args.device)
         entry["kv_bytes_per_token"] = self.kv_bytes_per_token()
+        if self.args.device.type == "cuda":
+            entry["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return entry | {"epochs": round(batches.epochs, 3), "seconds": round(time.monotonic() - begun, 1)}
 
     def kv_bytes_per_token(self):
@@ -300,6 +304,8 @@ def summary_rows(runs):
         means = ("val", "recall", "other", "params", "kv_bytes_per_token", "train_tok_s", "final_tok_s")
         rows += [evaluate.row(case, metric, statistics.fmean(run[metric] for run in mine)) for metric in means]
         rows.append(evaluate.row(case, "seeds", len(mine)))
+        if "peak_gb" in mine[0]:
+            rows.append(evaluate.row(case, "peak_gb", max(run["peak_gb"] for run in mine)))
         if len(mine) > 1:
             spreads = [(f"{metric}_std", statistics.stdev(run[metric] for run in mine)) for metric in means[:3]]
             rows += [evaluate.row(case, metric, value) for metric, value in spreads]
@@ -507,6 +513,7 @@ def make_parser():
     add("--num_attention_heads", type=int, default=8)
     add("--num_key_value_heads", type=int, default=2)
     add("--intermediate_size", type=int, default=1408, help="the dense model's; the others' follows from the count")
+    add("--initializer_range", type=float, default=0.02, help="deviation of fresh weights, the same for every model")
     add("--parameter_tolerance", type=float, default=PARAMETER_TOLERANCE, help="allowed difference in parameters")
     add("--validation_tokens", type=int, default=2_000_000)
     add("--device", help="cuda or cpu; cuda where there is one")

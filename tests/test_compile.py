@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hspmn.operations_hspmn import FLEX_BLOCK, _block_mask
 from torch._dynamo.utils import counters
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
@@ -111,3 +112,38 @@ def test_gradient_checkpointing_compiles_to_one_graph(tiny_model):
     assert torch.equal(model.model.layers[0].router.bias, plain.model.layers[0].router.bias)
     for (name, p), q in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(q[1].grad, p.grad, **CLOSE, msg=name)
+
+
+SEEN_STRIDES = []
+
+
+# the tag lets inductor pass its own layout on, as it does to FlexAttention's kernels
+@torch.library.custom_op("hspmn_tests::see_strides", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def see_strides(x: torch.Tensor) -> torch.Tensor:
+    SEEN_STRIDES.append(x.stride())
+    return x.clone()
+
+
+@see_strides.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.no_grad()
+def test_block_masks_are_row_major_in_compiled_inference():
+    """FlexAttention's kernels read them so; what inductor lays out itself was read at wrong rows, some yet to come."""
+
+    @torch.compile(fullgraph=True)
+    def blocks(count_B):
+        block_N = torch.arange(8)
+        used_BN = block_N * FLEX_BLOCK < count_B[:, None]
+        full_BN = torch.where(used_BN, block_N, 0)
+        index_BNM = block_N.expand(3, 8, 8)
+        mask = _block_mask(used_BN, index_BNM, full_BN, index_BNM, lambda b, h, query, key: key <= query, 1024)
+        tensors = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+        return [see_strides(x) for x in tensors]
+
+    SEEN_STRIDES.clear()
+    counts, _, full_counts, _ = blocks(torch.tensor([1024, 300, 0]))
+    assert SEEN_STRIDES == [(8, 8, 1), (64, 64, 8, 1)] * 2
+    assert counts.sum((1, 2)).tolist() == [8, 3, 0] and full_counts.sum((1, 2)).tolist() == [28, 3, 0]
