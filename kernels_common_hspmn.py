@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 try:
+    import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
@@ -37,6 +38,11 @@ def operation(name, mutates_args=()):
         return torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=mutates_args)
 
     return register
+
+
+def interpreted():
+    """Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
+    return triton.knobs.runtime.interpret
 
 
 @cache
@@ -89,6 +95,7 @@ __all__ = [
     "capability",
     "check_heads",
     "has_descriptors",
+    "interpreted",
     "operation",
     "processors",
     "rows_of",

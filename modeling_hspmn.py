@@ -27,8 +27,8 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_hspmn import HSPMNCache
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import linear_attention, local_attention, pick_backend, sqsk_attention, take_rows
-from .reference_hspmn import add_sinks_ref, causal_conv_ref, compact_ref, route_ref
+from .operations_hspmn import compact, linear_attention, local_attention, pick_backend, route, sqsk_merge, take_rows
+from .reference_hspmn import add_sinks_ref, causal_conv_ref, compact_ref
 
 logger = logging.get_logger(__name__)
 
@@ -150,13 +150,15 @@ class HSPMNRouter(nn.Module):
         # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
         return min(tokens, math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6)))
 
-    def forward(self, h_BTD, length_B=None, bias=None):
+    def forward(self, h_BTD, length_B=None, bias=None, backend="reference"):
         """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`.
 
-        bias: the value to decide with, None for the present one.
+        bias: the value to decide with, None for the present one. backend: see `pick_backend`.
         """
         T, bias = h_BTD.shape[1], self.bias if bias is None else bias
-        score_BT, gate_BT, wanted_BT = route_ref(h_BTD, self.weight, bias, self.config.router_noise_floor)
+        score_BT, gate_BT, wanted_BT = route(
+            h_BTD, self.weight, bias, self.config.router_noise_floor, backend
+        )
         real_BT = torch.ones_like(wanted_BT)
         if length_B is not None:
             real_BT = torch.arange(T, device=h_BTD.device) < length_B[:, None]
@@ -172,7 +174,7 @@ class HSPMNRouter(nn.Module):
             capacity = T  # no reading of the device: memory is held for all, work is done for those routed
         else:
             capacity = max(1, int(wanted_BT.sum(1).max()))
-        index_BK, slot_BT, count_B = compact_ref(wanted_BT, capacity)
+        index_BK, slot_BT, count_B = compact(wanted_BT, capacity, backend)
         stats = self._stats(score_BT, wanted_BT, real_BT, count_B)
         return Route(score_BT, gate_BT, index_BK, slot_BT, count_B, stats)
 
@@ -262,7 +264,7 @@ class ReflexiveStream(nn.Module):
 
     def forward(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks=None):
         """Sum of both attentions, [B, T, H, E]. `rotated` holds the normalised q and k with RoPE."""
-        out_BTHE = self._linear(h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache)
+        out_BTHE = self._linear(h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend)
         if not self.config.sliding_window:
             return out_BTHE
         q_BTHE, k_BTGE = rotated
@@ -278,7 +280,7 @@ class ReflexiveStream(nn.Module):
             local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, q_BTHE, *sinks)
         return out_BTHE + local_BTHE
 
-    def _linear(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache):
+    def _linear(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend):
         state = None if layer_cache is None else layer_cache.linear_state
         if self.config.linear_attention == "gated":
             decay_BTH, gate_BTH = self.head_proj(h_BTD).float().chunk(2, -1)
@@ -289,7 +291,7 @@ class ReflexiveStream(nn.Module):
             v_BTGE = F.pad(v_BTGE, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
             log_decay_BTH = torch.zeros_like(q_BTHE[..., 0], dtype=torch.float32)
         out_BTHE, state = linear_attention(
-            q_BTHE, k_BTGE, v_BTGE, log_decay_BTH, stream.start_BT, stream.length_B, state
+            q_BTHE, k_BTGE, v_BTGE, log_decay_BTH, stream.start_BT, stream.length_B, state, backend
         )
         if layer_cache is not None:
             layer_cache.linear_state = state
@@ -305,25 +307,20 @@ class ContextualStream(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, rotated, v_BTGE, route, stream, layer_cache, backend, sinks=None):
-        """Attention output of every routed token at its place, zeros elsewhere, [B, T, H, E]."""
+    def forward(self, reflexive_BTHE, rotated, v_BTGE, route, stream, layer_cache, backend, sinks=None):
+        """`reflexive_BTHE` plus gate * attention output at every routed token; it may be overwritten."""
         index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
-        q_BKHE, k_BKGE, v_BKGE = (take_rows(x, index_BK, slot_BT) for x in (*rotated, v_BTGE))
-        cached_B = first_BK = None
+        (q_BTHE, k_BTGE), cached_B, first_BK = rotated, None, None
+        kv = (k_BTGE, v_BTGE)
         if stream.start_BT is not None:
             first_BT = self._first_slot(route, stream, layer_cache)
             first_BK = first_BT.gather(1, index_BK.clamp(min=0))
         if layer_cache is not None:
-            cached_B = layer_cache.count if layer_cache.columns else None
+            cached_B = layer_cache.count
             position_BK = stream.position_BT.expand_as(slot_BT).gather(1, index_BK.clamp(min=0))
-            keys, values = layer_cache.update(k_BKGE, v_BKGE, position_BK, count_B)
+            kv = layer_cache.update(*(take_rows(x, index_BK, slot_BT, backend) for x in kv), position_BK, count_B)
             layer_cache.document_slot = first_BT[:, -1].to(torch.int32)
-            if cached_B is not None:
-                k_BKGE, v_BKGE = keys, values
-        out_BKHE, lse_BKH = sqsk_attention(q_BKHE, k_BKGE, v_BKGE, first_BK, cached_B, count_B, backend)
-        if sinks is not None:
-            out_BKHE = add_sinks_ref(out_BKHE, lse_BKH, q_BKHE, *sinks)
-        return take_rows(out_BKHE, slot_BT, index_BK)
+        return sqsk_merge(reflexive_BTHE, q_BTHE, kv, route, first_BK, cached_B, sinks, backend)
 
     def _first_slot(self, route, stream, layer_cache):
         """First slot of each token's document, counted with the cached slots, [B, T]."""
@@ -410,7 +407,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         return output, aux_loss, past_key_values
 
     def _run(self, x_BTD, stream, past_key_values, router_bias):
-        backend = pick_backend(self.config.backend, x_BTD.device)
+        backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
         h_BTD = self.input_layernorm(x_BTD)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         q_BTHE, k_BTGE, v_BTGE = self.projection(h_BTD, stream, layer_cache)
@@ -421,24 +418,21 @@ class HSPMNBlock(GradientCheckpointingLayer):
         )
         rotated = tuple(x.to(v_BTGE.dtype) for x in rotated)
         sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
-        merged_BTHE = self.reflexive(
-            h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks
-        )
+        merged_BTHE = self.reflexive(h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks)
         route = None
         if self.router is not None:
-            route = self.router(h_BTD, stream.length_B, router_bias)
-            contextual_BTHE = self.contextual(rotated, v_BTGE, route, stream, layer_cache, backend, sinks)
-            merged_BTHE = merged_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
+            route = self.router(h_BTD, stream.length_B, router_bias, backend)
+            merged_BTHE = self.contextual(merged_BTHE, rotated, v_BTGE, route, stream, layer_cache, backend, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
-        return self._feed_forward(x_BTD, route), route
+        return self._feed_forward(x_BTD, route, backend), route
 
-    def _feed_forward(self, x_BTD, route):
+    def _feed_forward(self, x_BTD, route, backend):
         h_BTD = self.post_attention_layernorm(x_BTD)
         x_BTD = x_BTD + self.mlp(h_BTD)
         if self.routed_mlp is None:
             return x_BTD
-        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT))
-        routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK)
+        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT, backend))
+        routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK, backend)
         return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype)
 
 
@@ -767,7 +761,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         if self.config.router_mode == "topk":
             raise ValueError(
                 "generate() needs router_mode='threshold': 'topk' ranks a token against later ones, which do not "
-                "exist yet while decoding. Set model.config.router_mode = 'threshold' and fine-tune so that the bias settles"
+                "exist yet while decoding. Set model.config.router_mode = 'threshold' and fine-tune, so that the "
+                "bias settles"
             )
         return super().generate(*args, **kwargs)
 

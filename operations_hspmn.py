@@ -1,35 +1,61 @@
-"""Which implementation runs an operation: the reference on CPU, FlexAttention for gradients on CUDA, kernels if asked.
+"""Which implementation runs an operation: the reference on CPU, FlexAttention for gradients on CUDA, kernels without.
 
-The one place of that choice. Shapes and meaning of every operation are those of `reference_hspmn`.
+The one place of that choice. Shapes and meaning of every operation are those of `reference_hspmn`; `backend` is what
+`pick_backend` returned.
 """
 
+import functools
 import math
-from functools import lru_cache
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.utils.import_utils import is_triton_available
 
 from .reference_hspmn import (
+    add_sinks_ref,
+    compact_ref,
     linear_attention_ref,
     local_attention_ref,
+    route_ref,
     sqsk_attention_ref,
     take_rows_ref,
 )
 
+HAS_TRITON = is_triton_available()
+if HAS_TRITON:
+    from .kernels_common_hspmn import HEAD_WIDTHS, interpreted
+    from .kernels_hspmn import compact as compact_kernel
+    from .kernels_hspmn import linear_attention as linear_attention_kernel
+    from .kernels_hspmn import linear_attention_step as linear_attention_step_kernel
+    from .kernels_hspmn import local_attention as local_attention_kernel
+    from .kernels_hspmn import route as route_kernel
+    from .kernels_hspmn import sqsk_attention as sqsk_attention_kernel
+    from .kernels_hspmn import sqsk_merge as sqsk_merge_kernel
+    from .kernels_hspmn import take_rows as take_rows_kernel
+
 FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
 
 
-def pick_backend(requested, device):
-    """The attention backend for tensors on `device`: "reference" or "flex".
+def pick_backend(requested, device, head_dim):
+    """What runs the operations on `device` now: "reference", "flex" (with gradients) or "triton" (without).
 
+    "auto" takes the reference on CPU; on CUDA the kernels where no gradient is recorded, else FlexAttention.
     Raises ValueError if the requested one cannot run there; a forced choice is never replaced silently.
     """
-    if requested == "triton":
-        raise ValueError("backend='triton' is not available in this version; set backend='auto'")
+    if requested == "auto":
+        if device.type != "cuda":
+            return "reference"
+        usable = HAS_TRITON and head_dim in HEAD_WIDTHS and not torch.is_grad_enabled()
+        return "triton" if usable else "flex"
     if requested == "flex" and device.type != "cuda":
         raise ValueError(f"backend='flex' needs a CUDA device, got {device.type}; set backend='auto' or 'reference'")
-    if requested == "auto":
-        return "flex" if device.type == "cuda" else "reference"
+    if requested == "triton":
+        if not HAS_TRITON:
+            raise ValueError("backend='triton' needs the triton package; install it or set backend='auto'")
+        if device.type != "cuda" and not interpreted():
+            raise ValueError(f"backend='triton' needs a CUDA device, got {device.type}; set backend='auto'")
+        if torch.is_grad_enabled():
+            raise ValueError("backend='triton' computes no gradients; use torch.no_grad(), or backend='auto' to train")
     return requested
 
 
@@ -47,12 +73,26 @@ class _TakeRows(torch.autograd.Function):
         return take_rows_ref(grad, inverse), None, None
 
 
-def take_rows(x_BTX, index_BK, inverse_BT):
+def take_rows(x_BTX, index_BK, inverse_BT, backend="reference"):
     """Rows of `x` named by `index` (-1: zeros); `inverse`, the opposite map, spares backward an atomic scatter."""
+    if backend == "triton":
+        return take_rows_kernel(x_BTX, index_BK)
     return _TakeRows.apply(x_BTX, index_BK, inverse_BT)
 
 
-@lru_cache(maxsize=1)
+def route(h_BTD, weight_D, bias, noise_floor, backend):
+    """See `route_ref`. Compiled code fuses the reference into what computes `h`; the kernel serves eager calls."""
+    if backend == "triton" and not torch.compiler.is_compiling():
+        return route_kernel(h_BTD, weight_D, bias, noise_floor)
+    return route_ref(h_BTD, weight_D, bias, noise_floor)
+
+
+def compact(mask_BT, capacity, backend):
+    """See `compact_ref`."""
+    return compact_kernel(mask_BT, capacity) if backend == "triton" else compact_ref(mask_BT, capacity)
+
+
+@functools.cache
 def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
@@ -124,22 +164,49 @@ def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
     return _flex(q_BKHE, k_BKGE, v_BKGE, mask)
 
 
-def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
-    """See `linear_attention_ref`."""
-    return linear_attention_ref(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
+def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, backend):
+    """See `linear_attention_ref`; the kernel of a single token advances a given state in place."""
+    inputs = (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
+    if backend != "triton":
+        return linear_attention_ref(*inputs)
+    if q_BTHE.shape[1] == 1 and state_BHEF is not None:
+        return linear_attention_step_kernel(*inputs), state_BHEF
+    return linear_attention_kernel(*inputs)
 
 
 def local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend):
     """See `local_attention_ref`; `history` is None or the keys and values of the window before this call."""
     if history is None and backend == "flex":
         return _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window)
-    history_k, history_v = history or (None, None)
-    return local_attention_ref(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k, history_v)
+    attend = functools.partial(local_attention_kernel, with_lse=True) if backend == "triton" else local_attention_ref
+    return attend(q_BTHE, k_BTGE, v_BTGE, start_BT, window, *(history or (None, None)))
 
 
 def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, backend):
     """See `sqsk_attention_ref`; `cached_B` None means that no slot precedes this call."""
+    if backend == "triton":
+        return sqsk_attention_kernel(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, with_lse=True)
     if cached_B is None and backend == "flex":
         return _sqsk_flex(q_BKHE, k_BPGE, v_BPGE, first_BK, count_B)
     cached_B = torch.zeros_like(count_B) if cached_B is None else cached_B
     return sqsk_attention_ref(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B)
+
+
+def sqsk_merge(reflexive_BTHE, q_BTHE, kv, route, first_BK, cached_B, sinks, backend):
+    """`reflexive` + gate * SQSK attention at the routed tokens; the kernel adds in place.
+
+    kv: keys and values in token order if `cached_B` is None, else the sparse store whose first `cached_B` slots
+    precede this call's. route: the `Route` of the layer. sinks: learned keys and values, or None.
+    """
+    index_BK, slot_BT, gate_BT, count_B = route.index_BK, route.slot_BT, route.gate_BT, route.count_B
+    if backend == "triton" and sinks is None:
+        sqsk_merge_kernel(reflexive_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, cached_B, count_B)
+        return reflexive_BTHE
+    q_BKHE = take_rows(q_BTHE, index_BK, slot_BT, backend)
+    if cached_B is None:
+        kv = [take_rows(x, index_BK, slot_BT, backend) for x in kv]
+    out_BKHE, lse_BKH = sqsk_attention(q_BKHE, *kv, first_BK, cached_B, count_B, backend)
+    if sinks is not None:
+        out_BKHE = add_sinks_ref(out_BKHE, lse_BKH, q_BKHE, *sinks)
+    contextual_BTHE = take_rows(out_BKHE, slot_BT, index_BK, backend)
+    return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
