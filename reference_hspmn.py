@@ -164,7 +164,8 @@ def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, stat
         reached = (reached & (resets[:, :, None] == resets[:, None, :]))[:, None]
     carry = (total[..., :, None] - total[..., None, :]).masked_fill(~reached, float("-inf")).exp()
     sources = torch.cat([state_BHEF[:, None], wide(updates).reshape(B, N, H, E, V)], 1)
-    states = torch.einsum("bhnm,bmhx->bnhx", carry, sources.flatten(3)).reshape(B, N + 1, G, R, E, V)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the states to bfloat16
+        states = torch.einsum("bhnm,bmhx->bnhx", carry, sources.flatten(3)).reshape(B, N + 1, G, R, E, V)
 
     from_begin = decay.exp()
     if start_BT is not None:

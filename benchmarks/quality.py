@@ -213,6 +213,8 @@ class TrainingLog:
         result = {
             "train_tok_s": statistics.median(self.speeds), "final_tok_s": statistics.median(tail), "curve": self.curve
         }  # fmt: skip
+        last = self.curve[-max(1, len(self.curve) // 10) :]
+        result["train_loss"] = statistics.fmean(loss for _, loss in last)
         if self.router:
             last = torch.stack(self.router[-max(1, len(self.router) // 10) :]).mean(0)
             result |= {"train_load": last[0].tolist(), "overflow": last[1].tolist()}
@@ -301,7 +303,7 @@ def summary_rows(runs):
     rows = []
     for case in dict.fromkeys(run["case"] for run in runs):
         mine = [run for run in runs if run["case"] == case]
-        means = ("val", "recall", "other", "params", "kv_bytes_per_token", "train_tok_s", "final_tok_s")
+        means = ("val", "recall", "other", "train_loss", "params", "kv_bytes_per_token", "train_tok_s", "final_tok_s")
         rows += [evaluate.row(case, metric, statistics.fmean(run[metric] for run in mine)) for metric in means]
         rows.append(evaluate.row(case, "seeds", len(mine)))
         if "peak_gb" in mine[0]:

@@ -173,3 +173,16 @@ def test_a_captured_forward_replays_for_other_tokens(pair):
         graph.replay()
         assert torch.equal(outputs.logits, want.logits)
         assert torch.equal(outputs.router_mask, want.router_mask)
+
+
+@needs_gpu
+def test_low_precision_on_kernels_is_as_good_as_on_the_reference(pair):
+    kernels, reference = pair(hidden_size=64, sparsity_k=0.4)
+    ids = tokens(3, 700)
+    want = reference(ids, use_cache=False).logits
+    errors = []
+    for model in (kernels, reference):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = model(ids, use_cache=False).logits
+        errors.append(((got - want).norm() / want.norm()).item())
+    assert errors[0] <= 1.5 * errors[1], errors
