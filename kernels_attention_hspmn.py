@@ -1,8 +1,9 @@
 """The two softmax attentions on the GPU: the local window and SQSK, which gathers routed tokens and merges its result.
 
-Meaning and shapes: `local_attention_ref`, `sqsk_attention_ref` and `merge_ref` in `reference_hspmn`; legend in
-`kernels_common_hspmn`. The R query heads that share a key head are rows of one tile, so keys and values are read once
-for all of them and a tile spans few slots, which keeps the wasted part of the diagonal small.
+Meaning and shapes: `local_attention_ref`, `reflexive_merge_ref`, `sqsk_attention_ref` and `merge_ref` in
+`reference_hspmn`; legend in `kernels_common_hspmn`. The R query heads that share a key head are rows of one tile, so
+keys and values are read once for all of them and a tile spans few slots, which keeps the wasted part of the diagonal
+small.
 """
 
 import torch
@@ -47,12 +48,15 @@ def finish(acc, peak, total):
 
 @triton.jit(do_not_specialize=["T"])
 def local_attention_kernel(
-    q, k, v, k_map, v_map, start, history_k, history_v, out, lse, T,
+    q, k, v, k_map, v_map, start, history_k, history_v, linear, head_gate, norm, out, lse, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, WITH_LSE: tl.constexpr,
+    GATE_STEP: tl.constexpr, EPS: tl.constexpr, R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, MERGE: tl.constexpr, WITH_LSE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of the heads of one key head; row m of the tile is query m // R_ROWS, head m % R_ROWS."""
+    """BLOCK_Q queries of the heads of one key head; row m of the tile is query m // R_ROWS, head m % R_ROWS.
+
+    MERGE: out = attention + RMSNorm(linear) * sigmoid(head_gate); GATE_STEP: from one token's gates to the next.
+    """
     R: tl.constexpr = H // G
     BEHIND: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     tiles = tl.cdiv(T, BLOCK_Q)
@@ -105,6 +109,14 @@ def local_attention_kernel(
         scores = tl.where(visible, scores, float("-inf"))
         acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
     tile, row_lse = finish(acc, peak, total)
+    if MERGE:
+        linear_tile = tl.load(linear + row * E + q_at, mask=real[:, None], other=0.0).to(tl.float32)
+        gate_at = (b * T + t_begin) * GATE_STEP + g * R
+        gate = tl.load(head_gate + gate_at + (m // R_ROWS * GATE_STEP + m % R_ROWS), mask=real, other=0.0)
+        scale = tl.rsqrt(tl.sum(linear_tile * linear_tile, 1) / E + EPS) / (1.0 + tl.exp(-gate.to(tl.float32)))
+        # Rounded first, as the reference does: moving the rows to the threads that store them takes half the registers
+        tile = tile.to(out.dtype.element_ty).to(tl.float32)
+        tile += linear_tile * scale[:, None] * tl.load(norm + e).to(tl.float32)[None, :]
     tl.store(out + row * E + q_at, tile.to(out.dtype.element_ty), mask=real[:, None])
     if WITH_LSE:
         tl.store(lse + row + row_at, row_lse, mask=real)
@@ -242,16 +254,23 @@ def combine_splits_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "K"])
-def take_rows_kernel(x, index, out, T, K, X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr):
-    """out[b, k] = x[b, index[b, k]] for rows of X elements; index -1 gives zeros."""
+def take_rows_kernel(
+    x, index, count, out, T, K, X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, HAS_COUNT: tl.constexpr
+):  # fmt: skip
+    """out[b, k] = x[b, index[b, k]] for rows of X elements; index -1 gives zeros, slots past the count stay as is."""
     b = tl.program_id(1).to(tl.int64)
+    stop = K
+    if HAS_COUNT:
+        stop = tl.minimum(tl.load(count + b).to(tl.int32), K)
+        if tl.program_id(0) * BLOCK_K >= stop:
+            return
     slot = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    token = tl.load(index + b * K + slot, mask=slot < K, other=-1).to(tl.int64)
+    token = tl.load(index + b * K + slot, mask=slot < stop, other=-1).to(tl.int64)
     for begin in range(0, X, BLOCK_X):
         c = begin + tl.arange(0, BLOCK_X)
         in_x = (c < X)[None, :]
         rows = tl.load(x + (b * T + token)[:, None] * X + c[None, :], mask=(token >= 0)[:, None] & in_x, other=0.0)
-        tl.store(out + (b * K + slot)[:, None] * X + c[None, :], rows, mask=(slot < K)[:, None] & in_x)
+        tl.store(out + (b * K + slot)[:, None] * X + c[None, :], rows, mask=(slot < stop)[:, None] & in_x)
 
 
 def _row_block(R_ROWS, rows):
@@ -259,15 +278,19 @@ def _row_block(R_ROWS, rows):
     return max(1, rows // R_ROWS)
 
 
-def local_attention_config(element_size, r_rows):
+def local_attention_config(element_size, r_rows, merge, compute_capability):
     """Block sizes and launch options of `local_attention_kernel`.
 
     H200, B=64, T=4096, 16/4 heads, E=128, window 128, bf16: 64 rows and 32 keys 1.32 ms (1.41 without
     descriptors), 128 rows and 32 keys 1.42, 128 rows and 64 keys 1.58. Float32: the largest tile that does not spill.
+    `merge` (`reflexive_merge`) is not yet measured. It reads one more tile after the keys, for which the compiler
+    takes 152 registers in bf16 on sm_90: three programs per processor instead of four. Held to 128 it spills 32 bytes
+    (up to 96 on sm_100).
     """
     if element_size == 4:
         return {"BLOCK_Q": _row_block(r_rows, 32), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_Q": _row_block(r_rows, 64), "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    registers = {"maxnreg": 128} if merge and compute_capability in (90, 100) else {}
+    return {"BLOCK_Q": _row_block(r_rows, 64), "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, **registers}
 
 
 def sqsk_attention_config(element_size, r_rows, K, compute_capability):
@@ -288,17 +311,22 @@ def sqsk_attention_config(element_size, r_rows, K, compute_capability):
     return {"BLOCK_Q": _row_block(r_rows, 128), "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
 
 
-@operation("take_rows")
-def _take_rows(x_BTX: torch.Tensor, index_BK: torch.Tensor) -> torch.Tensor:
+def _launch_take_rows(x_BTX, index_BK, count_B):
+    """Rows named by `index_BK`; with `count_B`, slots past it are left as they were allocated."""
     (B, T), K, x = x_BTX.shape[:2], index_BK.shape[1], x_BTX.contiguous()
     out = x.new_empty(B, K, *x.shape[2:])
-    X = x[0, 0].numel()
     if out.numel():
+        X = x[0, 0].numel()
         take_rows_kernel[(triton.cdiv(K, 8), B)](
-            x, index_BK.contiguous(), out, T, K,
-            X=X, BLOCK_K=8, BLOCK_X=min(512, triton.next_power_of_2(X)), num_warps=4,
+            x, index_BK.contiguous(), count_B, out, T, K,
+            X=X, BLOCK_K=8, BLOCK_X=min(512, triton.next_power_of_2(X)), HAS_COUNT=count_B is not None, num_warps=4,
         )  # fmt: skip
     return out
+
+
+@operation("take_rows")
+def _take_rows(x_BTX: torch.Tensor, index_BK: torch.Tensor) -> torch.Tensor:
+    return _launch_take_rows(x_BTX, index_BK, None)
 
 
 @_take_rows.register_fake
@@ -309,6 +337,33 @@ def _(x_BTX, index_BK):
 def take_rows(x_BTX, index_BK):
     """`take_rows_ref`: rows of `x_BTX` [B, T, ...] named by `index_BK` as [B, K, ...]; index -1 gives zeros."""
     return _take_rows(x_BTX, index_BK)
+
+
+def _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, merged, eps, with_lse):
+    """Launch of the local attention; `merged`: linear_BTHE, head_gate_BTH and norm_E to merge, or three None."""
+    (B, T, H, E), G = q_BTHE.shape, k_BTGE.shape[2]
+    q, k, v = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGE))
+    out_BTHE = torch.empty_like(q)
+    lse_BTH = q.new_empty((B, T, H) if with_lse else 0, dtype=torch.float32)
+    r_rows = triton.next_power_of_2(H // G)
+    config = local_attention_config(q.element_size(), r_rows, merged[0] is not None, capability(q.device))
+    # Without a start every token sees only this call, so a history changes nothing
+    has_history = history[0] is not None and start_BT is not None
+    history = [x.to(q.dtype).contiguous() if has_history else None for x in history]
+    maps = [_descriptor(x, config["BLOCK_N"]) for x in (k, v)]
+    linear, head_gate, norm = merged
+    if linear is not None:
+        linear, norm = linear.contiguous(), norm.contiguous()
+        # Half of the columns of one projection, as the model has them, need no copy
+        if head_gate.stride(2) != 1 or (B > 1 and head_gate.stride(0) != T * head_gate.stride(1)):
+            head_gate = head_gate.contiguous()
+    local_attention_kernel[(triton.cdiv(T, config["BLOCK_Q"]) * G * B,)](
+        q, k, v, *maps, rows_of(start_BT, B), *history, linear, head_gate, norm, out_BTHE, lse_BTH, T,
+        H=H, G=G, E=E, WINDOW=window, SCALE=E**-0.5 * LOG2E.value, R_ROWS=r_rows,
+        GATE_STEP=0 if linear is None else head_gate.stride(1), EPS=eps, MERGE=linear is not None,
+        HAS_START=start_BT is not None, HAS_HISTORY=has_history, WITH_LSE=with_lse, **config,
+    )  # fmt: skip
+    return out_BTHE, lse_BTH
 
 
 @operation("local_attention")
@@ -322,28 +377,22 @@ def _local_attention(
     history_v_BWGE: torch.Tensor | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (B, T, H, E), G = q_BTHE.shape, k_BTGE.shape[2]
-    q, k, v = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGE))
-    out_BTHE = torch.empty_like(q)
-    lse_BTH = q.new_empty((B, T, H) if with_lse else 0, dtype=torch.float32)
-    r_rows = triton.next_power_of_2(H // G)
-    config = local_attention_config(q.element_size(), r_rows)
-    # Without a start every token sees only this call, so a history changes nothing
-    has_history = history_k_BWGE is not None and start_BT is not None
-    history = [x.to(q.dtype).contiguous() if has_history else None for x in (history_k_BWGE, history_v_BWGE)]
-    maps = [_descriptor(x, config["BLOCK_N"]) for x in (k, v)]
-    local_attention_kernel[(triton.cdiv(T, config["BLOCK_Q"]) * G * B,)](
-        q, k, v, *maps, rows_of(start_BT, B), *history, out_BTHE, lse_BTH, T,
-        H=H, G=G, E=E, WINDOW=window, SCALE=E**-0.5 * LOG2E.value, R_ROWS=r_rows,
-        HAS_START=start_BT is not None, HAS_HISTORY=has_history, WITH_LSE=with_lse, **config,
-    )  # fmt: skip
-    return out_BTHE, lse_BTH
+    history = history_k_BWGE, history_v_BWGE
+    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, (None,) * 3, None, with_lse)
 
 
 @_local_attention.register_fake
 def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE, history_v_BWGE, with_lse):
     q = q_BTHE.contiguous()
     return torch.empty_like(q), q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.float32)
+
+
+def _check_local(q_BTHE, k_BTGE, v_BTGE, window, history_k_BWGE):
+    check_heads(q_BTHE, k_BTGE, v_BTGE)
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if history_k_BWGE is not None and history_k_BWGE.shape[1] != window:
+        raise ValueError(f"history must hold the window ({window} tokens), got {history_k_BWGE.shape[1]}")
 
 
 def local_attention(
@@ -355,13 +404,54 @@ def local_attention(
     `window` tokens before this call. Time and memory are O(T * window).
     Raises ValueError on shapes or dtypes the kernel does not take, or window below 1.
     """
-    check_heads(q_BTHE, k_BTGE, v_BTGE)
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if history_k_BWGE is not None and history_k_BWGE.shape[1] != window:
-        raise ValueError(f"history must hold the window ({window} tokens), got {history_k_BWGE.shape[1]}")
+    _check_local(q_BTHE, k_BTGE, v_BTGE, window, history_k_BWGE)
     out, lse = _local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE, history_v_BWGE, with_lse)
     return (out, lse) if with_lse else out
+
+
+@operation("reflexive_merge")
+def _reflexive_merge(
+    q_BTHE: torch.Tensor,
+    k_BTGE: torch.Tensor,
+    v_BTGE: torch.Tensor,
+    start_BT: torch.Tensor | None,
+    window: int,
+    linear_BTHE: torch.Tensor,
+    head_gate_BTH: torch.Tensor,
+    norm_E: torch.Tensor,
+    eps: float,
+    history_k_BWGE: torch.Tensor | None,
+    history_v_BWGE: torch.Tensor | None,
+) -> torch.Tensor:
+    history, merged = (history_k_BWGE, history_v_BWGE), (linear_BTHE, head_gate_BTH, norm_E)
+    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, merged, eps, False)[0]
+
+
+@_reflexive_merge.register_fake
+def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps, history_k, history_v):
+    return torch.empty_like(q_BTHE.contiguous())
+
+
+def reflexive_merge(
+    q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps,
+    history_k_BWGE=None, history_v_BWGE=None,
+):  # fmt: skip
+    """`reflexive_merge_ref`: `local_attention` that adds RMSNorm(linear) * sigmoid(head_gate) before its one write.
+
+    q, k, v, start_BT, window, history_*: as in `local_attention`. linear_BTHE: any float dtype. head_gate_BTH: any
+    float dtype, before the sigmoid; a slice of the last dimension is read in place. norm_E: any float dtype.
+    Returns the reflexive stream [B, T, H, E] in q's dtype; all but the products of the attention is float32.
+    Raises ValueError on shapes or dtypes the kernel does not take, or window below 1.
+    """
+    _check_local(q_BTHE, k_BTGE, v_BTGE, window, history_k_BWGE)
+    wanted = {"linear": q_BTHE.shape, "head_gate": q_BTHE.shape[:3], "norm": q_BTHE.shape[3:]}
+    for (name, shape), x in zip(wanted.items(), (linear_BTHE, head_gate_BTH, norm_E), strict=True):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, to fit q, got {tuple(x.shape)}")
+    return _reflexive_merge(
+        q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps,
+        history_k_BWGE, history_v_BWGE,
+    )  # fmt: skip
 
 
 def _splits(programs, P, few_queries, device):
@@ -470,8 +560,9 @@ def _sqsk_merge(
         return
     q, gate, index = (x.contiguous() for x in (q_BTHE, gate_BT, index_BK))
     if cached_B is None:
-        # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200)
-        k, v = (_take_rows(x, index) for x in (k_BPGE, v_BPGE))
+        # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
+        # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
+        k, v = (_launch_take_rows(x, index, count_B) for x in (k_BPGE, v_BPGE))
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
     _launch_sqsk(q, k, v, index, rows_of(first_BK, B), cached_B, count_B, gate, reflexive_BTHE, None, K)
@@ -495,4 +586,4 @@ def sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_
     _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BK, cached_B, count_B)
 
 
-__all__ = ["local_attention", "sqsk_attention", "sqsk_merge", "take_rows"]
+__all__ = ["local_attention", "reflexive_merge", "sqsk_attention", "sqsk_merge", "take_rows"]

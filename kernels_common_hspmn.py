@@ -89,7 +89,9 @@ def rows_of(x, B):
 
 
 __all__ = [
+    "DTYPES",
     "FLOOR",
+    "HEAD_WIDTHS",
     "LN2",
     "LOG2E",
     "capability",

@@ -271,3 +271,68 @@ def merge_ref(reflexive_BTHE, contextual_BKHE, gate_BT, slot_BT):
     """reflexive + gate * scatter(contextual): each routed token receives its slot of the contextual stream."""
     contextual_BTHE = take_rows_ref(contextual_BKHE, slot_BT)
     return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
+
+
+def split_heads_ref(
+    x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *, kv_heads, eps, mode="gated"
+):
+    """From the shared projection to what both streams read: convolution, heads, feature map, norms and RoPE.
+
+    x_BTC: C = (H + 2 * kv_heads) * E channels, queries first, then keys, then values. weight_CL: L taps of
+    `causal_conv_ref`; one tap means no convolution and is not read. history_BLC: the L - 1 tokens before this call,
+    or None for zeros. start_BT: or None. cos_BTE, sin_BTE: first dimension 1 or B. q_norm_E, k_norm_E: weights of the
+    RMSNorm per head, with `eps` inside its root.
+    mode: what the linear attention reads of q and k, "gated": SiLU divided by its length (at least 1e-12), "elu":
+    elu(x) + 1.
+
+    Returns q_linear [B, T, H, E], k_linear [B, T, G, E], q_rotated [B, T, H, E], k_rotated and v [B, T, G, E], in x's
+    dtype, each rounded once.
+    """
+    E, lags, y_BTC = q_norm_E.shape[0], weight_CL.shape[1] - 1, wide(x_BTC)
+    if lags:
+        shape = (x_BTC.shape[0], lags, x_BTC.shape[2])
+        history_BLC = x_BTC.new_zeros(shape) if history_BLC is None else history_BLC.to(x_BTC.dtype)
+        y_BTC = causal_conv_ref(y_BTC, weight_CL.to(y_BTC.dtype), start_BT, history_BLC)
+    q_heads = x_BTC.shape[2] // E - 2 * kv_heads
+    q, k, v = y_BTC.unflatten(-1, (-1, E)).split((q_heads, kv_heads, kv_heads), 2)
+
+    def feature(x):
+        return F.normalize(F.silu(x), dim=-1) if mode == "gated" else F.elu(x) + 1
+
+    def rotated(x, weight_E):
+        x = F.rms_norm(x, (E,), weight_E.to(x.dtype), eps)
+        low, high = x.chunk(2, -1)
+        return x * cos_BTE[:, :, None].to(x.dtype) + torch.cat([-high, low], -1) * sin_BTE[:, :, None].to(x.dtype)
+
+    outputs = (feature(q), feature(k), rotated(q, q_norm_E), rotated(k, k_norm_E), v)
+    return tuple(x.to(x_BTC.dtype).contiguous() for x in outputs)
+
+
+def reflexive_merge_ref(
+    q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps,
+    history_k_BWGE=None, history_v_BWGE=None,
+):  # fmt: skip
+    """The reflexive stream: local attention + RMSNorm(linear) * sigmoid(head_gate), norm and gate per head.
+
+    linear_BTHE: output of the linear attention. head_gate_BTH: before the sigmoid. norm_E: the norm's weight, `eps`
+    inside its root. The rest is that of `local_attention_ref`. Returns [B, T, H, E] in q's dtype; norm, gate and sum
+    are float32 or wider.
+    """
+    local_BTHE, _ = local_attention_ref(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE, history_v_BWGE)
+    linear_BTHE = wide(linear_BTHE)
+    normed_BTHE = F.rms_norm(linear_BTHE, norm_E.shape, norm_E.to(linear_BTHE.dtype), eps)
+    return (local_BTHE + normed_BTHE * wide(head_gate_BTH).sigmoid()[..., None]).to(q_BTHE.dtype)
+
+
+def window_decode_ref(q_BTHE, k_BWGE, v_BWGE, slot_B, start_BT):
+    """`local_attention_ref` of a single token (T = 1) over a ring of its last W tokens, itself included.
+
+    slot_B: where the token lies; its predecessor lies one slot before, modulo W. Softmax needs no order and keys carry
+    their RoPE, so the ring is read as it lies; slots older than `start_BT` [B, 1], which is at most 0, are not seen.
+    Returns out_BTHE in q's dtype and lse_BTH in float32.
+    """
+    W = k_BWGE.shape[1]
+    age_BW = (slot_B[:, None] - torch.arange(W, device=q_BTHE.device)) % W
+    visible_BW = age_BW <= -start_BT
+    k_BWGE, v_BWGE = k_BWGE.to(q_BTHE.dtype), v_BWGE.to(q_BTHE.dtype)
+    return _masked_attention(q_BTHE, k_BWGE[:, None], v_BWGE[:, None], visible_BW[:, None, None])

@@ -6,7 +6,13 @@ the bit patterns of bfloat16); with one, on larger shapes, compiled, and from a 
 
 import pytest
 import torch
-from hspmn import kernels_attention_hspmn, kernels_hspmn, kernels_linear_hspmn, reference_hspmn
+from hspmn import (
+    kernels_attention_hspmn,
+    kernels_hspmn,
+    kernels_linear_hspmn,
+    kernels_projection_hspmn,
+    reference_hspmn,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -78,6 +84,84 @@ def lengths(B, T):
     return torch.tensor([T, 0, T // 2, max(T - 1, 0)], device=DEVICE)[:B]
 
 
+def projection(B, T, H, G, E, taps, dtype, tables):
+    """x_BTC, the convolution's weights, RoPE tables with `tables` rows and both norm weights."""
+    C = (H + 2 * G) * E
+    x, weight = torch.randn(B, T, C, device=DEVICE).to(dtype), torch.randn(C, taps, device=DEVICE).to(dtype)
+    angle = torch.rand(tables, T, E, device=DEVICE) * 6
+    norms = [torch.rand(E, device=DEVICE).to(dtype) + 0.5 for _ in range(2)]
+    return x, weight, angle.cos().to(dtype), angle.sin().to(dtype), *norms
+
+
+NAMES = ("q_linear", "k_linear", "q_rotated", "k_rotated", "v")
+SPLIT = [(1, 1, 1, 1, 16, 4), (3, 75, 6, 2, 32, 4), (2, 19, 4, 4, 16, 1), (2, 2, 4, 1, 128, 5)]
+SPLIT += [(4, 1000, 16, 4, 128, 4), (64, 1, 16, 4, 128, 4), (2, 517, 8, 1, 64, 2)] * CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "packed", "history", "continued"])
+@pytest.mark.parametrize("mode", ["gated", "elu"])
+@pytest.mark.parametrize("B, T, H, G, E, taps", SPLIT, ids=str)
+def test_split_heads(B, T, H, G, E, taps, mode, case, dtype, poison):
+    x, weight, cos, sin, *norms = projection(B, T, H, G, E, taps, dtype, tables=1 if case == "plain" else B)
+    history = start = None
+    if case in ("history", "continued"):
+        history = torch.randn(B, taps - 1, x.shape[-1], device=DEVICE).to(dtype)
+    if case == "history":  # tables and weights may be wider than x
+        cos, sin, *norms = (x.float() for x in (cos, sin, *norms))
+    if case in ("packed", "continued"):  # of the history, the last token alone is visible
+        start = documents(B, T, past=1 if case == "continued" else 0)
+    inputs, options = (x, weight, history, start, cos, sin, *norms), dict(kv_heads=G, eps=1e-6, mode=mode)
+    eager = reference_hspmn.split_heads_ref(*inputs, **options)
+    exact = reference_hspmn.split_heads_ref(*exactly(inputs), **options)
+    if case == "continued":
+        history[:, :-1] = float("nan")
+    got = kernels_hspmn.split_heads(*inputs, **options)
+    for name, kernel, low, high in zip(NAMES, got, eager, exact, strict=True):
+        assert kernel.is_contiguous(), name
+        assert_as_accurate(name, kernel, low, high)
+
+
+def test_split_heads_gives_the_same_with_one_and_with_several_heads_per_program(monkeypatch):
+    x, weight, cos, sin, *norms = projection(2, 20, 5, 1, 16, 4, torch.float32, tables=2)
+    outputs = []
+    for heads_each in (1, 4, 8):
+        config = {"BLOCK_T": 16, "HEADS": heads_each, "num_warps": 1}
+        monkeypatch.setattr(kernels_projection_hspmn, "split_heads_config", lambda *sizes, config=config: config)
+        outputs.append(kernels_hspmn.split_heads(x, weight, None, None, cos, sin, *norms, kv_heads=1, eps=1e-6))
+    for name, *results in zip(NAMES, *outputs, strict=True):
+        assert all(torch.equal(result, results[0]) for result in results), name
+
+
+def test_split_heads_token_by_token_is_one_call():
+    """Continued with the last tokens of the projection, as the cache keeps them; a document begins at token 6."""
+    B, T, G, taps = 2, 9, 2, 4
+    x, weight, cos, sin, *norms = projection(B, T, 4, G, 32, taps, torch.float32, tables=B)
+    start = torch.tensor([0] * 6 + [6] * 3, device=DEVICE).expand(B, T)
+    want = kernels_hspmn.split_heads(x, weight, None, start, cos, sin, *norms, kv_heads=G, eps=1e-6)
+    history, steps = torch.zeros_like(x[:, : taps - 1]), []
+    for t in range(T):
+        one = slice(t, t + 1)
+        tables = (cos[:, one], sin[:, one])
+        steps.append(
+            kernels_hspmn.split_heads(
+                x[:, one], weight, history, start[:, one] - t, *tables, *norms, kv_heads=G, eps=1e-6
+            )
+        )
+        history = torch.cat([history[:, 1:], x[:, one]], 1)
+    for name, whole, parts in zip(NAMES, want, zip(*steps, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: n + text)
+
+
+def test_split_heads_survives_extreme_values():
+    """A zero head keeps length zero, and SiLU of a large negative value is zero: nothing is NaN."""
+    x, weight, cos, sin, *norms = projection(1, 6, 2, 1, 16, 4, torch.float32, tables=1)
+    x[:, :3], x[:, 3:] = 0.0, -1e4
+    outputs = kernels_hspmn.split_heads(x, weight.abs(), None, None, cos, sin, *norms, kv_heads=1, eps=1e-6)
+    assert all(out.isfinite().all() for out in outputs)
+    assert not outputs[0][:, :3].any() and not outputs[0][:, 3:].any()
+
+
 LINEAR = [(1, 1, 1, 1, 16, 16), (3, 67, 4, 2, 16, 32), (2, 130, 6, 2, 32, 17)]
 LINEAR += [(4, 1000, 8, 2, 128, 128), (2, 517, 4, 4, 64, 129), (1, 5000, 16, 4, 128, 128)] * CUDA
 
@@ -145,6 +229,24 @@ def test_local_attention(B, T, H, G, E, window, case, dtype, descriptors, poison
     assert torch.equal(out, kernels_hspmn.local_attention(*inputs))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "packed", "history"])
+@pytest.mark.parametrize("B, T, H, G, E, window", LOCAL, ids=str)
+def test_reflexive_merge(B, T, H, G, E, window, case, dtype, descriptors, poison):
+    q, k, v = heads(B, T, H, G, E, E, dtype)
+    start = None if case == "plain" else documents(B, T, past=0 if case == "packed" else window // 2 + 1)
+    history = [None, None]
+    if case == "history":
+        history = [torch.randn(B, window, G, E, device=DEVICE).to(dtype) for _ in range(2)]
+    linear, norm = torch.randn(B, T, H, E, device=DEVICE).to(dtype), torch.rand(E, device=DEVICE).to(dtype) + 0.5
+    _, gate = torch.randn(B, T, 2 * H, device=DEVICE).chunk(2, -1)  # strided, as the model's projection gives it
+    gate = gate if case == "packed" else gate.contiguous()
+    inputs = (q, k, v, start, window, linear, gate, norm, 1e-6, *history)
+    eager = reference_hspmn.reflexive_merge_ref(*inputs)
+    exact = reference_hspmn.reflexive_merge_ref(*exactly(inputs))
+    assert_as_accurate("merged", kernels_hspmn.reflexive_merge(*inputs), eager, exact)
+
+
 SQSK = [(1, 1, 0, 1, 1, 16), (4, 40, 0, 6, 2, 16), (4, 40, 51, 4, 1, 16), (3, 70, 20, 4, 2, 32)]
 SQSK += [(4, 820, 0, 16, 4, 128), (4, 300, 1000, 16, 4, 64), (2, 2500, 130, 4, 4, 128)] * CUDA
 
@@ -191,8 +293,8 @@ def routed(B, T, capacity, share):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("past", [0, 30])
-@pytest.mark.parametrize("B, T, capacity, share", [(2, 1, 1, 1.0), (3, 90, 50, 0.4), (3, 90, 20, 0.4)], ids=str)
-def test_sqsk_merge(B, T, capacity, share, past, dtype, poison):
+@pytest.mark.parametrize("B, T, capacity, share", [(2, 1, 1, 1.0), (3, 90, 90, 0.6), (3, 90, 20, 0.4)], ids=str)
+def test_sqsk_merge(B, T, capacity, share, past, dtype, descriptors, poison):
     H, G, E = 6, 2, 16
     q, k, v = heads(B, T, H, G, E, E, dtype)
     reflexive, gate = torch.randn(B, T, H, E, device=DEVICE).to(dtype), torch.rand(B, T, device=DEVICE)
@@ -269,7 +371,12 @@ def test_compact(B, T, capacity, share, poison):
 def test_take_rows(poison):
     x = torch.randn(2, 20, 3, 7, device=DEVICE)
     index = torch.tensor([[4, 4, -1, 19, 0, 1, 2, 3, -1], [-1] * 9], device=DEVICE)
-    assert torch.equal(kernels_hspmn.take_rows(x, index), reference_hspmn.take_rows_ref(x, index))
+    want = reference_hspmn.take_rows_ref(x, index)
+    assert torch.equal(kernels_hspmn.take_rows(x, index), want)
+    count = torch.tensor([4, 0], dtype=torch.int32, device=DEVICE)
+    used = torch.arange(9, device=DEVICE) < count[:, None]
+    got = kernels_attention_hspmn._launch_take_rows(x, index, count)
+    assert torch.equal(got[used], want[used]) and got[~used].isnan().all()  # the poison: nothing was written there
 
 
 def test_errors_name_what_is_wrong():
@@ -284,6 +391,8 @@ def test_errors_name_what_is_wrong():
         kernels_hspmn.local_attention(q, k, v, None, 0)
     with pytest.raises(ValueError, match="dtype"):
         kernels_hspmn.local_attention(q.half(), k, v, None, 4)
+    with pytest.raises(ValueError, match="head_gate"):
+        kernels_hspmn.reflexive_merge(q, k, v, None, 4, q, decay, decay, 1e-6)
     with pytest.raises(ValueError, match="one token"):
         kernels_hspmn.linear_attention_step(q, k, v, decay, None, None, state)
     with pytest.raises(ValueError, match="contiguous float32"):
@@ -294,33 +403,58 @@ def test_errors_name_what_is_wrong():
         kernels_hspmn.route(q[0], torch.zeros(3, device=DEVICE), torch.zeros(1, device=DEVICE), 0.1)
 
 
-def reflexive_and_contextual(h, weight, bias, q, k, v, log_decay, gate_scale, capacity):
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(kv_heads=3), "multiple of kv_heads"),
+        (dict(mode="relu"), "mode must be one of"),
+        (dict(x_BTC=torch.zeros(2, 5, 128, dtype=torch.float64)), "float64"),
+        (dict(weight_CL=torch.zeros(64, 4)), "weight must be"),
+        (dict(history_BLC=torch.zeros(2, 4, 128)), "history must hold the 3 tokens"),
+        (dict(sin_BTE=torch.zeros(3, 5, 16)), "sin must be"),
+        (dict(k_norm_E=torch.zeros(32)), "norm weights must be"),
+        (dict(q_norm_E=torch.zeros(8), k_norm_E=torch.zeros(8)), "head width"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_split_heads_errors_name_what_is_wrong(change, match):
+    x, weight, cos, sin, *norms = projection(2, 5, 4, 2, 16, 4, torch.float32, tables=1)
+    inputs = dict(x_BTC=x, weight_CL=weight, history_BLC=None, start_BT=None, cos_BTE=cos, sin_BTE=sin)
+    inputs |= dict(q_norm_E=norms[0], k_norm_E=norms[1], kv_heads=2, eps=1e-6)
+    with pytest.raises(ValueError, match=match):
+        kernels_hspmn.split_heads(**inputs | change)
+
+
+def reflexive_and_contextual(h, weight, bias, x, taps, cos, sin, q_norm, k_norm, heads_BTX, gate_scale, capacity):
     """All kernels in one call, as a block would make them."""
     _, gate, decision = kernels_hspmn.route(h, weight, bias, 0.05)
     index, _, count = kernels_hspmn.compact(decision, capacity)
-    out, state = kernels_hspmn.linear_attention(q, k, v, log_decay, None, None, None)
-    out = out + kernels_hspmn.local_attention(q, k, v, None, 128)
+    options = dict(kv_heads=2, eps=1e-6)
+    q_linear, k_linear, q, k, v = kernels_hspmn.split_heads(x, taps, None, None, cos, sin, q_norm, k_norm, **options)
+    log_decay, head_gate = -heads_BTX.chunk(2, -1)[0].exp(), heads_BTX.chunk(2, -1)[1]
+    out, state = kernels_hspmn.linear_attention(q_linear, k_linear, v, log_decay, None, None, None)
+    out = kernels_hspmn.reflexive_merge(q, k, v, None, 128, out, head_gate, q_norm, 1e-6)
     kernels_hspmn.sqsk_merge(out, gate * gate_scale, q, k, v, index, None, None, count)
-    one = (x[:, :1].contiguous() for x in (q, k, v, log_decay))
+    one = (x[:, :1].contiguous() for x in (q_linear, k_linear, v, log_decay))
     step = kernels_hspmn.linear_attention_step(*one, None, None, state)
-    return out, state, step
+    return out, state, step, kernels_hspmn.local_attention(q, k, v, None, 128)
 
 
 def block_inputs(B=2, T=700, H=8, G=2, E=64, D=256, dtype=torch.bfloat16):
-    q, k, v = heads(B, T, H, G, E, E, dtype)
     h, weight = torch.randn(B, T, D, device=DEVICE).to(dtype), torch.randn(D, device=DEVICE) / D**0.5
-    return [h, weight, torch.zeros(1, device=DEVICE), q, k, v, -torch.rand(B, T, H, device=DEVICE)]
+    projected = projection(B, T, H, G, E, 4, dtype, tables=1)
+    return [h, weight, torch.zeros(1, device=DEVICE), *projected, torch.randn(B, T, 2 * H, device=DEVICE)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
 def test_compile_sees_no_graph_break(backend):
     """Full graph, and bit-equal to the eager calls of the same kernels."""
-    inputs = block_inputs() if CUDA else block_inputs(1, 40, 2, 1, 16, 8, torch.float32)
+    inputs = block_inputs() if CUDA else block_inputs(1, 40, 4, 2, 16, 8, torch.float32)
     capacity = inputs[0].shape[1] // 2
     want = reflexive_and_contextual(*inputs, 1.0, capacity)
     torch.compiler.reset()
     got = torch.compile(reflexive_and_contextual, fullgraph=True, backend=backend)(*inputs, 1.0, capacity)
-    for name, kernel, eager in zip(("out", "state", "step"), got, want, strict=True):
+    for name, kernel, eager in zip(("out", "state", "step", "local"), got, want, strict=True):
         assert torch.equal(kernel, eager), name
 
 
@@ -337,5 +471,5 @@ def test_cuda_graph_replay_is_bit_equal():
         held.copy_(new)
     graph.replay()
     want = reflexive_and_contextual(*fresh, 1.0, 350)
-    for name, kernel, eager in zip(("out", "state", "step"), got, want, strict=True):
+    for name, kernel, eager in zip(("out", "state", "step", "local"), got, want, strict=True):
         assert torch.equal(kernel, eager), name

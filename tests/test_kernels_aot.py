@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_every_kernel_builds_within_the_limits(target):
     assert {build["kernel"] for build in builds} == {
         *("route_kernel", "count_kernel", "compact_kernel", "take_rows_kernel", "combine_splits_kernel"),
         *("decay_kernel", "linear_attention_kernel", "segment_states_kernel", "linear_attention_step_kernel"),
-        *("local_attention_kernel", "sqsk_attention_kernel"),
+        *("local_attention_kernel", "sqsk_attention_kernel", "split_heads_kernel"),
     }
     for build in builds:
         assert build["shared"] <= SHARED_LIMIT[target], build
@@ -66,7 +67,7 @@ class Recorder:
         self.seen.add(key)
         source = ASTSource(kernel, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", self.target, 32), options=options)
-        names = ("BLOCK_T", "BLOCK_F", "BLOCK_Q", "BLOCK_N", "E", "F", "SPLITS")
+        names = ("BLOCK_T", "BLOCK_F", "BLOCK_Q", "BLOCK_N", "E", "F", "SPLITS", "HEADS", "MERGE")
         self.builds.append(
             {
                 "kernel": kernel.__name__,
@@ -120,6 +121,7 @@ def build_all(target):
     from hspmn import kernels_attention_hspmn as attention
     from hspmn import kernels_hspmn as kernels
     from hspmn import kernels_linear_hspmn as linear
+    from hspmn import kernels_projection_hspmn as projection
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -146,6 +148,13 @@ def build_all(target):
         decay, start = torch.zeros(B, T, H), torch.zeros(B, T, dtype=torch.int64)
         length, state = torch.full((B,), T), torch.zeros(B, H, E, E)
         gate, count = torch.zeros(B, T), torch.zeros(B, dtype=torch.int32)
+        x, taps, norm = torch.zeros(B, T, (H + 2 * G) * E, dtype=dtype), torch.zeros(H * E + 2 * G * E, 4), q[0, 0, 0]
+        for table, mode, chip in ((torch.zeros(1, T, E), "elu", 132), (q[:, :, 0], "gated", 8)):
+            projection.processors = lambda device, chip=chip: chip  # one head per program, then eight
+            split = partial(kernels.split_heads, q_norm_E=norm, k_norm_E=norm, kv_heads=G, eps=1e-6, mode=mode)
+            split(x, taps, None, None, table, table)
+            split(x, taps.to(dtype), x[:, :3], start, table, table)
+            split(x[:, :1], taps.to(dtype), x[:, :3], start[:, :1], table[:, :1], table[:, :1])
         _, _, routed = kernels.route(torch.zeros(B, T, 2048, dtype=dtype), torch.zeros(2048), torch.zeros(1), 0.05)
         index, _, _ = kernels.compact(routed, K)
         for boundaries in ((None, None, None), (start, length, state)):
@@ -155,6 +164,8 @@ def build_all(target):
         kernels.linear_attention_step(*one, length, state)
         kernels.local_attention(q, k, v, None, 128)
         kernels.local_attention(q, k, v, start, 128, k[:, :128], v[:, :128], with_lse=True)
+        kernels.reflexive_merge(q, k, v, None, 128, q, decay, norm, 1e-6)
+        kernels.reflexive_merge(q, k, v, start, 128, q, decay, norm, 1e-6, k[:, :128], v[:, :128])
         for slots in (1, 64, K):
             first = torch.zeros(B, slots, dtype=torch.int64)
             kernels.sqsk_merge(q.clone(), gate, q, k, v, index[:, :slots], None, None, count)

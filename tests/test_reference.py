@@ -15,7 +15,9 @@ from hspmn.reference_hspmn import (
     linear_attention_ref,
     local_attention_ref,
     merge_ref,
+    reflexive_merge_ref,
     route_ref,
+    split_heads_ref,
     sqsk_attention_ref,
     take_rows_ref,
 )
@@ -23,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -361,7 +364,32 @@ def test_rows_that_see_nothing_give_zeros_and_finite_gradients(sinks):
     assert all(x.grad.isfinite().all() for x in (inputs if sinks else inputs[:3]))
 
 
-def test_forced_backend_is_never_replaced_silently():
-    with pytest.raises(ValueError, match="backend='flex' needs a CUDA device"):
-        pick_backend("flex", torch.device("cpu"))
-    assert pick_backend("auto", torch.device("cpu")) == "reference"
+# The forms that the kernels fuse
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("mode", ["gated", "elu"])
+@pytest.mark.parametrize("history", [None, 0.7])
+def test_split_heads_is_the_layers_one_by_one(mode, history, taps):
+    B, T, H, G, E = 2, 9, 4, 2, 8
+    x, weight = normal(B, T, (H + 2 * G) * E), normal((H + 2 * G) * E, taps)
+    q_norm, k_norm, cos, sin = normal(E), normal(E, seed=1), normal(B, T, E), normal(B, T, E, seed=1)
+    start = torch.tensor([[-2] * 4 + [4] * 5, [0] * 8 + [8]])
+    past = x.new_full((B, taps - 1, x.shape[2]), history or 0.0)
+    heads = causal_conv_ref(x, weight, start, past) if taps > 1 else x
+    q, k, v = heads.unflatten(-1, (-1, E)).split((H, G, G), 2)
+    norms = F.rms_norm(q, (E,), q_norm, 1e-6), F.rms_norm(k, (E,), k_norm, 1e-6)
+    rotated = apply_rotary_pos_emb(*norms, cos, sin, 2)
+    linear = [F.normalize(F.silu(x), dim=-1) if mode == "gated" else F.elu(x).add(1) for x in (q, k)]
+    given = None if history is None else past
+    got = split_heads_ref(x, weight, given, start, cos, sin, q_norm, k_norm, kv_heads=G, eps=1e-6, mode=mode)
+    for out, want in zip(got, (*linear, *rotated, v), strict=True):
+        torch.testing.assert_close(out, want, **EXACT)
+
+
+def test_reflexive_merge_is_the_sum_of_both_attentions():
+    q, k, v = query_key_value(2, 11, 2, 2, 4)
+    linear, gate, weight = normal(2, 11, 4, 4, seed=5), normal(2, 11, 4), normal(4)
+    got = reflexive_merge_ref(q, k, v, None, 3, linear, gate, weight, 1e-6)
+    want = F.rms_norm(linear, (4,), weight, 1e-6) * gate.sigmoid()[..., None]
+    torch.testing.assert_close(got, want + local_attention_ref(q, k, v, None, 3)[0], **EXACT)
