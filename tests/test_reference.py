@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from hspmn import reference_hspmn
-from hspmn.operations_hspmn import pick_backend, take_rows
+from hspmn.operations_hspmn import take_rows
 from hspmn.reference_hspmn import (
     add_sinks_ref,
     causal_conv_ref,
