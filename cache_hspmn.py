@@ -1,7 +1,8 @@
 """What an HSPMN model remembers between calls: O(1) states of the reflexive stream, sparse keys of the contextual one.
 
-Shape suffixes as in `reference_hspmn`; P sparse slots held. Rows advance by their own number of real tokens, so every
-count is a tensor per row; only `get_seq_length` (input columns, padding included) is a Python number.
+`HSPMNCache` grows as routed tokens come; `HSPMNStaticCache` holds every tensor at a fixed address from the start, for
+`torch.compile` and CUDA graphs. Shape suffixes as in `reference_hspmn`; P sparse slots held. Rows advance by their own
+number of real tokens, so every count is a tensor per row.
 """
 
 import torch
@@ -11,120 +12,23 @@ SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
 
 
-class HSPMNCacheLayer(CacheLayerMixin):
-    """State of one block: linear state, convolution history, window ring and the sparse keys and values.
+class Rows:
+    """Holder of tensors whose first dimension is the batch, named by `_batched`; None before the first call."""
 
-    Attributes (None until the first call; those a layer has no use for stay None):
-        linear_state: [B, H, E, F] float32.
-        conv_state: [B, conv_kernel_size - 1, C], the last real tokens, latest last.
-        window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
-        keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes.
-        positions: [B, P + 1] int32, the position id of each routed token.
-        count: [B] int32, used slots. document_slot: [B] int32, first slot of the row's current document.
-    """
+    _batched = ()
 
-    is_sliding = False
-    _batched = (
-        *("linear_state", "conv_state", "window_keys", "window_values"),
-        *("keys", "values", "positions", "count", "document_slot"),
-    )
-
-    def __init__(self, window):
-        super().__init__()
-        self.window = window
-        self.columns = 0
-        for name in self._batched:
-            setattr(self, name, None)
-
-    def lazy_initialization(self, key_states, value_states=None):
-        """Allocate the window ring and an empty sparse store. key_states: [B, T, G, E]."""
-        B, _, G, E = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        if self.window:
-            self.window_keys = key_states.new_zeros(B, self.window, G, E)
-            self.window_values = key_states.new_zeros(B, self.window, G, E)
-        self.keys = key_states.new_zeros(B, 1, G, E)
-        self.values = key_states.new_zeros(B, 1, G, E)
-        self.positions = torch.full((B, 1), -1, dtype=torch.int32, device=self.device)
-        self.count = torch.zeros(B, dtype=torch.int32, device=self.device)
-        self.document_slot = torch.zeros_like(self.count)
-        self._most_used = 0  # upper bound of `count`, known without reading the device
-        self.is_initialized = True
-
-    @property
-    def slots(self):
-        """Sparse slots P held per row."""
-        return self.keys.shape[1] - 1
-
-    def update(self, key_states, value_states, position_BK, count_B):
-        """Append `count_B` routed tokens per row: [B, K, G, E] keys and values, [B, K] position ids.
-
-        Returns all keys and values, [B, P, G, E]; slots past a row's count hold nothing meaningful.
-        """
-        K = key_states.shape[1]
-        self._reserve(K)
-        slot_K = torch.arange(K, device=self.device)
-        slot_BK = torch.where(slot_K < count_B[:, None], self.count[:, None] + slot_K, self.slots)
-        index = slot_BK[..., None, None].expand_as(key_states)
-        self.keys = self.keys.scatter_(1, index, key_states.to(self.dtype))
-        self.values = self.values.scatter_(1, index, value_states.to(self.dtype))
-        self.positions = self.positions.scatter_(1, slot_BK, position_BK.to(torch.int32))
-        self.count = self.count + count_B
-        return self.keys[:, : self.slots], self.values[:, : self.slots]
-
-    def _reserve(self, K):
-        if self._most_used + K > self.slots:  # the bound assumes that everything was routed: look before growing
-            self._most_used = int(self.count.max()) if self.count.numel() else 0
-        self._most_used += K
-        if self._most_used > self.slots:
-            wanted = max(self._most_used, int(self.slots * GROWTH))
-            extra = -(-wanted // SLOT_BLOCK) * SLOT_BLOCK - self.slots
-            for name in ("keys", "values", "positions"):
-                held = getattr(self, name)
-                setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
-
-    def window_history(self, seen_B):
-        """Keys and values of the W real tokens before this call, oldest first, [B, W, G, E] each."""
-        slot_W = torch.arange(self.window, device=self.device)
-        index = ((seen_B[:, None] + slot_W) % self.window)[..., None, None].expand_as(self.window_keys)
-        return self.window_keys.gather(1, index), self.window_values.gather(1, index)
-
-    def write_window(self, k_BTGE, v_BTGE, seen_B, length_B):
-        """Overwrite the ring with the last real tokens of this call."""
-        end_B = seen_B + length_B
-        slot_W = torch.arange(self.window, device=self.device)
-        latest_BW = end_B[:, None] - 1 - (end_B[:, None] - 1 - slot_W) % self.window
-        token_BW = (latest_BW - seen_B[:, None])[..., None, None]
-        index = token_BW.clamp(min=0).expand_as(self.window_keys)
-        self.window_keys = torch.where(token_BW >= 0, k_BTGE.gather(1, index), self.window_keys)
-        self.window_values = torch.where(token_BW >= 0, v_BTGE.gather(1, index), self.window_values)
-
-    def get_mask_sizes(self, query_length):
-        """Key length and offset of a dense mask over all columns, as transformers asks for it."""
-        return self.columns + query_length, 0
-
-    def get_seq_length(self):
-        """Input columns seen, padding included."""
-        return self.columns
-
-    def get_max_length(self):
-        """-1: grows without bound."""
-        return -1
-
-    def reset(self):
-        """Forget everything; the next call allocates anew."""
-        self.columns, self.is_initialized = 0, False
-        for name in self._batched:
-            setattr(self, name, None)
+    def keep(self, name, value):
+        """Replace the tensor `name` by `value`."""
+        setattr(self, name, value)
 
     def map_rows(self, function):
         """Apply `function` to every tensor that has a batch dimension."""
         for name in self._batched:
             if getattr(self, name) is not None:
-                setattr(self, name, function(getattr(self, name)))
+                self.keep(name, function(getattr(self, name)))
 
     def reorder_cache(self, beam_idx):
-        """Row i becomes old row beam_idx[i]."""
+        """Row i becomes old row beam_idx[i], as beam search needs."""
         self.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats):
@@ -136,49 +40,254 @@ class HSPMNCacheLayer(CacheLayerMixin):
         self.map_rows(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
 
 
-class HSPMNCache(Cache):
+class StaticRows(Rows):
+    """`Rows` whose tensors stay where they are: what is kept is copied into them."""
+
+    def keep(self, name, value):
+        """Copy `value` into the tensor `name`; another number of rows takes another tensor."""
+        held = getattr(self, name)
+        if held is value:  # advanced in place
+            return
+        if held is None or held.shape != value.shape:
+            setattr(self, name, mark_static(value))
+        else:
+            held.copy_(value)
+
+
+def mark_static(tensor):
+    """`tensor`, marked as one whose address stays: CUDA graphs then read and write it without a copy."""
+    # unguarded: another cache of the same shapes re-records the CUDA graph and does not recompile
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
+
+
+class HSPMNCacheLayer(Rows, CacheLayerMixin):
+    """State of one block: linear state, convolution history, window ring and the sparse keys and values.
+
+    Attributes (None until the first call; F is E, or E + 1 with the normaliser of linear_attention="elu"):
+        linear_state: [B, H, E, F] float32.
+        conv_state: [B, conv_kernel_size - 1, C], the last real tokens, latest last.
+        window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
+        keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes.
+        positions: [B, P + 1] int32, the position id of each routed token.
+        count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
+    """
+
+    is_sliding = False
+    _batched = (
+        *("linear_state", "conv_state", "window_keys", "window_values"),
+        *("keys", "values", "positions", "count", "document_slot"),
+    )
+
+    def __init__(self, config, layer_idx=0):
+        super().__init__()
+        self.window = config.sliding_window
+        self.routes = config.layer_sparsity[layer_idx] > 0
+        H, G, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._state_shape = (H, E, E + (config.linear_attention == "elu"))
+        self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
+        self._head_shape = (G, E)
+        self.columns = self.most_used = 0
+        for name in self._batched:
+            setattr(self, name, None)
+
+    def lazy_initialization(self, key_states, value_states=None):
+        """Allocate the states and an empty sparse store for the rows, dtype and device of `key_states` [B, ...]."""
+        self.allocate(key_states.shape[0], 0, key_states.dtype, key_states.device)
+
+    def allocate(self, batch_size, slots, dtype, device):
+        """Begin anew with `slots` empty sparse slots per row; keys, values and convolution inputs in `dtype`."""
+        self.dtype, self.device = dtype, torch.device(device)
+        shapes = {
+            "linear_state": (torch.promote_types(dtype, torch.float32), *self._state_shape),
+            "conv_state": (dtype, *self._conv_shape),
+            "window_keys": (dtype, self.window, *self._head_shape),
+            "window_values": (dtype, self.window, *self._head_shape),
+            "keys": (dtype, slots + 1, *self._head_shape),
+            "values": (dtype, slots + 1, *self._head_shape),
+            "positions": (torch.int32, slots + 1),
+            "count": (torch.int32,),
+            "document_slot": (torch.int32,),
+        }
+        for name, (kind, *shape) in shapes.items():
+            self.keep(name, torch.zeros(batch_size, *shape, dtype=kind, device=device))
+        self.most_used = 0  # upper bound of `count` over the rows, known without reading the device
+        self.is_initialized = True
+
+    @property
+    def slots(self):
+        """Sparse slots P held per row."""
+        return self.keys.shape[1] - 1
+
+    def update(self, key_states, value_states, position_BK, count_B):
+        """Append `count_B` routed tokens per row: [B, K, G, E] keys and values, [B, K] position ids.
+
+        Returns all keys and values, [B, P, G, E], where slots past a row's count hold nothing meaningful; and, int32
+        [B], the slots used before and how many of this call's tokens have one (all of them, unless a static store is
+        full: the latest are left out).
+        """
+        B, K = key_states.shape[:2]
+        self._reserve(K)
+        before_B = self.count.clamp(max=self.slots)
+        self.count.add_(count_B)
+        kept_B = self.count.clamp(max=self.slots) - before_B
+        slot_K = torch.arange(K, device=self.device)
+        slot_BK = torch.where(slot_K < kept_B[:, None], before_B[:, None] + slot_K, self.slots)
+        # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
+        at = (torch.arange(B, device=self.device)[:, None], slot_BK)
+        self.keys.index_put_(at, key_states.to(self.dtype))
+        self.values.index_put_(at, value_states.to(self.dtype))
+        self.positions.index_put_(at, position_BK.to(torch.int32))
+        return self.keys[:, : self.slots], self.values[:, : self.slots], before_B, kept_B
+
+    def _reserve(self, K):
+        if self.most_used + K > self.slots:  # the bound assumes that everything was routed: look before growing
+            self.most_used = int(self.count.max()) if self.count.numel() else 0
+        self.most_used += K
+        if self.most_used > self.slots:
+            wanted = max(self.most_used, int(self.slots * GROWTH))
+            extra = -(-wanted // SLOT_BLOCK) * SLOT_BLOCK - self.slots
+            for name in ("keys", "values", "positions"):
+                held = getattr(self, name)
+                setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
+
+    def write_conv(self, x_BTC, length_B):
+        """Remember the last real inputs of the convolution; `length_B` None: all T tokens are real."""
+        lags = self.conv_state.shape[1]
+        joined = torch.cat([self.conv_state.to(x_BTC.dtype), x_BTC[:, -lags:] if length_B is None else x_BTC], 1)
+        if length_B is None:
+            self.keep("conv_state", joined[:, -lags:].clone())
+        else:
+            index_BL = length_B[:, None] + torch.arange(lags, device=x_BTC.device)
+            self.keep("conv_state", joined.gather(1, index_BL[..., None].expand(-1, -1, x_BTC.shape[2])))
+
+    def window_history(self, seen_B):
+        """Keys and values of the W real tokens before this call, oldest first, [B, W, G, E] each."""
+        slot_W = torch.arange(self.window, device=self.device)
+        index = ((seen_B[:, None] + slot_W) % self.window)[..., None, None].expand_as(self.window_keys)
+        return self.window_keys.gather(1, index), self.window_values.gather(1, index)
+
+    def write_window(self, k_BTGE, v_BTGE, seen_B, length_B):
+        """Overwrite the ring with the last real tokens of this call."""
+        end_B = seen_B + (k_BTGE.shape[1] if length_B is None else length_B)
+        slot_W = torch.arange(self.window, device=self.device)
+        latest_BW = end_B[:, None] - 1 - (end_B[:, None] - 1 - slot_W) % self.window
+        token_BW = (latest_BW - seen_B[:, None])[..., None, None]
+        index = token_BW.clamp(min=0).expand_as(self.window_keys)
+        self.keep("window_keys", torch.where(token_BW >= 0, k_BTGE.gather(1, index), self.window_keys))
+        self.keep("window_values", torch.where(token_BW >= 0, v_BTGE.gather(1, index), self.window_values))
+
+    def push_window(self, k_BTGE, v_BTGE, seen_B, length_B):
+        """Write a single token (T = 1) into the ring, in place, and return its slot [B]; padding writes nothing."""
+        slot_B = seen_B % self.window
+        at = (torch.arange(len(slot_B), device=self.device), slot_B)
+        for ring_BWGE, x_BTGE in ((self.window_keys, k_BTGE), (self.window_values, v_BTGE)):
+            x_BGE = x_BTGE[:, 0].to(self.dtype)
+            if length_B is not None:
+                x_BGE = torch.where((length_B > 0)[:, None, None], x_BGE, ring_BWGE[at])
+            ring_BWGE.index_put_(at, x_BGE)
+        return slot_B
+
+    def get_mask_sizes(self, query_length):
+        """Key length and offset of a dense mask over all columns, as transformers asks for it."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self):
+        """Input columns seen, padding included."""
+        return int(self.columns)
+
+    def get_max_length(self):
+        """-1: grows without bound."""
+        return -1
+
+    def reset(self):
+        """Forget everything; the next call allocates anew."""
+        self.columns, self.is_initialized = 0, False
+        for name in self._batched:
+            setattr(self, name, None)
+
+
+class HSPMNStaticCacheLayer(StaticRows, HSPMNCacheLayer):
+    """An `HSPMNCacheLayer` that is allocated once and updated in place."""
+
+    is_compileable = True
+
+    def _reserve(self, K):
+        """Nothing: `HSPMNStaticCache.reserve` has looked at all layers before the call."""
+
+    def reset(self):
+        """Forget everything, in place."""
+        self.most_used = 0
+        for name in self._batched:
+            getattr(self, name).zero_()
+
+
+class HSPMNCache(Rows, Cache):
     """The cache of an HSPMN model, created by `forward(use_cache=True)` and by `generate()`.
 
     Attributes: `layers`, one `HSPMNCacheLayer` per block; `seen`, real tokens seen per row [B]; `document_seen`,
     those of the row's current document [B]; `last_position`, the position id of the last real token per row [B].
     """
 
+    layer_class = HSPMNCacheLayer
+    _batched = ("seen", "document_seen", "last_position")
+
     def __init__(self, config):
-        super().__init__(layers=[HSPMNCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.columns = 0
         self.seen = self.document_seen = self.last_position = None
 
-    def start_rows(self, batch_size, device):
-        """Begin `batch_size` rows if this is the first call; raise ValueError if the batch size changed."""
+    def reserve(self, tokens):
+        """Nothing: this cache grows; see `HSPMNStaticCache.reserve`."""
+
+    def start_call(self, batch_size, tokens, device):
+        """Before a call of `tokens` columns changes anything: begin the rows, or check that the call fits.
+
+        Raises ValueError if the batch size changed or a static cache is too small.
+        """
         if self.seen is None:
-            self.seen = torch.zeros(batch_size, dtype=torch.long, device=device)
-            self.document_seen, self.last_position = self.seen, self.seen - 1
+            self._start_rows(batch_size, device)
         elif self.seen.shape[0] != batch_size:
             raise ValueError(
                 f"past_key_values holds {self.seen.shape[0]} rows but the input has batch size {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache"
             )
 
-    def advance(self, columns, length_B, start_BT, position_BT):
-        """Account for one call of `columns` tokens per row, `length_B` of them real, after all layers have run."""
-        self.columns += columns
+    def _start_rows(self, batch_size, device):
+        zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.keep("seen", zeros)
+        self.keep("document_seen", zeros.clone())
+        self.keep("last_position", zeros - 1)
+
+    def advance(self, tokens, length_B, start_BT, position_BT):
+        """Account for one call of `tokens` columns after all layers have run; `length_B` None: all of them are real.
+
+        start_BT and position_BT: those of the call's `Stream`.
+        """
+        self._count_columns(tokens)
+        if length_B is None:
+            document_seen, position = tokens - start_BT[:, -1], position_BT[:, -1]
+        else:
+            last, some = (length_B - 1).clamp(min=0)[:, None], length_B > 0
+            start, position = (x.expand(len(last), -1).gather(1, last)[:, 0] for x in (start_BT, position_BT))
+            document_seen = torch.where(some, length_B - start, self.document_seen)
+            position = torch.where(some, position, self.last_position)
+        self.document_seen.copy_(document_seen)
+        self.last_position.copy_(position)
+        self.seen.add_(tokens if length_B is None else length_B)
+
+    def _count_columns(self, tokens):
+        self.columns += tokens
         for layer in self.layers:
             layer.columns = self.columns
-        last = (length_B - 1).clamp(min=0)[:, None]
-        some = length_B > 0
-        document_seen = length_B - start_BT.expand(len(length_B), -1).gather(1, last)[:, 0]
-        position = position_BT.expand(len(length_B), -1).gather(1, last)[:, 0]
-        self.document_seen = torch.where(some, document_seen, self.document_seen)
-        self.last_position = torch.where(some, position, self.last_position)
-        self.seen = self.seen + length_B
 
     def get_seq_length(self, layer_idx=0):
-        """Input columns seen, padding included; the same for every layer."""
-        return self.columns
+        """Input columns seen, padding included; the same for every layer. Reads the device if the cache is static."""
+        return int(self.columns)
 
     def has_previous_state(self, layer_idx=None, state_idx=None):
         """Whether any token has been seen."""
-        return self.columns > 0
+        return self.get_seq_length() > 0
 
     @property
     def batch_size(self):
@@ -188,7 +297,7 @@ class HSPMNCache(Cache):
     def crop(self, *args, **kwargs):
         """Refused: a linear state cannot be rewound."""
         raise ValueError(
-            "an HSPMNCache cannot be cropped: the linear state cannot be rewound; "
+            f"an {type(self).__name__} cannot be cropped: the linear state cannot be rewound; "
             "copy the cache (copy.deepcopy) before the tokens you may want to take back"
         )
 
@@ -198,22 +307,106 @@ class HSPMNCache(Cache):
         self.columns = 0
         self.seen = self.document_seen = self.last_position = None
 
-    def _map_rows(self, function):
-        for name in ("seen", "document_seen", "last_position"):
-            if getattr(self, name) is not None:
-                setattr(self, name, function(getattr(self, name)))
+    def map_rows(self, function):
+        """Apply `function` to every tensor that has a batch dimension, those of the layers too."""
+        super().map_rows(function)
+        for layer in self.layers:
+            layer.map_rows(function)
 
-    def reorder_cache(self, beam_idx):
-        """Row i becomes old row beam_idx[i], as beam search needs."""
-        super().reorder_cache(beam_idx)
-        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    def batch_repeat_interleave(self, repeats):
-        """Each row becomes `repeats` equal rows."""
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
+class HSPMNStaticCache(StaticRows, HSPMNCache):
+    """An `HSPMNCache` of fixed size: every tensor is allocated here, stays at its address and is updated in place.
 
-    def batch_select_indices(self, indices):
-        """Keep the rows named by `indices`."""
-        super().batch_select_indices(indices)
-        self._map_rows(lambda x: x[indices])
+    So a decoding step compiles once (`torch.compile(fullgraph=True)`) and can be captured in a CUDA graph. It records
+    no gradients.
+
+    Args:
+        config: the model's `HSPMNConfig`.
+        batch_size: rows, at least 1.
+        max_length: tokens per row that are sure to fit, at least 1.
+        capacity: sparse slots per row of every layer that routes, or a list with one number per layer. None holds
+            `max_length`, so that nothing can overflow; a long context needs about `sparsity_k * max_length`, and room
+            for one whole call more, because how many of its tokens are routed is known only layer by layer.
+        device: of all tensors.
+        dtype: of keys, values and convolution inputs: that of the model's projections, None for torch's default.
+
+    A call of T tokens is refused before it changes anything unless T slots are free in every layer. The host keeps an
+    upper bound of the used slots and reads the device only where that bound no longer suffices. Compiled and captured
+    code has no host to refuse: call `reserve` before each step of it, as `generate()` does. Without that, tokens past
+    the capacity get no slot (zero contextual stream), nothing else is touched, a layer's `count` exceeds its `slots`,
+    and `reserve` raises once it looks.
+    A batch of another size (`batch_repeat_interleave`, `batch_select_indices`) takes new tensors.
+    """
+
+    layer_class = HSPMNStaticCacheLayer
+
+    def __init__(self, config, batch_size, max_length, capacity=None, device=None, dtype=None):
+        super().__init__(config)
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        device, dtype = torch.device(device or torch.get_default_device()), dtype or torch.get_default_dtype()
+        self.max_length = max_length
+        # a tensor, because compiled code would be compiled anew for each value of a Python number
+        self.columns = mark_static(torch.zeros((), dtype=torch.long, device=device))
+        self._start_rows(batch_size, device)
+        for layer, slots in zip(self.layers, self._capacities(capacity), strict=True):
+            layer.allocate(batch_size, slots if layer.routes else 0, dtype, device)
+            layer.columns = self.columns
+
+    def _capacities(self, capacity):
+        capacity = self.max_length if capacity is None else capacity
+        capacities = capacity if isinstance(capacity, list) else [capacity] * len(self.layers)
+        if len(capacities) != len(self.layers) or min(capacities) < 0:
+            raise ValueError(
+                f"capacity must be a number of slots, at least 0, or a list of {len(self.layers)}, one per layer; "
+                f"got {capacity!r}"
+            )
+        return capacities
+
+    def reserve(self, tokens):
+        """Make sure, before a call, that `tokens` more per row fit, whatever is routed of them.
+
+        Waits for the device only where the host's bound of the used slots leaves too little room. Raises ValueError
+        with the cache as it was; it can be used on, with fewer tokens, or be reset.
+        """
+        layers = [layer for layer in self.layers if layer.routes]
+        if any(layer.most_used + tokens > layer.slots for layer in layers):
+            for layer, used in zip(layers, torch.stack([x.count.max() for x in layers]).tolist(), strict=True):
+                layer.most_used = used
+        for layer in layers:
+            if layer.most_used + tokens > layer.slots:
+                raise ValueError(
+                    f"capacity ({layer.slots} sparse slots per row) of layer {self.layers.index(layer)} is too small: "
+                    f"{layer.most_used} are used and {tokens} tokens may need as many more; feed fewer tokens at once "
+                    "(chunk_size, prefill_chunk_size) or begin with a larger capacity or an HSPMNCache, which grows"
+                )
+        for layer in layers:
+            layer.most_used += tokens
+
+    def start_call(self, batch_size, tokens, device):
+        """Before a call of `tokens` columns changes anything, check that it fits; in eager code, its slots too."""
+        super().start_call(batch_size, tokens, device)
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "an HSPMNStaticCache is updated in place and records no gradients; call the model under "
+                "torch.no_grad(), or use an HSPMNCache"
+            )
+        if not (torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())):
+            self.reserve(tokens)
+
+    def _count_columns(self, tokens):
+        self.columns.add_(tokens)
+
+    def get_max_length(self, layer_idx=None):
+        """Tokens per row that are sure to fit."""
+        return self.max_length
+
+    def reset(self):
+        """Forget everything, in place; the batch size stays."""
+        for layer in self.layers:
+            layer.reset()
+        self.columns.zero_()
+        self.seen.zero_()
+        self.document_seen.zero_()
+        self.last_position.fill_(-1)

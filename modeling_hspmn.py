@@ -9,6 +9,7 @@ Shape suffixes: B batch, T tokens, K routed slots, P key slots, H query heads, G
 D hidden size, L layers.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -25,14 +26,17 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import ModelOutput, logging
 
-from .cache_hspmn import HSPMNCache
+from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache
 from .configuration_hspmn import HSPMNConfig
 from .operations_hspmn import compact, linear_attention, local_attention, pick_backend, route, sqsk_merge, take_rows
-from .reference_hspmn import add_sinks_ref, causal_conv_ref, compact_ref
+from .reference_hspmn import add_sinks_ref, causal_conv_ref, window_decode_ref
 
 logger = logging.get_logger(__name__)
 
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
+PREFILL_CHUNK = 4096  # tokens per row that `prefill` reads at once
+WHOLE_PROMPT = 16384  # longest prompt, in tokens per row, that `generate` reads at once
+SHOWN_CHUNKS = 16  # from how many pieces on a progress bar is shown
 
 
 class Stream(NamedTuple):
@@ -51,14 +55,17 @@ class Stream(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What the router decided for one layer. index_BK, slot_BT and count_B are those of `compact_ref`."""
+    """What the router decided for one layer. index_BK, slot_BT and count_B are those of `compact_ref`.
+
+    stats is None for a single token outside training.
+    """
 
     score_BT: torch.Tensor
     gate_BT: torch.Tensor
     index_BK: torch.Tensor
     slot_BT: torch.Tensor
     count_B: torch.Tensor
-    stats: "RouterStats"
+    stats: "RouterStats | None"
 
 
 class RouterStats(NamedTuple):
@@ -74,10 +81,11 @@ class RouterStats(NamedTuple):
 class HSPMNOutput(ModelOutput):
     """Fields common to the outputs of all HSPMN models.
 
-    past_key_values: `HSPMNCache` or None. hidden_states: L + 1 tensors [B, T, D] if asked for.
+    past_key_values: the cache or None. hidden_states: L + 1 tensors [B, T, D] if asked for.
     aux_loss: scalar, the weighted entropy losses of all layers. router_scores: float32 [L, B, T], the score of each
     token before the bias. router_mask: bool [L, B, T], whether the token entered the contextual stream.
-    router_load, router_overflow, router_entropy: float32 [L], see `RouterStats`.
+    router_load, router_overflow, router_entropy: float32 [L], see `RouterStats`; None for a single token outside
+    training.
     """
 
     loss: torch.FloatTensor | None = None
@@ -159,23 +167,26 @@ class HSPMNRouter(nn.Module):
         score_BT, gate_BT, wanted_BT = route(
             h_BTD, self.weight, bias, self.config.router_noise_floor, backend
         )
-        real_BT = torch.ones_like(wanted_BT)
-        if length_B is not None:
+        if length_B is None:
+            real_BT = torch.ones_like(wanted_BT)
+        else:
             real_BT = torch.arange(T, device=h_BTD.device) < length_B[:, None]
         if self.config.router_mode == "topk":
             wanted_BT = self._top_k(score_BT, real_BT)
         elif self.sparsity_k == 1.0:
             wanted_BT = real_BT
-        wanted_BT = wanted_BT & real_BT
+        if length_B is not None:
+            wanted_BT = wanted_BT & real_BT
 
         if self.training and self.config.router_mode == "threshold":
             capacity = self.capacity(T)
-        elif torch.compiler.is_compiling() or h_BTD.is_cuda:
+        elif T == 1 or torch.compiler.is_compiling() or h_BTD.is_cuda:
             capacity = T  # no reading of the device: memory is held for all, work is done for those routed
         else:
             capacity = max(1, int(wanted_BT.sum(1).max()))
         index_BK, slot_BT, count_B = compact(wanted_BT, capacity, backend)
-        stats = self._stats(score_BT, wanted_BT, real_BT, count_B)
+        # a decoded token has no load to speak of, and the statistics would take longer than its routing
+        stats = self._stats(score_BT, wanted_BT, real_BT, count_B) if T > 1 or self.training else None
         return Route(score_BT, gate_BT, index_BK, slot_BT, count_B, stats)
 
     def _top_k(self, score_BT, real_BT):
@@ -221,16 +232,16 @@ class SharedProjection(nn.Module):
     def forward(self, h_BTD, stream, layer_cache):
         """Queries [B, T, H, E], keys and values [B, T, G, E] of every token; updates the convolution history."""
         x_BTC = self.qkv_proj(h_BTD)
-        B, T, C = x_BTC.shape
+        if layer_cache is not None and not layer_cache.is_initialized:
+            layer_cache.lazy_initialization(x_BTC)
+        B, _, C = x_BTC.shape
         lags = self.conv_weight.shape[1] - 1
         if lags:
-            history = None if layer_cache is None else layer_cache.conv_state
-            history = x_BTC.new_zeros(B, lags, C) if history is None else history
+            history = x_BTC.new_zeros(B, lags, C) if layer_cache is None else layer_cache.conv_state
+            y_BTC = causal_conv_ref(x_BTC, self.conv_weight.to(x_BTC.dtype), stream.start_BT, history)
             if layer_cache is not None:
-                index_BL = stream.length_B[:, None] + torch.arange(lags, device=x_BTC.device)
-                joined = torch.cat([history.to(x_BTC.dtype), x_BTC], 1)
-                layer_cache.conv_state = joined.gather(1, index_BL[..., None].expand(-1, -1, C))
-            x_BTC = causal_conv_ref(x_BTC, self.conv_weight.to(x_BTC.dtype), stream.start_BT, history)
+                layer_cache.write_conv(x_BTC, stream.length_B)
+            x_BTC = y_BTC
         heads = x_BTC.unflatten(-1, (-1, self.head_dim))
         return heads.split(self.sizes, 2)
 
@@ -267,18 +278,24 @@ class ReflexiveStream(nn.Module):
         out_BTHE = self._linear(h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend)
         if not self.config.sliding_window:
             return out_BTHE
-        q_BTHE, k_BTGE = rotated
-        history = None
-        if layer_cache is not None:
-            history = layer_cache.window_history(stream.seen_B)
-        local_BTHE, lse_BTH = local_attention(
+        local_BTHE, lse_BTH = self._local(*rotated, v_BTGE, stream, layer_cache, backend)
+        if sinks is not None:
+            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, rotated[0], *sinks)
+        return out_BTHE + local_BTHE
+
+    def _local(self, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend):
+        if layer_cache is not None and k_BTGE.shape[1] == 1:
+            slot_B = layer_cache.push_window(k_BTGE, v_BTGE, stream.seen_B, stream.length_B)
+            return window_decode_ref(
+                q_BTHE, layer_cache.window_keys, layer_cache.window_values, slot_B, stream.start_BT
+            )
+        history = None if layer_cache is None else layer_cache.window_history(stream.seen_B)
+        out_BTHE, lse_BTH = local_attention(
             q_BTHE, k_BTGE, v_BTGE, stream.start_BT, self.config.sliding_window, history, backend
         )
         if layer_cache is not None:
             layer_cache.write_window(k_BTGE, v_BTGE, stream.seen_B, stream.length_B)
-        if sinks is not None:
-            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, q_BTHE, *sinks)
-        return out_BTHE + local_BTHE
+        return out_BTHE, lse_BTH
 
     def _linear(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend):
         state = None if layer_cache is None else layer_cache.linear_state
@@ -294,7 +311,7 @@ class ReflexiveStream(nn.Module):
             q_BTHE, k_BTGE, v_BTGE, log_decay_BTH, stream.start_BT, stream.length_B, state, backend
         )
         if layer_cache is not None:
-            layer_cache.linear_state = state
+            layer_cache.keep("linear_state", state)
         if self.config.linear_attention == "gated":
             return self.norm(out_BTHE) * gate_BTH.sigmoid()[..., None].to(out_BTHE.dtype)
         return out_BTHE[..., :-1] / out_BTHE[..., -1:].clamp(min=1e-6)
@@ -316,18 +333,22 @@ class ContextualStream(nn.Module):
             first_BT = self._first_slot(route, stream, layer_cache)
             first_BK = first_BT.gather(1, index_BK.clamp(min=0))
         if layer_cache is not None:
-            cached_B = layer_cache.count
-            position_BK = stream.position_BT.expand_as(slot_BT).gather(1, index_BK.clamp(min=0))
-            kv = layer_cache.update(*(take_rows(x, index_BK, slot_BT, backend) for x in kv), position_BK, count_B)
-            layer_cache.document_slot = first_BT[:, -1].to(torch.int32)
+            position_BK = stream.position_BT.expand_as(slot_BT)
+            if slot_BT.shape[1] > 1:  # a single token is its own only slot
+                position_BK = position_BK.gather(1, index_BK.clamp(min=0))
+                kv = [take_rows(x, index_BK, slot_BT, backend) for x in kv]
+            *kv, cached_B, count_B = layer_cache.update(*kv, position_BK, count_B)
+            route = route._replace(count_B=count_B)
+            layer_cache.keep("document_slot", first_BT[:, -1].to(torch.int32))
         return sqsk_merge(reflexive_BTHE, q_BTHE, kv, route, first_BK, cached_B, sinks, backend)
 
     def _first_slot(self, route, stream, layer_cache):
         """First slot of each token's document, counted with the cached slots, [B, T]."""
-        routed_BT = route.slot_BT >= 0
-        before_BT = routed_BT.cumsum(1) - routed_BT.long()  # routed tokens of this call before each token
-        start_BT = stream.start_BT.expand_as(before_BT)
-        first_BT = before_BT.gather(1, start_BT.clamp(min=0))
+        start_BT, first_BT = stream.start_BT.expand_as(route.slot_BT), 0
+        if start_BT.shape[1] > 1 or layer_cache is None:
+            routed_BT = route.slot_BT >= 0
+            before_BT = routed_BT.cumsum(1) - routed_BT.long()  # routed tokens of this call before each token
+            first_BT = before_BT.gather(1, start_BT.clamp(min=0))
         if layer_cache is None:
             return first_BT
         first_BT = first_BT + layer_cache.count[:, None]
@@ -401,7 +422,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
         output, route = self._run(hidden_states, stream, past_key_values, router_bias)
         if alone and past_key_values is not None:
             advance_cache(past_key_values, hidden_states.shape[1], stream)
-        aux_loss = output.new_zeros((), dtype=torch.float32) if route is None else route.stats.aux_loss
+        stats = None if route is None else route.stats
+        aux_loss = output.new_zeros((), dtype=torch.float32) if stats is None else stats.aux_loss
         if output_router:
             return output, aux_loss, past_key_values, route
         return output, aux_loss, past_key_values
@@ -411,8 +433,6 @@ class HSPMNBlock(GradientCheckpointingLayer):
         h_BTD = self.input_layernorm(x_BTD)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         q_BTHE, k_BTGE, v_BTGE = self.projection(h_BTD, stream, layer_cache)
-        if layer_cache is not None and not layer_cache.is_initialized:
-            layer_cache.lazy_initialization(k_BTGE)
         rotated = apply_rotary_pos_emb(
             self.q_norm(q_BTHE), self.k_norm(k_BTGE), stream.cos.to(x_BTD.dtype), stream.sin.to(x_BTD.dtype), 2
         )
@@ -450,20 +470,20 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
     token_T = torch.arange(T, device=x_BTD.device)
     seen_B = start_BT = None
     if cache is not None:
-        cache.start_rows(B, x_BTD.device)
+        cache.start_call(B, T, x_BTD.device)
         seen_B = cache.seen
-        length_B = torch.full_like(seen_B, T) if length_B is None else length_B
     document_seen = 0 if cache is None else cache.document_seen[:, None]
     if position_BT is None:
         position_BT = (token_T + document_seen).expand(B if cache is not None else 1, T)
         start_BT = None if cache is None else (-document_seen).expand(B, T)
     else:
+        position_BT = position_BT if cache is None else position_BT.expand(B, T)
         last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
         jumps_BT = position_BT != torch.cat([last, position_BT[:, :-1]], 1) + 1
         if length_B is not None:  # padding starts no document
             jumps_BT = jumps_BT & (token_T < length_B[:, None])
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
-        start_BT = torch.where(start_BT < 0, -document_seen, start_BT)
+        start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T)
     cos, sin = rotary(x_BTD, position_BT)
     return Stream(position_BT, cos, sin, start_BT, length_B, seen_B)
 
@@ -488,6 +508,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["router"]
     _is_stateful = True
+    _can_compile_fullgraph = True
     _supports_sdpa = True
     _supports_flex_attn = True
 
@@ -521,9 +542,10 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         return torch.stack([router.target for router in self._routers()]) if self._routers() else torch.zeros(0)
 
     def kv_bytes_per_token(self, dtype=None):
-        """Bytes by which the cache grows per token, on average over tokens at the configured `sparsity_k`.
+        """Bytes of keys and values by which the cache grows per token, on average at the configured `sparsity_k`.
 
-        dtype: that of the keys and values, the model's own by default.
+        dtype: that of the keys and values, the model's own by default. Not counted: the int32 position id of each slot
+        (4 bytes to 2,048 of keys and values at 4 heads of 128 in bf16) and the states, which do not grow.
         """
         config = self.config
         row = 2 * config.num_key_value_heads * config.head_dim * (dtype or self.dtype).itemsize
@@ -575,7 +597,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
             input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them.
             attention_mask: [B, T] or [B, cached columns + T], 1 for real tokens; padding may stand anywhere.
             position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing).
-            past_key_values: `HSPMNCache` to continue; created if `use_cache` and None.
+            past_key_values: `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and
+                None. Compiled with a static cache, `attention_mask` must have width T.
 
         Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit.
         """
@@ -583,9 +606,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
         x_BTD = self._embed(input_ids, inputs_embeds, output_attentions)
         B, T = x_BTD.shape[:2]
         # by name: a model loaded through the Auto classes has its own copy of the class
-        if past_key_values is not None and type(past_key_values).__name__ != "HSPMNCache":
+        kind = type(past_key_values).__name__
+        if past_key_values is not None and kind not in ("HSPMNCache", "HSPMNStaticCache"):
             raise ValueError(
-                f"past_key_values must be an HSPMNCache, got {type(past_key_values).__name__}; pass None and "
+                f"past_key_values must be an HSPMNCache or an HSPMNStaticCache, got {kind}; pass None and "
                 "continue with the cache that the output returns"
             )
         if use_cache and past_key_values is None:
@@ -595,7 +619,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
         real_BT = self._real_tokens(attention_mask, B, T, past_key_values)
         rows = length_B = None
         if real_BT is not None:
-            index_BT, slot_BT, length_B = compact_ref(real_BT, T)
+            index_BT, slot_BT, length_B = compact(real_BT, T, "reference")
             rows, length_B = (slot_BT, index_BT), length_B.long()
             x_BTD = take_rows(x_BTD, index_BT, slot_BT)
             if position_BT is not None:
@@ -659,8 +683,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
     def _real_tokens(attention_mask, B, T, cache):
         if attention_mask is None:
             return None
+        if attention_mask.dim() == 2 and tuple(attention_mask.shape) == (B, T):
+            return attention_mask.bool()
         columns = T if cache is None else T + cache.get_seq_length()
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] not in (T, columns):
+        if tuple(attention_mask.shape) != (B, columns):
             raise ValueError(
                 f"attention_mask must have shape [{B}, {columns}] with 1 for real tokens, "
                 f"got {tuple(attention_mask.shape)}; causal, window and document masks are built by the model"
@@ -698,12 +724,12 @@ class HSPMNModel(HSPMNPreTrainedModel):
         none = torch.zeros(x_BTD.shape[:2], device=device)
         scores = [none if r is None else restore_rows(r.score_BT.to(device), rows) for r in routes]
         masks = [none.bool() if r is None else restore_rows((r.slot_BT >= 0).to(device), rows) for r in routes]
+        outputs = {"router_scores": torch.stack(scores), "router_mask": torch.stack(masks)}
+        if any(route is not None and route.stats is None for route in routes):
+            return outputs
         stats = [(zero,) * 3 if route is None else [x.to(device) for x in route.stats[:3]] for route in routes]
         load, overflow, entropy = (torch.stack(values) for values in zip(*stats, strict=True))
-        return {
-            "router_scores": torch.stack(scores), "router_mask": torch.stack(masks),
-            "router_load": load, "router_overflow": overflow, "router_entropy": entropy,
-        }  # fmt: skip
+        return outputs | {"router_load": load, "router_overflow": overflow, "router_entropy": entropy}
 
 
 class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
@@ -756,22 +782,132 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             )
         return with_head(outputs, logits, loss, return_dict)
 
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        chunk_size=PREFILL_CHUNK,
+        logits_to_keep=1,
+        position_ids=None,
+        progress=None,
+        **forward_kwargs,
+    ):
+        """Read a prompt in pieces, so that memory does not grow with its length but for the sparse keys and values.
+
+        Args:
+            input_ids: int64 [B, N]. attention_mask: [B, N] or [B, cached columns + N]. position_ids: [B or 1, N].
+            past_key_values: cache to continue, an `HSPMNCache` is created if None.
+            chunk_size: tokens per row read at once, at least 1; the first piece is the shorter one.
+            logits_to_keep: last tokens to compute logits for, 1 to `chunk_size`.
+            progress: whether to show a progress bar; None: for 16 pieces or more. transformers'
+                `logging.disable_progress_bar()` turns it off everywhere.
+            forward_kwargs: other arguments of `forward`, for the last piece.
+
+        Returns the `HSPMNOutput` of the last piece; its `past_key_values` holds the whole prompt. Raises ValueError
+        for arguments out of range, and for a static cache that is too small, which then holds the pieces before.
+        """
+        self._check_causal("prefill()")
+        N = input_ids.shape[1]
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if not 1 <= logits_to_keep <= min(chunk_size, N):
+            raise ValueError(
+                f"logits_to_keep must lie in [1, {min(chunk_size, N)}], got {logits_to_keep}: prefill() computes "
+                "logits of the last piece alone; raise chunk_size, or call the model for all of them"
+            )
+        cache = HSPMNCache(self.config) if past_key_values is None else past_key_values
+        ends = list(range(N, 0, -chunk_size))[::-1]
+        show = len(ends) >= SHOWN_CHUNKS if progress is None else progress
+        with logging.tqdm(total=N, desc="prefill", unit="tok", unit_scale=True, disable=not show) as bar:
+            for begin, end in zip([0, *ends], ends, strict=False):
+                inputs = {
+                    "input_ids": input_ids[:, begin:end],
+                    "attention_mask": None if attention_mask is None else attention_mask[:, -N:][:, begin:end],
+                    "position_ids": None if position_ids is None else position_ids[:, begin:end],
+                    "past_key_values": cache,
+                    "use_cache": True,
+                }
+                if end == N:
+                    outputs = self(**inputs, logits_to_keep=logits_to_keep, **forward_kwargs)
+                else:
+                    self.model(**inputs)
+                bar.update(end - begin)
+        return outputs
+
     def generate(self, *args, **kwargs):
-        """`GenerationMixin.generate`; refuses a router that cannot decide for one decoded token."""
+        """`GenerationMixin.generate`; prompts of more than 16,384 tokens are read in pieces of 4,096.
+
+        `prefill_chunk_size` sets another size of the pieces, for prompts of any length. Raises ValueError for a router
+        that cannot decide for one decoded token.
+
+        cache_implementation="static" allocates an `HSPMNStaticCache` that nothing can overflow; pass a smaller one as
+        `past_key_values`. On CUDA, decoding steps are then compiled and replayed as a CUDA graph.
+        """
+        self._check_causal("generate()")
+        return super().generate(*args, **kwargs)
+
+    def _check_causal(self, caller):
         if self.config.router_mode == "topk":
             raise ValueError(
-                "generate() needs router_mode='threshold': 'topk' ranks a token against later ones, which do not "
+                f"{caller} needs router_mode='threshold': 'topk' ranks a token against later ones, which do not "
                 "exist yet while decoding. Set model.config.router_mode = 'threshold' and fine-tune, so that the "
                 "bias settles"
             )
-        return super().generate(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be None or 'dynamic' for HSPMN, got {implementation!r}")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HSPMNCache(self.config)
+        if implementation not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation must be None, 'dynamic' or 'static' for HSPMN, got {implementation!r}"
+            )
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        if implementation == "static":
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 1)
+            # lengths that differ little share one size, and so one compilation
+            length = -(-max_length // SLOT_BLOCK) * SLOT_BLOCK
+            cache = HSPMNStaticCache(self.config, rows, length, device=self.device, dtype=self.dtype)
+        else:
+            cache = HSPMNCache(self.config)
+        model_kwargs["past_key_values"] = cache
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """The prompt of `generate`, in pieces if it is long; never compiled, because kernels serve long calls."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if cache is None or model_kwargs.get("inputs_embeds") is not None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        # transformers' rule: ids as wide as the mask (or the mask of ones that it dropped) hold the cached ones too
+        columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        new = input_ids.shape[1] - (cache.get_seq_length() if columns == input_ids.shape[1] else 0)
+        size = generation_config.prefill_chunk_size or (PREFILL_CHUNK if new > WHOLE_PROMPT else new)
+        if new <= size:
+            whole = copy.copy(generation_config)
+            whole.prefill_chunk_size = None
+            return super()._prefill(input_ids, whole, model_kwargs, is_first_iteration)
+        inputs = self.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=new, is_first_iteration=is_first_iteration, **model_kwargs
+        )
+        inputs.pop("use_cache", None)
+        return self.prefill(chunk_size=size, **inputs)
+
+    def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, **kwargs):
+        """As in `GenerationMixin`; what a compiled decoding step cannot check is checked here."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if hasattr(cache, "reserve") and ids is not None and ids.shape[1] == 1:  # forward names a foreign cache
+            cache.reserve(1)
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """The mask of the present tokens alone, which has the same width in every decoding step."""
+        if attention_mask is None:
+            return None
+        # a copy, because a slice keeps the strides of a mask that grows with every step
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
 class HSPMNForSequenceClassification(HSPMNPreTrainedModel):
@@ -878,4 +1014,5 @@ __all__ = [
     "HSPMNModel",
     "HSPMNOutput",
     "HSPMNPreTrainedModel",
+    "HSPMNStaticCache",
 ]

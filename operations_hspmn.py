@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_triton_available
 from .reference_hspmn import (
     add_sinks_ref,
     compact_ref,
+    linear_attention_recurrent_ref,
     linear_attention_ref,
     local_attention_ref,
     route_ref,
@@ -88,7 +89,10 @@ def route(h_BTD, weight_D, bias, noise_floor, backend):
 
 
 def compact(mask_BT, capacity, backend):
-    """See `compact_ref`."""
+    """See `compact_ref`; a single token is its own slot or has none."""
+    if mask_BT.shape[1] == capacity == 1:
+        slot_BT = mask_BT.long() - 1
+        return slot_BT, slot_BT, mask_BT[:, 0].to(torch.int32)
     return compact_kernel(mask_BT, capacity) if backend == "triton" else compact_ref(mask_BT, capacity)
 
 
@@ -167,9 +171,10 @@ def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
 def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, backend):
     """See `linear_attention_ref`; the kernel of a single token advances a given state in place."""
     inputs = (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
+    single = q_BTHE.shape[1] == 1 and state_BHEF is not None
     if backend != "triton":
-        return linear_attention_ref(*inputs)
-    if q_BTHE.shape[1] == 1 and state_BHEF is not None:
+        return (linear_attention_recurrent_ref if single else linear_attention_ref)(*inputs)
+    if single:
         return linear_attention_step_kernel(*inputs), state_BHEF
     return linear_attention_kernel(*inputs)
 

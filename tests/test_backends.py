@@ -102,7 +102,7 @@ def test_the_kernels_run_where_they_are_forced(pair, monkeypatch):
     feed(pair(num_hidden_layers=1, sparsity_k=0.4)[0], tokens(1, 8), (7,))
     assert called == [
         *("linear_attention", "local_attention", "compact", "sqsk_merge"),
-        *("linear_attention_step", "local_attention", "compact", "sqsk_merge"),
+        *("linear_attention_step", "sqsk_merge"),  # window and compaction of one token are plain PyTorch
     ]
 
 

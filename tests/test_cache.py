@@ -20,6 +20,15 @@ def feed(model, ids, cache=None, **kwargs):
     return model(ids, past_key_values=cache, use_cache=True, **kwargs)
 
 
+@pytest.fixture
+def layer(tiny_config):
+    """A layer for keys of shape [2, K, 1, 2]."""
+    config = tiny_config(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=2, sparsity_k=0.5)
+    layer = HSPMNCacheLayer(config)
+    layer.lazy_initialization(torch.ones(2, 1))
+    return layer
+
+
 @pytest.fixture(params=["gated", "elu"])
 def model(tiny_model, request):
     return tiny_model(linear_attention=request.param, sparsity_k=[0.4, 0.0, 1.0])
@@ -54,9 +63,8 @@ def assert_same(cache, other):
 # Growth
 
 
-def test_appending_reallocates_rarely_and_never_copies_in_between():
-    layer, x, count = HSPMNCacheLayer(4), torch.ones(2, 1, 1, 2), torch.ones(2, dtype=torch.int32)
-    layer.lazy_initialization(x)
+def test_appending_reallocates_rarely_and_never_copies_in_between(layer):
+    x, count = torch.ones(2, 1, 1, 2), torch.ones(2, dtype=torch.int32)
     capacities, addresses = [], set()
     for step in range(4000):
         layer.update(x * step, -x * step, torch.full((2, 1), 3 * step), count)
@@ -71,9 +79,8 @@ def test_appending_reallocates_rarely_and_never_copies_in_between():
     assert torch.equal(layer.positions[0, :4000], (3 * step).int())
 
 
-def test_slots_are_held_for_routed_tokens_and_not_for_all():
-    layer, x = HSPMNCacheLayer(4), torch.ones(2, 1, 1, 2)
-    layer.lazy_initialization(x)
+def test_slots_are_held_for_routed_tokens_and_not_for_all(layer):
+    x = torch.ones(2, 1, 1, 2)
     for step in range(2000):
         routed = torch.tensor([step % 10 == 0, step % 20 == 0], dtype=torch.int32)
         layer.update(x, x, torch.full((2, 1), step), routed)

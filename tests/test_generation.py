@@ -78,6 +78,100 @@ def test_chunked_prefill_generates_the_same(model, size):
     assert torch.equal(generate(model, ids, attention_mask=mask, prefill_chunk_size=size), expected)
 
 
+@pytest.fixture
+def pieces(model):
+    """Tokens per row of every call of the model, in order."""
+    lengths = []
+
+    def note(module, args, kwargs):
+        lengths.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1])
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    return lengths
+
+
+def test_generate_reads_long_prompts_in_pieces(model, pieces, monkeypatch):
+    expected = generate(model, tokens(2, 20))
+    monkeypatch.setattr("hspmn.modeling_hspmn.PREFILL_CHUNK", 6)
+    monkeypatch.setattr("hspmn.modeling_hspmn.WHOLE_PROMPT", 19)
+    pieces.clear()
+    assert torch.equal(generate(model, tokens(2, 20)), expected)
+    assert pieces == [2, 6, 6, 6, *[1] * 11]
+    pieces.clear()
+    assert torch.equal(generate(model, tokens(2, 20), prefill_chunk_size=15), expected)
+    assert pieces == [5, 15, *[1] * 11]
+    pieces.clear()
+    generate(model, tokens(2, 19))
+    assert pieces == [19, *[1] * 11]
+
+
+def test_a_long_turn_continues_a_cache_in_pieces(model, pieces):
+    first = generate(model, tokens(2, 20), max_new_tokens=5, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, tokens(2, 30, seed=1)], 1)
+    mask, expected = torch.ones_like(turn), generate(model, turn)
+    pieces.clear()
+    continued = generate(
+        model, turn, past_key_values=first.past_key_values, attention_mask=mask, prefill_chunk_size=9
+    )
+    assert torch.equal(continued, expected) and pieces == [4, 9, 9, 9, *[1] * 11]
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 64])
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefill_gives_what_one_call_gives(model, pieces, size, padded):
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, : 9 if padded else 0] = 0
+    expected = model(ids, attention_mask=mask)
+    pieces.clear()
+    outputs = model.prefill(ids, mask if padded else None, chunk_size=size)
+    assert len(pieces) == -(-20 // size) and max(pieces) == min(size, 20) == pieces[-1]
+    torch.testing.assert_close(outputs.logits, expected.logits[:, -1:], rtol=0, atol=1e-4)
+    assert not outputs.logits.requires_grad and outputs.past_key_values.get_seq_length() == 20
+    step, mask = tokens(2, 1, seed=1), torch.cat([mask, mask[:, -1:]], 1)
+    want = model(torch.cat([ids, step], 1), attention_mask=mask, use_cache=False).logits[:, -1:]
+    with torch.no_grad():
+        got = model(step, attention_mask=mask, past_key_values=outputs.past_key_values).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_prefill_continues_a_cache_and_keeps_the_logits_asked_for(model):
+    ids = tokens(2, 50)
+    packed = torch.cat([torch.arange(23), torch.arange(27)])[None]
+    with torch.no_grad():
+        cache = model(ids[:, :11], position_ids=packed[:, :11]).past_key_values
+    outputs = model.prefill(
+        ids[:, 11:], past_key_values=cache, chunk_size=8, logits_to_keep=8, position_ids=packed[:, 11:]
+    )
+    assert outputs.past_key_values is cache
+    expected = model(ids, position_ids=packed, use_cache=False).logits[:, -8:]
+    torch.testing.assert_close(outputs.logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 0}, {"logits_to_keep": 0}, {"logits_to_keep": 9, "chunk_size": 8}], ids=str
+)
+def test_prefill_refuses_sizes_by_name(model, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must"):
+        model.prefill(tokens(1, 20), **options)
+
+
+def test_prefill_shows_its_progress_on_many_pieces(model, capsys):
+    shown = {}
+    for name, options in {
+        "few": {}, "many": {"chunk_size": 1}, "off": {"chunk_size": 1, "progress": False}, "on": {"progress": True}
+    }.items():  # fmt: skip
+        model.prefill(tokens(1, 20), **options)
+        shown[name] = "prefill" in capsys.readouterr().err
+    assert shown == {"few": False, "many": True, "off": False, "on": True}
+
+
+def test_prefill_and_generate_refuse_a_router_that_looks_ahead(tiny_model):
+    model = tiny_model(router_mode="topk")
+    for call in (model.prefill, model.generate):
+        with pytest.raises(ValueError, match="router_mode='threshold'"):
+            call(tokens(1, 20))
+
+
 def test_generation_continues_from_a_returned_cache(model):
     ids = tokens(2, 20)
     first = generate(model, ids, max_new_tokens=5, return_dict_in_generate=True)
@@ -158,7 +252,7 @@ def test_assisted_decoding_is_refused_because_the_state_cannot_be_rewound(model)
         generate(model, tokens(1, 20), prompt_lookup_num_tokens=3)
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
+@pytest.mark.parametrize("implementation", ["quantized", "offloaded"])
 def test_other_cache_implementations_are_refused_by_name(model, implementation):
     with pytest.raises(ValueError, match=f"cache_implementation.*{implementation}"):
         generate(model, tokens(1, 20), cache_implementation=implementation)
