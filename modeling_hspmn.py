@@ -23,13 +23,23 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, logging
 
 from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import compact, linear_attention, local_attention, pick_backend, route, sqsk_merge, take_rows
-from .reference_hspmn import add_sinks_ref, causal_conv_ref, window_decode_ref
+from .operations_hspmn import (
+    compact,
+    linear_attention,
+    local_attention,
+    pick_backend,
+    reflexive_merge,
+    route,
+    split_heads,
+    sqsk_merge,
+    take_rows,
+)
+from .reference_hspmn import add_sinks_ref, gated_norm_ref, wide, window_decode_ref
 
 logger = logging.get_logger(__name__)
 
@@ -208,6 +218,18 @@ class HSPMNRouter(nn.Module):
         return RouterStats(load.detach(), overflow.detach(), entropy.detach(), aux_loss)
 
 
+class Heads(NamedTuple):
+    """What the streams read of the shared projection, see `split_heads_ref`: q and k for the linear attention, then
+    q, k and v for the softmax attentions, normalised and with RoPE.
+    """
+
+    q_linear_BTHE: torch.Tensor
+    k_linear_BTGE: torch.Tensor
+    q_BTHE: torch.Tensor
+    k_BTGE: torch.Tensor
+    v_BTGE: torch.Tensor
+
+
 class SharedProjection(nn.Module):
     """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens.
 
@@ -216,11 +238,12 @@ class SharedProjection(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.head_dim = config.head_dim
-        channels = sum(self.sizes) * config.head_dim
+        self.config = config
+        channels = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel_size))
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -229,21 +252,21 @@ class SharedProjection(nn.Module):
         taps[:, -1] += 1.0
         init.copy_(self.conv_weight, taps)
 
-    def forward(self, h_BTD, stream, layer_cache):
-        """Queries [B, T, H, E], keys and values [B, T, G, E] of every token; updates the convolution history."""
+    def forward(self, h_BTD, stream, layer_cache, backend):
+        """`Heads` of every token; updates the convolution's history."""
         x_BTC = self.qkv_proj(h_BTD)
         if layer_cache is not None and not layer_cache.is_initialized:
             layer_cache.lazy_initialization(x_BTC)
-        B, _, C = x_BTC.shape
-        lags = self.conv_weight.shape[1] - 1
-        if lags:
-            history = x_BTC.new_zeros(B, lags, C) if layer_cache is None else layer_cache.conv_state
-            y_BTC = causal_conv_ref(x_BTC, self.conv_weight.to(x_BTC.dtype), stream.start_BT, history)
-            if layer_cache is not None:
-                layer_cache.write_conv(x_BTC, stream.length_B)
-            x_BTC = y_BTC
-        heads = x_BTC.unflatten(-1, (-1, self.head_dim))
-        return heads.split(self.sizes, 2)
+        convolves, config = self.conv_weight.shape[1] > 1, self.config
+        heads = split_heads(
+            x_BTC, self.conv_weight, layer_cache.conv_state if convolves and layer_cache is not None else None,
+            stream.start_BT, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
+            kv_heads=config.num_key_value_heads, eps=config.rms_norm_eps, mode=config.linear_attention,
+            backend=backend,
+        )  # fmt: skip
+        if convolves and layer_cache is not None:
+            layer_cache.write_conv(x_BTC, stream.length_B)
+        return Heads(*heads)
 
 
 class ReflexiveStream(nn.Module):
@@ -273,48 +296,58 @@ class ReflexiveStream(nn.Module):
             init.zeros_(self.decay_log_rate)
             init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
 
-    def forward(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks=None):
-        """Sum of both attentions, [B, T, H, E]. `rotated` holds the normalised q and k with RoPE."""
-        out_BTHE = self._linear(h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend)
+    def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None):
+        """Sum of both attentions, [B, T, H, E]."""
+        linear_BTHE, gate_BTH = self._linear(h_BTD, heads, stream, layer_cache, backend)
+        single = layer_cache is not None and h_BTD.shape[1] == 1
+        if self.config.sliding_window and gate_BTH is not None and sinks is None and not single:
+            with_linear = (linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
+            return self._window(heads, stream, layer_cache, backend, with_linear)
+        if gate_BTH is not None:
+            linear_BTHE = gated_norm_ref(linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
         if not self.config.sliding_window:
-            return out_BTHE
-        local_BTHE, lse_BTH = self._local(*rotated, v_BTGE, stream, layer_cache, backend)
-        if sinks is not None:
-            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, rotated[0], *sinks)
-        return out_BTHE + local_BTHE
-
-    def _local(self, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend):
-        if layer_cache is not None and k_BTGE.shape[1] == 1:
-            slot_B = layer_cache.push_window(k_BTGE, v_BTGE, stream.seen_B, stream.length_B)
-            return window_decode_ref(
-                q_BTHE, layer_cache.window_keys, layer_cache.window_values, slot_B, stream.start_BT
-            )
-        history = None if layer_cache is None else layer_cache.window_history(stream.seen_B)
-        out_BTHE, lse_BTH = local_attention(
-            q_BTHE, k_BTGE, v_BTGE, stream.start_BT, self.config.sliding_window, history, backend
-        )
-        if layer_cache is not None:
-            layer_cache.write_window(k_BTGE, v_BTGE, stream.seen_B, stream.length_B)
-        return out_BTHE, lse_BTH
-
-    def _linear(self, h_BTD, q_BTHE, k_BTGE, v_BTGE, stream, layer_cache, backend):
-        state = None if layer_cache is None else layer_cache.linear_state
-        if self.config.linear_attention == "gated":
-            decay_BTH, gate_BTH = self.head_proj(h_BTD).float().chunk(2, -1)
-            log_decay_BTH = -self.decay_log_rate.float().exp() * F.softplus(decay_BTH + self.decay_bias.float())
-            q_BTHE, k_BTGE = (F.normalize(F.silu(x).float(), dim=-1).to(x.dtype) for x in (q_BTHE, k_BTGE))
+            return linear_BTHE.to(heads.v_BTGE.dtype)
+        if single:
+            slot_B = layer_cache.push_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
+            ring = (layer_cache.window_keys, layer_cache.window_values)
+            local_BTHE, lse_BTH = window_decode_ref(heads.q_BTHE, *ring, slot_B, stream.start_BT)
         else:
-            q_BTHE, k_BTGE = (F.elu(x.float()).add(1).to(x.dtype) for x in (q_BTHE, k_BTGE))
-            v_BTGE = F.pad(v_BTGE, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
-            log_decay_BTH = torch.zeros_like(q_BTHE[..., 0], dtype=torch.float32)
-        out_BTHE, state = linear_attention(
-            q_BTHE, k_BTGE, v_BTGE, log_decay_BTH, stream.start_BT, stream.length_B, state, backend
-        )
+            local_BTHE, lse_BTH = self._window(heads, stream, layer_cache, backend)
+        if sinks is not None:
+            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
+        return (linear_BTHE + local_BTHE).to(heads.v_BTGE.dtype)
+
+    def _window(self, heads, stream, layer_cache, backend, with_linear=None):
+        """Local attention and its log-sum-exp, or the whole stream if `with_linear` has the other part of it."""
+        inputs = (heads.q_BTHE, heads.k_BTGE, heads.v_BTGE, stream.start_BT, self.config.sliding_window)
+        history = None if layer_cache is None else layer_cache.window_history(stream.seen_B)
+        if with_linear is None:
+            result = local_attention(*inputs, history, backend)
+        else:
+            result = reflexive_merge(*inputs, *with_linear, history, backend)
+        if layer_cache is not None:
+            layer_cache.write_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
+        return result
+
+    def _linear(self, h_BTD, heads, stream, layer_cache, backend):
+        """Output of the linear attention, and its gate before the sigmoid: None for "elu", which is normalised."""
+        state, v_BTGF = None if layer_cache is None else layer_cache.linear_state, heads.v_BTGE
+        gated = self.config.linear_attention == "gated"
+        if gated:
+            decay_BTH, gate_BTH = self.head_proj(h_BTD).chunk(2, -1)
+            log_decay_BTH = -wide(self.decay_log_rate).exp() * F.softplus(wide(decay_BTH) + wide(self.decay_bias))
+        else:
+            v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
+            log_decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
+        out_BTHF, state = linear_attention(
+            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, log_decay_BTH, stream.start_BT, stream.length_B, state,
+            backend,
+        )  # fmt: skip
         if layer_cache is not None:
             layer_cache.keep("linear_state", state)
-        if self.config.linear_attention == "gated":
-            return self.norm(out_BTHE) * gate_BTH.sigmoid()[..., None].to(out_BTHE.dtype)
-        return out_BTHE[..., :-1] / out_BTHE[..., -1:].clamp(min=1e-6)
+        if gated:
+            return out_BTHF, gate_BTH
+        return out_BTHF[..., :-1] / out_BTHF[..., -1:].clamp(min=1e-6), None
 
 
 class ContextualStream(nn.Module):
@@ -324,11 +357,10 @@ class ContextualStream(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, reflexive_BTHE, rotated, v_BTGE, route, stream, layer_cache, backend, sinks=None):
+    def forward(self, reflexive_BTHE, heads, route, stream, layer_cache, backend, sinks=None):
         """`reflexive_BTHE` plus gate * attention output at every routed token; it may be overwritten."""
         index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
-        (q_BTHE, k_BTGE), cached_B, first_BK = rotated, None, None
-        kv = (k_BTGE, v_BTGE)
+        kv, cached_B, first_BK = (heads.k_BTGE, heads.v_BTGE), None, None
         if stream.start_BT is not None:
             first_BT = self._first_slot(route, stream, layer_cache)
             first_BK = first_BT.gather(1, index_BK.clamp(min=0))
@@ -340,7 +372,7 @@ class ContextualStream(nn.Module):
             *kv, cached_B, count_B = layer_cache.update(*kv, position_BK, count_B)
             route = route._replace(count_B=count_B)
             layer_cache.keep("document_slot", first_BT[:, -1].to(torch.int32))
-        return sqsk_merge(reflexive_BTHE, q_BTHE, kv, route, first_BK, cached_B, sinks, backend)
+        return sqsk_merge(reflexive_BTHE, heads.q_BTHE, kv, route, first_BK, cached_B, sinks, backend)
 
     def _first_slot(self, route, stream, layer_cache):
         """First slot of each token's document, counted with the cached slots, [B, T]."""
@@ -380,8 +412,6 @@ class HSPMNBlock(GradientCheckpointingLayer):
         D, E = config.hidden_size, config.head_dim
         self.input_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
         self.projection = SharedProjection(config)
-        self.q_norm = RMSNorm(E, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(E, eps=config.rms_norm_eps)
         self.reflexive = ReflexiveStream(config)
         self.router = HSPMNRouter(config, layer_idx) if config.layer_sparsity[layer_idx] else None
         self.contextual = ContextualStream(config) if self.router is not None else None
@@ -432,17 +462,12 @@ class HSPMNBlock(GradientCheckpointingLayer):
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
         h_BTD = self.input_layernorm(x_BTD)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        q_BTHE, k_BTGE, v_BTGE = self.projection(h_BTD, stream, layer_cache)
-        rotated = apply_rotary_pos_emb(
-            self.q_norm(q_BTHE), self.k_norm(k_BTGE), stream.cos.to(x_BTD.dtype), stream.sin.to(x_BTD.dtype), 2
-        )
-        rotated = tuple(x.to(v_BTGE.dtype) for x in rotated)
+        heads = self.projection(h_BTD, stream, layer_cache, backend)
         sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
-        merged_BTHE = self.reflexive(h_BTD, q_BTHE, k_BTGE, v_BTGE, rotated, stream, layer_cache, backend, sinks)
-        route = None
+        merged_BTHE, route = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks), None
         if self.router is not None:
             route = self.router(h_BTD, stream.length_B, router_bias, backend)
-            merged_BTHE = self.contextual(merged_BTHE, rotated, v_BTGE, route, stream, layer_cache, backend, sinks)
+            merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, layer_cache, backend, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
         return self._feed_forward(x_BTD, route, backend), route
 

@@ -8,16 +8,18 @@ import functools
 import math
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from transformers.utils.import_utils import is_triton_available
 
 from .reference_hspmn import (
     add_sinks_ref,
     compact_ref,
+    gated_norm_ref,
     linear_attention_recurrent_ref,
     linear_attention_ref,
     local_attention_ref,
     route_ref,
+    split_heads_ref,
     sqsk_attention_ref,
     take_rows_ref,
 )
@@ -29,7 +31,9 @@ if HAS_TRITON:
     from .kernels_hspmn import linear_attention as linear_attention_kernel
     from .kernels_hspmn import linear_attention_step as linear_attention_step_kernel
     from .kernels_hspmn import local_attention as local_attention_kernel
+    from .kernels_hspmn import reflexive_merge as reflexive_merge_kernel
     from .kernels_hspmn import route as route_kernel
+    from .kernels_hspmn import split_heads as split_heads_kernel
     from .kernels_hspmn import sqsk_attention as sqsk_attention_kernel
     from .kernels_hspmn import sqsk_merge as sqsk_merge_kernel
     from .kernels_hspmn import take_rows as take_rows_kernel
@@ -104,8 +108,10 @@ def _compiled_flex_attention():
 def _flex(q_BTHE, k_BSGE, v_BSGE, block_mask):
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
-    out, lse = attend(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], return_lse=True)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    out, aux = attend(
+        q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
+    )
+    return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
 def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visible, length):
@@ -168,6 +174,15 @@ def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
     return _flex(q_BKHE, k_BKGE, v_BKGE, mask)
 
 
+def split_heads(
+    x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *, kv_heads, eps, mode, backend
+):
+    """See `split_heads_ref`."""
+    split = split_heads_kernel if backend == "triton" else split_heads_ref
+    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
+    return split(*tensors, kv_heads=kv_heads, eps=eps, mode=mode)
+
+
 def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, backend):
     """See `linear_attention_ref`; the kernel of a single token advances a given state in place."""
     inputs = (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
@@ -185,6 +200,17 @@ def local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend):
         return _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window)
     attend = functools.partial(local_attention_kernel, with_lse=True) if backend == "triton" else local_attention_ref
     return attend(q_BTHE, k_BTGE, v_BTGE, start_BT, window, *(history or (None, None)))
+
+
+def reflexive_merge(
+    q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps, history, backend
+):
+    """See `reflexive_merge_ref`; `history` as in `local_attention`."""
+    if backend == "triton":
+        inputs = (q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps)
+        return reflexive_merge_kernel(*inputs, *(history or (None, None)))
+    local_BTHE, _ = local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend)
+    return (local_BTHE + gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps)).to(q_BTHE.dtype)
 
 
 def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, backend):

@@ -286,26 +286,32 @@ def split_heads_ref(
     elu(x) + 1.
 
     Returns q_linear [B, T, H, E], k_linear [B, T, G, E], q_rotated [B, T, H, E], k_rotated and v [B, T, G, E], in x's
-    dtype, each rounded once.
+    dtype, in which the convolution and RoPE are computed too.
     """
-    E, lags, y_BTC = q_norm_E.shape[0], weight_CL.shape[1] - 1, wide(x_BTC)
+    dtype, E, lags = x_BTC.dtype, q_norm_E.shape[0], weight_CL.shape[1] - 1
     if lags:
-        shape = (x_BTC.shape[0], lags, x_BTC.shape[2])
-        history_BLC = x_BTC.new_zeros(shape) if history_BLC is None else history_BLC.to(x_BTC.dtype)
-        y_BTC = causal_conv_ref(y_BTC, weight_CL.to(y_BTC.dtype), start_BT, history_BLC)
+        if history_BLC is None:
+            history_BLC = x_BTC.new_zeros(x_BTC.shape[0], lags, x_BTC.shape[2])
+        x_BTC = causal_conv_ref(x_BTC, weight_CL.to(dtype), start_BT, history_BLC)
     q_heads = x_BTC.shape[2] // E - 2 * kv_heads
-    q, k, v = y_BTC.unflatten(-1, (-1, E)).split((q_heads, kv_heads, kv_heads), 2)
+    q, k, v = x_BTC.unflatten(-1, (-1, E)).split((q_heads, kv_heads, kv_heads), 2)
 
     def feature(x):
-        return F.normalize(F.silu(x), dim=-1) if mode == "gated" else F.elu(x) + 1
+        x = wide(F.silu(x)) if mode == "gated" else wide(x)
+        return (F.normalize(x, dim=-1) if mode == "gated" else F.elu(x) + 1).to(dtype)
 
     def rotated(x, weight_E):
-        x = F.rms_norm(x, (E,), weight_E.to(x.dtype), eps)
+        x = F.rms_norm(x, (E,), weight_E.to(dtype), eps).to(dtype)
         low, high = x.chunk(2, -1)
-        return x * cos_BTE[:, :, None].to(x.dtype) + torch.cat([-high, low], -1) * sin_BTE[:, :, None].to(x.dtype)
+        return x * cos_BTE[:, :, None].to(dtype) + torch.cat([-high, low], -1) * sin_BTE[:, :, None].to(dtype)
 
-    outputs = (feature(q), feature(k), rotated(q, q_norm_E), rotated(k, k_norm_E), v)
-    return tuple(x.to(x_BTC.dtype).contiguous() for x in outputs)
+    return feature(q), feature(k), rotated(q, q_norm_E), rotated(k, k_norm_E), v
+
+
+def gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps):
+    """RMSNorm(linear) * sigmoid(head_gate), norm and gate per head, in float32 or wider."""
+    normed_BTHE = F.rms_norm(wide(linear_BTHE), norm_E.shape, wide(norm_E), eps)
+    return normed_BTHE * wide(head_gate_BTH).sigmoid()[..., None]
 
 
 def reflexive_merge_ref(
@@ -319,9 +325,7 @@ def reflexive_merge_ref(
     are float32 or wider.
     """
     local_BTHE, _ = local_attention_ref(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE, history_v_BWGE)
-    linear_BTHE = wide(linear_BTHE)
-    normed_BTHE = F.rms_norm(linear_BTHE, norm_E.shape, norm_E.to(linear_BTHE.dtype), eps)
-    return (local_BTHE + normed_BTHE * wide(head_gate_BTH).sigmoid()[..., None]).to(q_BTHE.dtype)
+    return (local_BTHE + gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps)).to(q_BTHE.dtype)
 
 
 def window_decode_ref(q_BTHE, k_BWGE, v_BWGE, slot_B, start_BT):

@@ -27,6 +27,7 @@ def full_float32():
     with torch.no_grad():
         torch.set_float32_matmul_precision("highest")
         yield
+    torch.compiler.set_stance("default")
 
 
 @pytest.fixture
@@ -86,23 +87,24 @@ def test_kernels_equal_the_reference_with_padding_and_packing(pair):
 
 
 def test_generation_on_kernels_equals_the_reference(pair):
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
-    got, want = (model.generate(tokens(2, 20), **options) for model in pair())
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    got, want = (model.generate(tokens(1, 9), **options) for model in pair(num_hidden_layers=1, sparsity_k=0.4))
     assert torch.equal(got, want)
 
 
 def test_the_kernels_run_where_they_are_forced(pair, monkeypatch):
     """A model that fell back to the reference would pass every other test here."""
     called = []
-    for name in ("compact", "linear_attention", "linear_attention_step", "local_attention", "sqsk_merge"):
+    streams = ("split_heads", "linear_attention", "linear_attention_step", "reflexive_merge")
+    for name in (*streams, "compact", "sqsk_merge"):
         kernel = getattr(operations_hspmn, f"{name}_kernel")
         monkeypatch.setattr(
             operations_hspmn, f"{name}_kernel", lambda *a, _n=name, _k=kernel, **k: called.append(_n) or _k(*a, **k)
         )
     feed(pair(num_hidden_layers=1, sparsity_k=0.4)[0], tokens(1, 8), (7,))
     assert called == [
-        *("linear_attention", "local_attention", "compact", "sqsk_merge"),
-        *("linear_attention_step", "sqsk_merge"),  # window and compaction of one token are plain PyTorch
+        *("split_heads", "linear_attention", "reflexive_merge", "compact", "sqsk_merge"),
+        *("split_heads", "linear_attention_step", "sqsk_merge"),  # one token: window and compaction in PyTorch
     ]
 
 
@@ -155,7 +157,6 @@ def test_compiled_inference_equals_the_eager_reference(pair, variant, backend):
         ids = tokens(3, 700, seed + 1)
         want = reference(ids, use_cache=False)
         torch.compiler.set_stance("fail_on_recompile")
-    torch.compiler.set_stance("default")
 
 
 @needs_gpu

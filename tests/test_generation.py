@@ -4,6 +4,7 @@ import pytest
 import torch
 from hspmn.cache_hspmn import HSPMNCache
 from transformers.generation import BaseStreamer
+from transformers.utils import logging
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
 
@@ -156,6 +157,7 @@ def test_prefill_refuses_sizes_by_name(model, options):
 
 
 def test_prefill_shows_its_progress_on_many_pieces(model, capsys):
+    logging.enable_progress_bar()  # the scripts turn it off, and other tests run them in this process
     shown = {}
     for name, options in {
         "few": {}, "many": {"chunk_size": 1}, "off": {"chunk_size": 1, "progress": False}, "on": {"progress": True}

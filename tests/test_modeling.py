@@ -8,6 +8,7 @@ import pytest
 import torch
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
+    Heads,
     HSPMNBlock,
     HSPMNForCausalLM,
     HSPMNForSequenceClassification,
@@ -298,7 +299,8 @@ def test_routed_mlp_adds_its_gated_output_to_routed_tokens_alone(tiny_config):
 def test_elu_linear_attention_is_a_causal_mean_weighted_by_its_feature_map(tiny_config):
     stream = ReflexiveStream(tiny_config(linear_attention="elu", sliding_window=0))
     q, k, v = (torch.randn(2, 20, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
-    out = stream(None, q, k, v, None, Stream(None, None, None), None, "reference")
+    heads = Heads(F.elu(q) + 1, F.elu(k) + 1, q, k, v)
+    out = stream(None, heads, Stream(None, None, None), None, "reference")
     k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
     weights = torch.einsum("bthe,bshe->bhts", F.elu(q) + 1, F.elu(k) + 1).tril()
     mean = torch.einsum("bhts,bshe->bthe", weights / weights.sum(-1, keepdim=True), v)

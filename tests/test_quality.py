@@ -125,7 +125,7 @@ def test_full_size_models_have_equal_parameters(case):
 
 
 def test_a_frozen_router_does_not_learn(folder):
-    sizes = {field: quality.TINY[field] for field in quality.SIZES}
+    sizes = {field: getattr(arguments(folder), field) for field in quality.SIZES}
     model = evaluate.build_model("hspmn_random", evaluate.comparison_config("hspmn_random", sizes), 0)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert len(frozen) == 2 and all(name.endswith("router.weight") for name in frozen)
