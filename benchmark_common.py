@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
-from .evaluate import ROOT, parse_overrides
+from .evaluate import config_with, parse_overrides
 
 SLOW_MS = 300.0  # calls longer than this are timed five times
 
@@ -163,16 +163,9 @@ def shared_sizes(args, layers, intermediate_size):
 
 def hspmn_config(args, layers, intermediate_size):
     """Configuration of an HSPMN of the sizes in `args`, with the fields of `--set`."""
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     fields = shared_sizes(args, layers, intermediate_size)
     fields |= {"sparsity_k": args.sparsity_k, "sliding_window": args.sliding_window}
-    for field, value in (fields | parse_overrides(args.set)).items():
-        if not hasattr(config, field):
-            raise ValueError(f"--set {field}: HSPMNConfig has no such field; see configuration_hspmn.py")
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        setattr(config, field, float(value) if whole and isinstance(getattr(config, field), float) else value)
-    config.validate()
-    return config
+    return config_with(fields | parse_overrides(args.set))
 
 
 def dense_config(args, layers, intermediate_size):

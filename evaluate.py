@@ -157,6 +157,11 @@ def comparison_config(case, sizes, overrides=None):
     if own is None:
         return LlamaConfig(**sizes, rms_norm_eps=1e-6, max_position_embeddings=1048576)
     fields = sizes | (overrides or {}) | own
+    return config_with(fields)
+
+
+def config_with(fields):
+    """The checkout's `HSPMNConfig` with other values; raises ValueError for unknown fields and wrong values."""
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     for field, value in fields.items():
         if not hasattr(config, field):
