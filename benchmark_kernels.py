@@ -109,7 +109,7 @@ def linear_attention_operation(args, kernels, B, T):
     """Gated linear attention, beside fla's simple_gla on keys and values expanded to all heads."""
     (q, k, v), n = random_heads(args, B, T), CHECKED_TOKENS
     H, E, R = *q.shape[2:], args.num_attention_heads // args.num_key_value_heads
-    log_decay = -torch.rand(B, T, H, device=args.device) ** 3
+    log_decay = -(torch.rand(B, T, H, device=args.device) ** 3)
     inputs = (q, k, v, log_decay)
     calls = {"triton": lambda: kernels.linear_attention(*inputs, None, None, None)[0]}
     if importlib.util.find_spec("fla") is not None and args.device.type == "cuda":
@@ -127,7 +127,7 @@ def linear_attention_operation(args, kernels, B, T):
 def linear_attention_step_operation(args, kernels, B, T):
     """One recurrent step of B rows; the state advances in place."""
     (q, k, v), E = random_heads(args, B, 1), args.head_dim
-    log_decay = -torch.rand(B, 1, args.num_attention_heads, device=args.device) ** 3
+    log_decay = -(torch.rand(B, 1, args.num_attention_heads, device=args.device) ** 3)
     state = torch.randn(B, args.num_attention_heads, E, E, device=args.device)
     held = state.clone()
     calls = {"triton": lambda: (kernels.linear_attention_step(q, k, v, log_decay, None, None, held), held)}
@@ -288,8 +288,9 @@ def kernels_cases(args):
         for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
             shape = f"B{B}_K{T}" if name == "sqsk_attention" else f"B{B}_T{1 if name.endswith('step') else T}"
             for backend in ("triton", *rivals.get(name, ())):
-                yield f"{name}/{backend}/{shape}", (
-                    lambda n=name, b=backend, rows=B, tokens=T: measure_operation(args, n, b, rows, tokens)
+                yield (
+                    f"{name}/{backend}/{shape}",
+                    (lambda n=name, b=backend, rows=B, tokens=T: measure_operation(args, n, b, rows, tokens)),
                 )
 
 

@@ -41,7 +41,6 @@ BYTES_PER_TOKEN = 4  # of a 16k byte-level BPE on Python source, from above
 KEPT_OUT_OF_COMMAND = ("folder", "output", "resume", "data_cache", "checkpoints")  # paths of one machine
 
 
-
 def list_sources():
     """All .py files of the standard library and the installed packages, in an order that mixes the packages."""
     paths = sysconfig.get_paths()
@@ -113,7 +112,6 @@ def rows_of(tokens, length):
         raise ValueError(f"the text has {len(tokens)} tokens, less than one row of {length}; use shorter rows")
     count = len(tokens) // length
     return torch.from_numpy(np.asarray(tokens[: count * length], dtype=np.int64)).view(count, length)
-
 
 
 def comparison_overrides(case, layers):
@@ -220,7 +218,6 @@ def low_precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-
 def recall_targets(ids_BT):
     """Which targets complete a bigram already seen in their row, bool [B, T - 1]; entry t is for the target t + 1."""
     pair_BT = ids_BT[:, :-1].long() * (int(ids_BT.max()) + 1) + ids_BT[:, 1:]
@@ -262,7 +259,6 @@ def validate(model, rows, batch_size, device):
         load, entropy = torch.stack(router).sum(0).tolist()
         result |= {"load": load, "gate_entropy": entropy, "target": list(model.config.layer_sparsity)}
     return result
-
 
 
 def needle(tokenizer, rng):
@@ -369,7 +365,6 @@ def plot_needle(grid, train_length, label, path):
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-
 def mqar_batch(batch_size, length, pairs, vocab_size, generator, device):
     """A batch of multi-query associative recall: ids [B, T], query positions [B, pairs] and their values [B, pairs].
 
@@ -458,7 +453,6 @@ def run_mqar(args):
             print(f"  {rows[-1]['case']}: {accuracy:.4f}", flush=True)
         merge_results(path, rows, {}, args)
     return 0
-
 
 
 def relative_imports(path):
@@ -590,7 +584,6 @@ def run_verify(args):
     for name, passed, detail in checks:
         print(f"{ {True: 'pass', False: 'FAIL', None: 'note'}[passed] }  {name} ({detail})")
     return int(any(passed is False for _, passed, _ in checks))
-
 
 
 def row(case, metric, value):

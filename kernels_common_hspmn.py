@@ -73,9 +73,7 @@ def check_heads(q_BTHE, k_BTGE, v_BTGF):
     if E not in HEAD_WIDTHS:
         raise ValueError(f"head width must be one of {HEAD_WIDTHS}, got {E}; set backend='reference' for others")
     if k_BTGE.shape[-1] != E or v_BTGF.shape[:3] != k_BTGE.shape[:3] or k_BTGE.shape[0] != B:
-        raise ValueError(
-            f"shapes disagree: q {tuple(q_BTHE.shape)}, k {tuple(k_BTGE.shape)}, v {tuple(v_BTGF.shape)}"
-        )
+        raise ValueError(f"shapes disagree: q {tuple(q_BTHE.shape)}, k {tuple(k_BTGE.shape)}, v {tuple(v_BTGF.shape)}")
     if q_BTHE.dtype not in DTYPES or k_BTGE.dtype != q_BTHE.dtype or v_BTGF.dtype != q_BTHE.dtype:
         raise ValueError(
             f"q, k and v must share a dtype of float32, bfloat16, float16; got {q_BTHE.dtype}, {k_BTGE.dtype}, "

@@ -174,9 +174,7 @@ class HSPMNRouter(nn.Module):
         bias: the value to decide with, None for the present one. backend: see `pick_backend`.
         """
         T, bias = h_BTD.shape[1], self.bias if bias is None else bias
-        score_BT, gate_BT, wanted_BT = route(
-            h_BTD, self.weight, bias, self.config.router_noise_floor, backend
-        )
+        score_BT, gate_BT, wanted_BT = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
         if length_B is None:
             real_BT = torch.ones_like(wanted_BT)
         else:

@@ -6,7 +6,9 @@
     python benchmarks/quality.py --tiny                                 everything, in seconds, on a CPU
 
 Models, with the same data order, optimiser, steps and number of parameters:
-    dense         LlamaForCausalLM of transformers with SDPA
+    dense         LlamaForCausalLM of transformers with SDPA, from weights of twice the others' deviation: from 0.02
+                  its training loss after 700 steps was 2.62, from 0.04 2.42, that of linear_full4 2.19 and 2.33
+                  (one seed, H100, 2026-11-24)
     linear_full4  gated linear attention in every layer, full causal attention beside it in every fourth; HSPMN's
                   blocks with sparsity_k of 0 or 1 and no local window
     hspmn         HSPMN as configured: the target share annealed from 1 to `sparsity_k`
@@ -43,7 +45,17 @@ SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "initializer_range"),
 )
-SETTINGS = (*SIZES, "steps", "batch_size", "length", "lr", "needle_mix", "validation_tokens", "set")
+SETTINGS = (
+    *SIZES,
+    "dense_initializer_range",
+    "steps",
+    "batch_size",
+    "length",
+    "lr",
+    "needle_mix",
+    "validation_tokens",
+    "set",
+)
 PARAMETER_TOLERANCE = 0.03
 TOKENIZER_BYTES = 30_000_000
 END_OF_TEXT = "<|endoftext|>"
@@ -138,6 +150,12 @@ class Batches:
         if self.needles:
             ids = torch.cat([ids, self.needle_rows[step * self.needles : (step + 1) * self.needles]])
         return ids
+
+
+def sizes_of(args, case):
+    """Fields that every decoder has; the dense model has a deviation of fresh weights of its own."""
+    sizes = {field: getattr(args, field) for field in SIZES}
+    return sizes | {"initializer_range": args.dense_initializer_range} if case == "dense" else sizes
 
 
 def next_token_loss(hidden_BTD, weight_VD, ids_BT):
@@ -248,10 +266,9 @@ class Case:
     def __init__(self, name, base, overrides, args, dense_parameters):
         """Choose the sizes of case `name`, built like the model `base`; weights come with the first seed."""
         self.overrides = overrides
-        sizes = {field: getattr(args, field) for field in SIZES}
         self.name, self.base, self.args = name, base, args
         self.config, self.parameters = matched_config(
-            base, sizes, overrides, dense_parameters, args.parameter_tolerance
+            base, sizes_of(args, base), overrides, dense_parameters, args.parameter_tolerance
         )
         self.model = None
 
@@ -379,6 +396,7 @@ class Results:
         rows = {(row["case"], row["metric"]): row["value"] for row in summary_rows(self.runs)}
         print(f"{'model':24} seeds    val  recall  other   std  load min-max   KV B/token    tok/s")
         for case in dict.fromkeys(case for case, _ in rows):
+
             def of(metric, case=case):
                 return rows.get((case, metric), float("nan"))
 
@@ -434,8 +452,7 @@ def list_cases(args):
 
 def make_cases(args):
     """Every `Case` to run, with as many parameters as the dense model."""
-    sizes = {field: getattr(args, field) for field in SIZES}
-    dense = count_parameters("dense", evaluate.comparison_config("dense", sizes))
+    dense = count_parameters("dense", evaluate.comparison_config("dense", sizes_of(args, "dense")))
     return [Case(name, base, overrides, args, dense) for name, base, overrides in list_cases(args)]
 
 
@@ -515,7 +532,8 @@ def make_parser():
     add("--num_attention_heads", type=int, default=8)
     add("--num_key_value_heads", type=int, default=2)
     add("--intermediate_size", type=int, default=1408, help="the dense model's; the others' follows from the count")
-    add("--initializer_range", type=float, default=0.02, help="deviation of fresh weights, the same for every model")
+    add("--initializer_range", type=float, default=0.02, help="deviation of fresh weights of all models but dense")
+    add("--dense_initializer_range", type=float, default=0.04, help="that of dense, which learns best from another")
     add("--parameter_tolerance", type=float, default=PARAMETER_TOLERANCE, help="allowed difference in parameters")
     add("--validation_tokens", type=int, default=2_000_000)
     add("--device", help="cuda or cpu; cuda where there is one")

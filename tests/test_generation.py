@@ -111,9 +111,7 @@ def test_a_long_turn_continues_a_cache_in_pieces(model, pieces):
     turn = torch.cat([first.sequences, tokens(2, 30, seed=1)], 1)
     mask, expected = torch.ones_like(turn), generate(model, turn)
     pieces.clear()
-    continued = generate(
-        model, turn, past_key_values=first.past_key_values, attention_mask=mask, prefill_chunk_size=9
-    )
+    continued = generate(model, turn, past_key_values=first.past_key_values, attention_mask=mask, prefill_chunk_size=9)
     assert torch.equal(continued, expected) and pieces == [4, 9, 9, 9, *[1] * 11]
 
 

@@ -171,7 +171,7 @@ LINEAR += [(4, 1000, 8, 2, 128, 128), (2, 517, 4, 4, 64, 129), (1, 5000, 16, 4, 
 @pytest.mark.parametrize("B, T, H, G, E, F", LINEAR, ids=str)
 def test_linear_attention(B, T, H, G, E, F, case, dtype, descriptors, poison):
     q, k, v = heads(B, T, H, G, E, F, dtype)
-    log_decay = -torch.rand(B, T, H, device=DEVICE) ** 3
+    log_decay = -(torch.rand(B, T, H, device=DEVICE) ** 3)
     length = lengths(B, T) if case in ("length", "segments") else None
     start = documents(B, T, past=3, length=length) if case in ("packed", "segments") else None
     state = torch.randn(B, H, E, F, device=DEVICE) if case != "plain" else None

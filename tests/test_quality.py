@@ -117,15 +117,15 @@ def test_other_code_is_refused_unless_forced(folder, monkeypatch):
 @pytest.mark.parametrize("case", quality.MODELS)
 def test_full_size_models_have_equal_parameters(case):
     args = quality.make_parser().parse_args([])
-    sizes = {field: getattr(args, field) for field in quality.SIZES}
-    dense = quality.count_parameters("dense", evaluate.comparison_config("dense", sizes))
+    dense = quality.count_parameters("dense", evaluate.comparison_config("dense", quality.sizes_of(args, "dense")))
     assert 30e6 < dense < 60e6
-    _, count = quality.matched_config(case, sizes, {}, dense, quality.PARAMETER_TOLERANCE)
+    config, count = quality.matched_config(case, quality.sizes_of(args, case), {}, dense, quality.PARAMETER_TOLERANCE)
+    assert config.initializer_range == (0.04 if case == "dense" else 0.02)
     assert count == pytest.approx(dense, rel=0.01)
 
 
 def test_a_frozen_router_does_not_learn(folder):
-    sizes = {field: getattr(arguments(folder), field) for field in quality.SIZES}
+    sizes = quality.sizes_of(arguments(folder), "hspmn_random")
     model = evaluate.build_model("hspmn_random", evaluate.comparison_config("hspmn_random", sizes), 0)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert len(frozen) == 2 and all(name.endswith("router.weight") for name in frozen)

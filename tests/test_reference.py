@@ -166,9 +166,7 @@ def test_recurrence_is_a_sum_of_decayed_outer_products():
     log_decay = -normal(1, 6, 2).square()
     out, state = linear_attention_recurrent_ref(q, k, v, log_decay, None, None, q.new_zeros(1, 2, 3, 3))
     for head in range(2):
-        total = sum(
-            log_decay[0, s + 1 :, head].sum().exp() * torch.outer(k[0, s, 0], v[0, s, 0]) for s in range(6)
-        )
+        total = sum(log_decay[0, s + 1 :, head].sum().exp() * torch.outer(k[0, s, 0], v[0, s, 0]) for s in range(6))
         torch.testing.assert_close(state[0, head], total, **EXACT)
         torch.testing.assert_close(out[0, 5, head], q[0, 5, head] @ total, **EXACT)
 
