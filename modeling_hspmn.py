@@ -10,81 +10,36 @@ D hidden size, L layers.
 """
 
 import copy
-import math
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, logging
 
+from .block_hspmn import (
+    ContextualStream,
+    HSPMNBlock,
+    HSPMNRouter,
+    ReflexiveStream,
+    RMSNorm,
+    SharedProjection,
+    advance_cache,
+    make_stream,
+    restore_rows,
+)
 from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import (
-    compact,
-    linear_attention,
-    local_attention,
-    pick_backend,
-    reflexive_merge,
-    route,
-    split_heads,
-    sqsk_merge,
-    take_rows,
-)
-from .reference_hspmn import add_sinks_ref, gated_norm_ref, wide, window_decode_ref
+from .operations_hspmn import compact, take_rows
 
 logger = logging.get_logger(__name__)
 
-SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 PREFILL_CHUNK = 4096  # tokens per row that `prefill` reads at once
 WHOLE_PROMPT = 16384  # longest prompt, in tokens per row, that `generate` reads at once
 SHOWN_CHUNKS = 16  # from how many pieces on a progress bar is shown
-
-
-class Stream(NamedTuple):
-    """Where the tokens of one call stand, shared by all blocks. Rows are right-padded: real tokens come first.
-
-    start_BT and length_B are those of `reference_hspmn`, or None for one full document per row; seen_B counts the
-    real tokens of earlier calls, None without a cache; cos and sin are RoPE's, [B, T, E].
-    """
-
-    position_BT: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    start_BT: torch.Tensor | None = None
-    length_B: torch.Tensor | None = None
-    seen_B: torch.Tensor | None = None
-
-
-class Route(NamedTuple):
-    """What the router decided for one layer. index_BK, slot_BT and count_B are those of `compact_ref`.
-
-    stats is None for a single token outside training.
-    """
-
-    score_BT: torch.Tensor
-    gate_BT: torch.Tensor
-    index_BK: torch.Tensor
-    slot_BT: torch.Tensor
-    count_B: torch.Tensor
-    stats: "RouterStats | None"
-
-
-class RouterStats(NamedTuple):
-    """Per-layer scalars, float32: share of real tokens routed, share without a slot, mean gate entropy in nats."""
-
-    load: torch.Tensor
-    overflow: torch.Tensor
-    entropy: torch.Tensor
-    aux_loss: torch.Tensor
 
 
 @dataclass
@@ -109,416 +64,6 @@ class HSPMNOutput(ModelOutput):
     router_load: torch.FloatTensor | None = None
     router_overflow: torch.FloatTensor | None = None
     router_entropy: torch.FloatTensor | None = None
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input, so that float32 weights under autocast keep the fused bf16 path."""
-
-    def forward(self, x):
-        """[..., width] to the same."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class HSPMNRouter(nn.Module):
-    """ALF-LB router: a float32 score per token, a bias that keeps the load at its target, no noise.
-
-    Buffers: `bias`, added to the score for the decision only; `target`, the share of tokens to route at this point
-    of training. Parameters and buffers stay float32 whatever dtype the model is cast to.
-    """
-
-    def __init__(self, config, layer_idx=0):
-        super().__init__()
-        self.config = config
-        self.sparsity_k = config.layer_sparsity[layer_idx]
-        self.annealing = False
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
-        self.register_buffer("bias", torch.empty((), dtype=torch.float32))
-        self.register_buffer("target", torch.empty((), dtype=torch.float32), persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Scores of unit-variance inputs get a deviation of 0.5, and the bias the load `sparsity_k` on them."""
-        init.normal_(self.weight, std=0.5 * self.weight.numel() ** -0.5)
-        init.constant_(self.bias, 0.5 * NormalDist().inv_cdf(min(max(self.sparsity_k, 0.02), 0.98)))
-        init.constant_(self.target, self.sparsity_k)
-
-    def _apply(self, fn, recurse=True):
-        def keep_dtype(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    @torch.no_grad()
-    def set_progress(self, progress):
-        """Move the target along its annealing: 1.0 at progress 0, `sparsity_k` at progress 1."""
-        self.annealing = progress < 1.0
-        self.target.fill_(1.0 + (self.sparsity_k - 1.0) * progress)
-
-    @torch.no_grad()
-    def update_bias(self, load):
-        """One step of b += rate * clip(gain * (target - load), -1, 1); `load` is a scalar tensor."""
-        error = self.config.router_bias_gain * (self.target - load)
-        self.bias += self.config.router_bias_rate * error.clamp(-1.0, 1.0)
-
-    def capacity(self, tokens):
-        """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
-        if self.annealing:
-            return tokens
-        # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
-        return min(tokens, math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6)))
-
-    def forward(self, h_BTD, length_B=None, bias=None, backend="reference"):
-        """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`.
-
-        bias: the value to decide with, None for the present one. backend: see `pick_backend`.
-        """
-        T, bias = h_BTD.shape[1], self.bias if bias is None else bias
-        score_BT, gate_BT, wanted_BT = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
-        if length_B is None:
-            real_BT = torch.ones_like(wanted_BT)
-        else:
-            real_BT = torch.arange(T, device=h_BTD.device) < length_B[:, None]
-        if self.config.router_mode == "topk":
-            wanted_BT = self._top_k(score_BT, real_BT)
-        elif self.sparsity_k == 1.0:
-            wanted_BT = real_BT
-        if length_B is not None:
-            wanted_BT = wanted_BT & real_BT
-
-        if self.training and self.config.router_mode == "threshold":
-            capacity = self.capacity(T)
-        elif T == 1 or torch.compiler.is_compiling() or h_BTD.is_cuda:
-            capacity = T  # no reading of the device: memory is held for all, work is done for those routed
-        else:
-            capacity = max(1, int(wanted_BT.sum(1).max()))
-        index_BK, slot_BT, count_B = compact(wanted_BT, capacity, backend)
-        # a decoded token has no load to speak of, and the statistics would take longer than its routing
-        stats = self._stats(score_BT, wanted_BT, real_BT, count_B) if T > 1 or self.training else None
-        return Route(score_BT, gate_BT, index_BK, slot_BT, count_B, stats)
-
-    def _top_k(self, score_BT, real_BT):
-        k = max(1, round(self.sparsity_k * score_BT.shape[1]))
-        best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(k, 1).indices
-        return torch.zeros_like(real_BT).scatter(1, best_BK, True)
-
-    def _stats(self, score_BT, wanted_BT, real_BT, count_B):
-        real = real_BT.sum().clamp(min=1)
-        load = wanted_BT.sum() / real
-        overflow = load - count_B.sum() / real
-        probability_BT = score_BT.sigmoid()
-        entropy_BT = F.softplus(score_BT) - probability_BT * score_BT
-        entropy = torch.where(real_BT, entropy_BT, 0).sum() / real
-        mean = (torch.where(real_BT, probability_BT, 0).sum() / real).clamp(1e-6, 1 - 1e-6)
-        target = self.target.clamp(1e-6, 1 - 1e-6)
-        divergence = target * (target / mean).log() + (1 - target) * ((1 - target) / (1 - mean)).log()
-        aux_loss = self.config.router_token_entropy_coef * entropy + self.config.router_load_entropy_coef * divergence
-        return RouterStats(load.detach(), overflow.detach(), entropy.detach(), aux_loss)
-
-
-class Heads(NamedTuple):
-    """What the streams read of the shared projection, see `split_heads_ref`: q and k for the linear attention, then
-    q, k and v for the softmax attentions, normalised and with RoPE.
-    """
-
-    q_linear_BTHE: torch.Tensor
-    k_linear_BTGE: torch.Tensor
-    q_BTHE: torch.Tensor
-    k_BTGE: torch.Tensor
-    v_BTGE: torch.Tensor
-
-
-class SharedProjection(nn.Module):
-    """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens.
-
-    The convolution lets a key hold its predecessor too, which makes recall of a repeated pair a matter of one layer.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        channels = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel_size))
-        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """The convolution starts close to the identity."""
-        taps = torch.randn(self.conv_weight.shape) * 0.1
-        taps[:, -1] += 1.0
-        init.copy_(self.conv_weight, taps)
-
-    def forward(self, h_BTD, stream, layer_cache, backend):
-        """`Heads` of every token; updates the convolution's history."""
-        x_BTC = self.qkv_proj(h_BTD)
-        if layer_cache is not None and not layer_cache.is_initialized:
-            layer_cache.lazy_initialization(x_BTC)
-        convolves, config = self.conv_weight.shape[1] > 1, self.config
-        heads = split_heads(
-            x_BTC, self.conv_weight, layer_cache.conv_state if convolves and layer_cache is not None else None,
-            stream.start_BT, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
-            kv_heads=config.num_key_value_heads, eps=config.rms_norm_eps, mode=config.linear_attention,
-            backend=backend,
-        )  # fmt: skip
-        if convolves and layer_cache is not None:
-            layer_cache.write_conv(x_BTC, stream.length_B)
-        return Heads(*heads)
-
-
-class ReflexiveStream(nn.Module):
-    """Every token, O(N) time, O(1) state: causal linear attention plus local softmax attention.
-
-    "gated": scalar data-dependent decay per head, L2-normalised q/k, RMSNorm and a gate per head on the output (the
-    form of Mamba-2, arXiv 2405.21060, and Gated Linear Attention, arXiv 2312.06635). "elu": feature map elu(x) + 1
-    with a running normaliser (arXiv 2006.16236).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        H = config.num_attention_heads
-        if config.linear_attention == "gated":
-            self.head_proj = nn.Linear(config.hidden_size, 2 * H, bias=False)
-            self.decay_log_rate = nn.Parameter(torch.empty(H))
-            self.decay_bias = nn.Parameter(torch.empty(H))
-            self.norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Heads remember over time scales from about 1 to 1000 tokens, evenly spread in the logarithm."""
-        if self.config.linear_attention == "gated":
-            H = self.config.num_attention_heads
-            rate = torch.exp(torch.linspace(math.log(1e-3), math.log(0.7), H))  # log-decay per token at zero input
-            init.zeros_(self.decay_log_rate)
-            init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
-
-    def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None):
-        """Sum of both attentions, [B, T, H, E]."""
-        linear_BTHE, gate_BTH = self._linear(h_BTD, heads, stream, layer_cache, backend)
-        single = layer_cache is not None and h_BTD.shape[1] == 1
-        if self.config.sliding_window and gate_BTH is not None and sinks is None and not single:
-            with_linear = (linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
-            return self._window(heads, stream, layer_cache, backend, with_linear)
-        if gate_BTH is not None:
-            linear_BTHE = gated_norm_ref(linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
-        if not self.config.sliding_window:
-            return linear_BTHE.to(heads.v_BTGE.dtype)
-        if single:
-            slot_B = layer_cache.push_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
-            ring = (layer_cache.window_keys, layer_cache.window_values)
-            local_BTHE, lse_BTH = window_decode_ref(heads.q_BTHE, *ring, slot_B, stream.start_BT)
-        else:
-            local_BTHE, lse_BTH = self._window(heads, stream, layer_cache, backend)
-        if sinks is not None:
-            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
-        return (linear_BTHE + local_BTHE).to(heads.v_BTGE.dtype)
-
-    def _window(self, heads, stream, layer_cache, backend, with_linear=None):
-        """Local attention and its log-sum-exp, or the whole stream if `with_linear` has the other part of it."""
-        inputs = (heads.q_BTHE, heads.k_BTGE, heads.v_BTGE, stream.start_BT, self.config.sliding_window)
-        history = None if layer_cache is None else layer_cache.window_history(stream.seen_B)
-        if with_linear is None:
-            result = local_attention(*inputs, history, backend)
-        else:
-            result = reflexive_merge(*inputs, *with_linear, history, backend)
-        if layer_cache is not None:
-            layer_cache.write_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
-        return result
-
-    def _linear(self, h_BTD, heads, stream, layer_cache, backend):
-        """Output of the linear attention, and its gate before the sigmoid: None for "elu", which is normalised."""
-        state, v_BTGF = None if layer_cache is None else layer_cache.linear_state, heads.v_BTGE
-        gated = self.config.linear_attention == "gated"
-        if gated:
-            decay_BTH, gate_BTH = self.head_proj(h_BTD).chunk(2, -1)
-            log_decay_BTH = -wide(self.decay_log_rate).exp() * F.softplus(wide(decay_BTH) + wide(self.decay_bias))
-        else:
-            v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
-            log_decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
-        out_BTHF, state = linear_attention(
-            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, log_decay_BTH, stream.start_BT, stream.length_B, state,
-            backend,
-        )  # fmt: skip
-        if layer_cache is not None:
-            layer_cache.keep("linear_state", state)
-        if gated:
-            return out_BTHF, gate_BTH
-        return out_BTHF[..., :-1] / out_BTHF[..., -1:].clamp(min=1e-6), None
-
-
-class ContextualStream(nn.Module):
-    """Routed tokens only: SQSK attention, full causal attention among them at their original positions."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
-    def forward(self, reflexive_BTHE, heads, route, stream, layer_cache, backend, sinks=None):
-        """`reflexive_BTHE` plus gate * attention output at every routed token; it may be overwritten."""
-        index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
-        kv, cached_B, first_BK = (heads.k_BTGE, heads.v_BTGE), None, None
-        if stream.start_BT is not None:
-            first_BT = self._first_slot(route, stream, layer_cache)
-            first_BK = first_BT.gather(1, index_BK.clamp(min=0))
-        if layer_cache is not None:
-            position_BK = stream.position_BT.expand_as(slot_BT)
-            if slot_BT.shape[1] > 1:  # a single token is its own only slot
-                position_BK = position_BK.gather(1, index_BK.clamp(min=0))
-                kv = [take_rows(x, index_BK, slot_BT, backend) for x in kv]
-            *kv, cached_B, count_B = layer_cache.update(*kv, position_BK, count_B)
-            route = route._replace(count_B=count_B)
-            layer_cache.keep("document_slot", first_BT[:, -1].to(torch.int32))
-        return sqsk_merge(reflexive_BTHE, heads.q_BTHE, kv, route, first_BK, cached_B, sinks, backend)
-
-    def _first_slot(self, route, stream, layer_cache):
-        """First slot of each token's document, counted with the cached slots, [B, T]."""
-        start_BT, first_BT = stream.start_BT.expand_as(route.slot_BT), 0
-        if start_BT.shape[1] > 1 or layer_cache is None:
-            routed_BT = route.slot_BT >= 0
-            before_BT = routed_BT.cumsum(1) - routed_BT.long()  # routed tokens of this call before each token
-            first_BT = before_BT.gather(1, start_BT.clamp(min=0))
-        if layer_cache is None:
-            return first_BT
-        first_BT = first_BT + layer_cache.count[:, None]
-        return torch.where(start_BT < 0, layer_cache.document_slot[:, None], first_BT)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
-
-    def __init__(self, hidden_size, intermediate_size):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x_BTD):
-        """[B, T, D] to [B, T, D]."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTD).clamp(min=-SILU_LIMIT)) * self.up_proj(x_BTD))
-
-
-class HSPMNBlock(GradientCheckpointingLayer):
-    """One block: shared projection, router, both streams, merge and SwiGLU. Works alone on [B, S, hidden_size]."""
-
-    def __init__(self, config, layer_idx=0):
-        super().__init__()
-        config.validate()
-        self.config = config
-        self.layer_idx = layer_idx
-        D, E = config.hidden_size, config.head_dim
-        self.input_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
-        self.projection = SharedProjection(config)
-        self.reflexive = ReflexiveStream(config)
-        self.router = HSPMNRouter(config, layer_idx) if config.layer_sparsity[layer_idx] else None
-        self.contextual = ContextualStream(config) if self.router is not None else None
-        if config.num_sink_tokens:
-            self.sink_keys = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
-            self.sink_values = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
-        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
-        self.post_attention_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(D, config.intermediate_size)
-        heavier = config.routed_intermediate_size and self.router is not None
-        self.routed_mlp = SwiGLU(D, config.routed_intermediate_size) if heavier else None
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Sinks start small, so that they take little of any softmax's value."""
-        if self.config.num_sink_tokens:
-            init.normal_(self.sink_keys, std=self.config.initializer_range)
-            init.normal_(self.sink_values, std=self.config.initializer_range)
-
-    def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False, router_bias=None):
-        """Run the block.
-
-        Args:
-            hidden_states: [B, S, hidden_size].
-            stream: where the tokens stand; None: one document per row, continued if `past_key_values` is given.
-            past_key_values: `HSPMNCache` to read and extend, or None.
-            output_router: return the `Route` (None for a purely reflexive layer) as a fourth value.
-            router_bias: the routing bias of this call, None for the router's own. A caller that moves the bias before
-                backward passes a copy, so that recomputation under gradient checkpointing routes the same tokens.
-
-        Returns:
-            output [B, S, hidden_size], aux_loss (scalar), and the cache.
-        """
-        alone = stream is None
-        if alone:
-            rotary = LlamaRotaryEmbedding(self.config).to(hidden_states.device)
-            stream = make_stream(hidden_states, past_key_values, rotary)
-        output, route = self._run(hidden_states, stream, past_key_values, router_bias)
-        if alone and past_key_values is not None:
-            advance_cache(past_key_values, hidden_states.shape[1], stream)
-        stats = None if route is None else route.stats
-        aux_loss = output.new_zeros((), dtype=torch.float32) if stats is None else stats.aux_loss
-        if output_router:
-            return output, aux_loss, past_key_values, route
-        return output, aux_loss, past_key_values
-
-    def _run(self, x_BTD, stream, past_key_values, router_bias):
-        backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
-        h_BTD = self.input_layernorm(x_BTD)
-        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        heads = self.projection(h_BTD, stream, layer_cache, backend)
-        sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
-        merged_BTHE, route = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks), None
-        if self.router is not None:
-            route = self.router(h_BTD, stream.length_B, router_bias, backend)
-            merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, layer_cache, backend, sinks)
-        x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
-        return self._feed_forward(x_BTD, route, backend), route
-
-    def _feed_forward(self, x_BTD, route, backend):
-        h_BTD = self.post_attention_layernorm(x_BTD)
-        x_BTD = x_BTD + self.mlp(h_BTD)
-        if self.routed_mlp is None:
-            return x_BTD
-        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT, backend))
-        routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK, backend)
-        return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype)
-
-
-def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
-    """The `Stream` of one call.
-
-    Args:
-        x_BTD: embeddings, real tokens first in each row.
-        cache: `HSPMNCache` or None; a first call starts its rows.
-        rotary: module giving cos and sin for (x, position ids).
-        position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
-        length_B: real tokens per row, or None if all are.
-    """
-    B, T = x_BTD.shape[:2]
-    token_T = torch.arange(T, device=x_BTD.device)
-    seen_B = start_BT = None
-    if cache is not None:
-        cache.start_call(B, T, x_BTD.device)
-        seen_B = cache.seen
-    document_seen = 0 if cache is None else cache.document_seen[:, None]
-    if position_BT is None:
-        position_BT = (token_T + document_seen).expand(B if cache is not None else 1, T)
-        start_BT = None if cache is None else (-document_seen).expand(B, T)
-    else:
-        position_BT = position_BT if cache is None else position_BT.expand(B, T)
-        last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
-        jumps_BT = position_BT != torch.cat([last, position_BT[:, :-1]], 1) + 1
-        if length_B is not None:  # padding starts no document
-            jumps_BT = jumps_BT & (token_T < length_B[:, None])
-        start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
-        start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T)
-    cos, sin = rotary(x_BTD, position_BT)
-    return Stream(position_BT, cos, sin, start_BT, length_B, seen_B)
-
-
-def restore_rows(y_BTX, rows):
-    """Rows in the caller's order, zeros at padding; `rows` is (slot of each token, token of each slot) or None."""
-    return y_BTX if rows is None else take_rows(y_BTX, *rows)
-
-
-def advance_cache(cache, columns, stream):
-    """Account for a finished call in the cache's counts."""
-    cache.advance(columns, stream.length_B, stream.start_BT, stream.position_BT)
 
 
 class HSPMNPreTrainedModel(PreTrainedModel):
@@ -1029,6 +574,7 @@ HSPMNForSequenceClassification.register_for_auto_class("AutoModelForSequenceClas
 HSPMNForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
+    "ContextualStream",
     "HSPMNBlock",
     "HSPMNCache",
     "HSPMNForCausalLM",
@@ -1037,5 +583,7 @@ __all__ = [
     "HSPMNModel",
     "HSPMNOutput",
     "HSPMNPreTrainedModel",
+    "HSPMNRouter",
     "HSPMNStaticCache",
+    "ReflexiveStream",
 ]

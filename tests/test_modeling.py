@@ -6,17 +6,15 @@ import math
 
 import pytest
 import torch
+from hspmn.block_hspmn import Heads, Stream, SwiGLU
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
-    Heads,
     HSPMNBlock,
     HSPMNForCausalLM,
     HSPMNForSequenceClassification,
     HSPMNForTokenClassification,
     HSPMNModel,
     ReflexiveStream,
-    Stream,
-    SwiGLU,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
