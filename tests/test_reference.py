@@ -362,6 +362,14 @@ def test_rows_that_see_nothing_give_zeros_and_finite_gradients(sinks):
     assert all(x.grad.isfinite().all() for x in (inputs if sinks else inputs[:3]))
 
 
+def test_linear_state_stays_float32_under_autocast():
+    q, k, v = (x.float() for x in query_key_value(2, 70, 2, 2, 4))
+    state = normal(2, 4, 4, 4).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, kept = linear_attention_ref(q, torch.zeros_like(k), v, torch.zeros(2, 70, 4), None, None, state)
+    torch.testing.assert_close(kept, state, rtol=1e-6, atol=1e-6)
+
+
 # The forms that the kernels fuse
 
 
