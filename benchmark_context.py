@@ -1,11 +1,12 @@
 """Modes context and decode of `benchmark.py`: how long a context fits, and how fast tokens follow it."""
 
-import copy
 import itertools
+import math
 import statistics
 import sys
 import time
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -20,14 +21,16 @@ from .benchmark_common import (
     free_memory,
     gemm_sizes,
     hspmn_config,
-    measure,
+    measure_clock,
     random_hidden,
     random_tokens,
     synchronize,
-    timing,
 )
 
-DECODE_ROOM = 256  # tokens that a static cache can take after its context; warm-up and timed steps are fewer
+DECODE_ROOM = 320  # tokens that a static cache can take after its context; no measurement takes more steps
+DECODE_REPS = 4  # HSPMN's steps per `--reps`: how many rows a step routes varies, so its mean needs more of them
+DECODE_SPARE = 6 * 10**9  # bytes that decoding needs beside the cache: a prefill's activations
+PROMPT_MOST = 131072  # longest context that is read for decoding
 
 
 def causal_lm(args, name):
@@ -53,36 +56,26 @@ def set_model_loads(model, ids_BT):
 
 
 @torch.no_grad()
-def prefill(model, tokens, args, cache=None):
-    """Read `tokens` random tokens in chunks; returns the last output and the load of each chunk."""
-    loads = []
-    for begin in range(0, tokens, args.chunk):
-        ids = random_tokens(args, 1, min(args.chunk, tokens - begin))
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        loads.append(output.router_load.mean())
-    return output, torch.stack(loads).mean().item()
-
-
-@torch.no_grad()
 def measure_model_context(args):
-    """A long prompt through a whole model in chunks, then greedy tokens."""
+    """A long random prompt through a whole model in chunks, then greedy tokens; `load` is the prompt's."""
     model = causal_lm(args, "hspmn")
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     synchronize(args)
     begun = time.perf_counter()
-    output, load = prefill(model, args.context_tokens, args)
+    output = model.prefill(random_tokens(args, 1, args.context_tokens), chunk_size=args.chunk)
     synchronize(args)
-    read = time.perf_counter()
+    read, cache = time.perf_counter(), output.past_key_values
+    load = statistics.mean(layer.count.item() / args.context_tokens for layer in cache.layers if layer.routes)
+    decoding = time.perf_counter()
     for _ in range(args.new_tokens):
         ids = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     synchronize(args)
     metrics = {"tokens": args.context_tokens, "prefill_tok_s": args.context_tokens / (read - begun)}
-    metrics |= {"generated": args.new_tokens, "decode_tok_s": args.new_tokens / (time.perf_counter() - read)}
+    metrics |= {"generated": args.new_tokens, "decode_tok_s": args.new_tokens / (time.perf_counter() - decoding)}
     metrics |= {"load": load, "params": sum(p.numel() for p in model.parameters())}
-    return metrics | {"cache_gb": cache_bytes(output.past_key_values) / 1e9, "peak_gb": used_gb(args, output)}
+    return metrics | {"cache_gb": cache_bytes(cache) / 1e9, "peak_gb": used_gb(args, output)}
 
 
 def cache_bytes(cache):
@@ -163,26 +156,6 @@ def context_cases(args):
     yield "block/max", lambda: measure_block_context(args)
 
 
-class Prompt:
-    """One model and one row of context that grows from case to case, read by a chunked prefill."""
-
-    def __init__(self, args):
-        """Nothing is built before it is asked for."""
-        self.args, self.model, self.cache = args, None, None
-
-    def grow(self, tokens):
-        """Model and cache after `tokens` tokens of context."""
-        self.model = self.model or causal_lm(self.args, "hspmn")
-        seen = 0 if self.cache is None else self.cache.get_seq_length()
-        if seen < tokens:
-            self.cache = prefill(self.model, tokens - seen, self.args, self.cache)[0].past_key_values
-        return self.model, self.cache
-
-    def release(self):
-        """Free model and cache."""
-        self.model = self.cache = None
-
-
 def require_memory(args, wanted):
     """Raise LeftOut unless `wanted` bytes are free on the device."""
     if args.device.type != "cuda":
@@ -192,63 +165,133 @@ def require_memory(args, wanted):
         raise LeftOut(f"it needs {wanted / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
 
 
-def time_steps(step, args, ids_B1):
-    """Times of `step()`, the mean of what it returns, and how it ran; it reads `ids_B1`, drawn anew each time.
+def step_call(step, args):
+    """A call of the compiled `step`, replayed from a CUDA graph where there is CUDA."""
+    step()  # compiles it
+    return capture(step)[0].replay if args.device.type == "cuda" else step
 
-    From a CUDA graph if it can be captured (then `graph` is 1), from plain calls otherwise; `plain_ms` is theirs.
+
+def time_steps(call, args, ids_B1, steps):
+    """Milliseconds of each of `steps` calls one after the other, which read `ids_B1`, drawn anew for each.
+
+    A time runs from the end of one step to the end of the next, so it holds the writing of the new ids.
     """
-    graph, seen, calls = 0, {"out": step(), "sum": 0.0}, {"count": 0}
+    ids_NB1 = torch.randint(args.vocab_size, (steps, *ids_B1.shape), device=args.device)
+    if args.device.type != "cuda":
+        ids_iterator = iter(ids_NB1)
+        return measure_clock(call, steps, lambda: ids_B1.copy_(next(ids_iterator)))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    call()  # while it runs, the host gets ahead of the device
+    events[0].record()
+    for ids, event in zip(ids_NB1, events[1:], strict=True):
+        ids_B1.copy_(ids)
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
-    def plain():
-        seen["out"] = step()
 
-    def before():
-        ids_B1.copy_(torch.randint_like(ids_B1, args.vocab_size))
-        seen["sum"], calls["count"] = seen["sum"] + seen["out"].float(), calls["count"] + 1
+def load_context(cache, prompt, tokens):
+    """Fill every row of the static `cache` with the one of `prompt`, as if it had read `tokens` tokens.
 
-    times = plain_times = measure(plain, args, before)
+    A shorter context takes the first of the prompt's sparse keys and values, a longer one repeats them.
+    """
+    for layer, source in zip(cache.layers, prompt.layers, strict=True):
+        for name in ("linear_state", "conv_state", "window_keys", "window_values", "document_slot"):
+            getattr(layer, name).copy_(getattr(source, name).expand_as(getattr(layer, name)))
+        layer.most_used, read = slots_after(source, prompt, tokens), int(source.count)
+        layer.count.fill_(layer.most_used)
+        for begin in range(0, layer.most_used, max(read, 1)):
+            end = min(begin + read, layer.most_used)
+            for name in ("keys", "values", "positions"):
+                getattr(layer, name)[:, begin:end] = getattr(source, name)[:, : end - begin]
+    for counter in (cache.columns, cache.seen, cache.document_seen):
+        counter.fill_(tokens)
+    cache.last_position.fill_(tokens - 1)
+
+
+def slots_after(layer, prompt, tokens):
+    """Sparse slots of a layer after `tokens` tokens, of which it routes as many as of the prompt."""
+    return int(layer.count) * tokens // prompt.get_seq_length()
+
+
+def slot_bytes(layer):
+    """Bytes of the keys and values of one sparse slot."""
+    return layer.keys[0, 0].nbytes + layer.values[0, 0].nbytes
+
+
+def decoding_cache(args, model, prompt, B, contexts):
+    """A static cache of B rows for the longest of `contexts` that fits into memory, and those that fit."""
+    slot = 2 * args.num_key_value_heads * args.head_dim * args.dtype.itemsize
+    states = sum(layer.linear_state.nbytes for layer in prompt.layers)
+    free = math.inf
     if args.device.type == "cuda":
-        try:
-            captured, seen["out"] = capture(step)
-            captured.replay()  # capturing computes nothing, so the output holds no value yet
-            seen["sum"], calls["count"], graph = 0.0, 0, 1
-            times = measure(captured.replay, args, before)
-        except RuntimeError as error:
-            print(f"not captured in a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
-    return times, seen["sum"] / calls["count"], {"graph": graph, "plain_ms": statistics.median(plain_times)}
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] - DECODE_SPARE
+    capacities = {S: [slots_after(x, prompt, S) + DECODE_ROOM for x in prompt.layers] for S in contexts}
+    fitting = [S for S in contexts if B * (slot * sum(capacities[S]) + states) < free]
+    if not fitting:
+        return None, fitting
+    static_cache = sys.modules[type(model).__module__].HSPMNStaticCache
+    sizes = (B, fitting[-1] + DECODE_ROOM, capacities[fitting[-1]])
+    return static_cache(model.config, *sizes, args.device, args.dtype), fitting
 
 
 @torch.no_grad()
-def measure_hspmn_decoding(args, prompt, B, S):
-    """HSPMN's decoding: B rows with the same context and different next tokens."""
-    rate = copy_rate(args)
-    model, cache = prompt.grow(S)
-    require_memory(args, (B + 1) * cache_bytes(cache))
-    cache = copy.deepcopy(cache)
-    if B > 1:
-        cache.batch_repeat_interleave(B)
-    ids_B1 = random_tokens(args, B, 1)
+def measure_hspmn_decoding(args, B, contexts):
+    """HSPMN's decoding of B rows after each of `contexts`: metrics by context, of those that fit into memory.
 
-    def step():
-        return model(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1).router_mask
+    The context of every row is one prompt of random tokens, read by `prefill` up to PROMPT_MOST of them and repeated
+    beyond; each row goes on with other random tokens, so rows route different steps. One static cache, large enough
+    for the longest context, serves all of them: the step is compiled and captured once.
+    """
+    rate, model = copy_rate(args), causal_lm(args, "hspmn")
+    ids = random_tokens(args, 1, min(contexts[-1], PROMPT_MOST))
+    prompt = model.prefill(ids, chunk_size=args.chunk).past_key_values
+    cache, fitting = decoding_cache(args, model, prompt, B, contexts)
+    ids_B1, steps, call, results = random_tokens(args, B, 1), DECODE_REPS * args.reps, None, {}
 
-    times, routed_LB1, extra = time_steps(step, args, ids_B1)
-    moved = sum(p.nbytes for p in model.parameters())
-    for layer, routed_B in zip(cache.layers, routed_LB1[..., 0], strict=True):
-        states = [layer.linear_state, layer.conv_state]  # read and written
-        moved += sum(2 * x.nbytes for x in states if x is not None)
-        moved += sum(x.nbytes for x in (layer.window_keys, layer.window_values) if x is not None)
-        row = layer.keys[0, 0].nbytes + layer.values[0, 0].nbytes
-        moved += row * (routed_B * layer.count).sum().item()
-    extra["load"] = routed_LB1.mean().item()
-    return decoding_metrics(times, args, cache, moved, rate) | extra
+    def forward():
+        return model(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    for S in fitting:
+        load_context(cache, prompt, S)
+        if call is None:
+            call = step_call(compiled(forward, args), args)
+            load_context(cache, prompt, S)
+        cache.reserve(steps + 1)
+        before = [layer.count.clone() for layer in cache.layers]
+        columns, times = int(cache.columns), time_steps(call, args, ids_B1, steps)
+        moved, load = step_bytes(model, cache, before, int(cache.columns) - columns)
+        unused = sum(slot_bytes(layer) * (layer.slots - layer.count).sum().item() for layer in cache.layers)
+        results[S] = decoding_metrics(times, args, B, moved, rate)
+        results[S] |= {"cache_gb": (cache_bytes(cache) - unused) / 1e9, "load": load}
+    return results
+
+
+def step_bytes(model, cache, before, steps):
+    """Bytes that a mean one of the last `steps` steps moved, and the share of rows that it routed, over all layers.
+
+    before: each layer's `count` before them. Weights are read once, states read and written, the keys and values of
+    a row's routed tokens read where a layer routes the row's new token.
+    """
+    moved, loads = sum(p.nbytes for p in model.parameters()), []
+    for layer, before_B in zip(cache.layers, before, strict=True):
+        routed_B = layer.count - before_B
+        moved += 2 * (layer.linear_state.nbytes + layer.conv_state.nbytes)
+        moved += layer.window_keys.nbytes + layer.window_values.nbytes
+        moved += slot_bytes(layer) * (routed_B.double() * (before_B + layer.count) / 2).sum().item() / steps
+        if layer.routes:
+            loads.append(routed_B.double().mean().item() / steps)
+    return moved, statistics.mean(loads or [0.0])
 
 
 @torch.no_grad()
-def measure_dense_decoding(args, prompt, B, S):
-    """A Llama's decoding with transformers' static cache, compiled; the context is random keys and values."""
-    prompt.release()
-    free_memory(args)
+def measure_dense_decoding(args, B, S):
+    """A Llama's decoding with transformers' static cache, compiled; the context is random keys and values.
+
+    Its SDPA copies keys and values for every query head as transformers does it, which the floor does not count.
+    """
     rate = copy_rate(args)
     row = 2 * args.num_key_value_heads * args.head_dim * args.dtype.itemsize * B * (S + DECODE_ROOM)
     repeated = row * args.num_attention_heads // args.num_key_value_heads  # one layer's, for every query head
@@ -267,25 +310,37 @@ def measure_dense_decoding(args, prompt, B, S):
     def forward():
         return model(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
-    times, _, extra = time_steps(compiled(forward, args, fullgraph=False), args, ids_B1)
+    call = step_call(compiled(forward, args), args)
+    times = time_steps(call, args, ids_B1, args.reps)
     moved = sum(p.nbytes for p in model.parameters()) + row // (S + DECODE_ROOM) * S * args.layers
-    return decoding_metrics(times, args, cache, moved, rate) | extra
+    return decoding_metrics(times, args, B, moved, rate) | {"cache_gb": cache_bytes(cache) / 1e9}
 
 
-def decoding_metrics(times, args, cache, moved, rate):
-    """Speed of decoding all rows of a cache, beside moving the `moved` bytes of a step at the copy rate."""
-    metrics, floor_ms = timing(times, cache.batch_size, args), 1e3 * moved / rate
-    metrics.pop("peak_gb", None)  # HSPMN's would count the context that the next case grows from
-    metrics |= {"floor_ms": floor_ms, "floor_ratio": floor_ms / metrics["ms"], "bytes": moved}
-    return metrics | {"cache_gb": cache_bytes(cache) / 1e9}
+def decoding_metrics(times, args, B, moved, rate):
+    """Speed of decoding B rows, beside moving the `moved` bytes of a mean step at the copy rate.
+
+    Means and no medians: how long a step takes depends on how many rows it routes.
+    """
+    ms, floor_ms = statistics.mean(times), 1e3 * moved / rate
+    metrics = {"ms": ms, "tok_s": 1e3 * B / ms, "floor_ms": floor_ms, "floor_ratio": floor_ms / ms}
+    metrics |= {"p50_ms": statistics.median(times), "p95_ms": float(np.quantile(times, 0.95)), "bytes": moved}
+    return metrics | {"graph": int(args.device.type == "cuda")}
 
 
 def decode_cases(args):
-    """`<model>/<shape>`; HSPMN first, its context growing, then the dense model."""
-    prompt = Prompt(args)
-    for S, B in itertools.product(sorted(args.contexts), sorted(args.batches)):
+    """`<model>/<shape>`; HSPMN first, all contexts of a batch size when the first of them is asked for."""
+    contexts, measured = sorted(args.contexts), {}
+
+    def hspmn(B, S):
+        if B not in measured:
+            measured[B] = measure_hspmn_decoding(args, B, contexts)
+        if S not in measured[B]:
+            raise LeftOut("its cache does not fit into memory")
+        return measured[B][S]
+
+    for B, S in itertools.product(sorted(args.batches), contexts):
         if "hspmn" in args.models:
-            yield f"hspmn/{Shape(B, S).case}", lambda b=B, s=S: measure_hspmn_decoding(args, prompt, b, s)
-    for S, B in itertools.product(sorted(args.contexts), sorted(args.batches)):
+            yield f"hspmn/{Shape(B, S).case}", lambda b=B, s=S: hspmn(b, s)
+    for B, S in itertools.product(sorted(args.batches), contexts):
         if "dense" in args.models:
-            yield f"dense/{Shape(B, S).case}", lambda b=B, s=S: measure_dense_decoding(args, prompt, b, s)
+            yield f"dense/{Shape(B, S).case}", lambda b=B, s=S: measure_dense_decoding(args, b, s)

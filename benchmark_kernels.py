@@ -139,6 +139,29 @@ def linear_attention_step_operation(args, kernels, B, T):
     return Operation(calls, lambda out: [x[:1] for x in out], expected, 4 * state.numel(), 2 * state.nbytes)
 
 
+def reflexive_decode_operation(args, kernels, B, T):
+    """The reflexive stream of one token of B rows; state and window advance in place."""
+    heads, H, E, D = random_heads(args, B, 1), args.num_attention_heads, args.head_dim, args.hidden_size
+    hidden, weight = random_hidden(args, B, 1), torch.randn(2 * H, D, device=args.device, dtype=args.dtype) / D**0.5
+    decays = [torch.randn(H, device=args.device) - 2 for _ in range(2)]
+    fixed = (*heads[:2], *heads, hidden, weight, *decays, torch.ones(E, device=args.device), 1e-6)
+    W, G = args.sliding_window, args.num_key_value_heads
+    seen_B = torch.full((B,), 10 * W, device=args.device)
+    place = (-seen_B[:, None], None, seen_B)
+    state = torch.randn(B, H, E, E, device=args.device)
+    rings = [torch.randn(B, W, G, E, device=args.device, dtype=args.dtype) for _ in range(2)]
+    held = [x.clone() for x in (state, *rings)]
+    calls = {"triton": lambda: (kernels.reflexive_decode(*fixed, *place, *held), held[0])}
+
+    def expected(convert):
+        inputs = [convert(x) if isinstance(x, torch.Tensor) else x for x in fixed]
+        out, advanced = reference.reflexive_decode_ref(*inputs, *place, *(convert(x).clone() for x in (state, *rings)))
+        return out[:1], advanced[:1]
+
+    moved = 2 * state.nbytes + sum(x.nbytes for x in rings)
+    return Operation(calls, lambda out: [x[:1] for x in out], expected, 4 * state.numel(), moved)
+
+
 def local_attention_operation(args, kernels, B, T):
     """Attention over the last `window` tokens."""
     (q, k, v), n, window = random_heads(args, B, T), CHECKED_TOKENS, args.sliding_window
@@ -184,6 +207,30 @@ def split_heads_operation(args, kernels, B, T):
 
     moved = x_BTC.nbytes + (2 * H + 3 * G) * E * B * T * args.dtype.itemsize
     return Operation(calls, lambda out: [x[:1, :n] for x in out], expected, 0, moved)
+
+
+def split_heads_decode_operation(args, kernels, B, T):
+    """`split_heads` of one token of B rows; the history moves on in place."""
+    H, G, E = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    x_BTC = torch.randn(B, 1, (H + 2 * G) * E, device=args.device, dtype=args.dtype)
+    weight_CL = torch.randn(x_BTC.shape[2], 4, device=args.device, dtype=args.dtype)
+    history_BLC = torch.randn(B, 3, x_BTC.shape[2], device=args.device, dtype=args.dtype)
+    start_BT = torch.full((B, 1), -9, device=args.device)
+    angle_BTE = torch.rand(1, 1, E, device=args.device)
+    norms = [1 + 0.1 * torch.randn(E, device=args.device, dtype=args.dtype) for _ in range(2)]
+    tables = [x.to(args.dtype) for x in (angle_BTE.cos(), angle_BTE.sin())]
+    held, sizes = history_BLC.clone(), {"kv_heads": G, "eps": 1e-6}
+
+    def call():
+        heads = kernels.split_heads_decode(x_BTC, weight_CL, held, start_BT, None, *tables, *norms, **sizes)
+        return *heads, held
+
+    def expected(convert):
+        inputs = (convert(x_BTC), convert(weight_CL), convert(history_BLC), start_BT, None)
+        return reference.split_heads_decode_ref(*inputs, *(convert(x) for x in (*tables, *norms)), **sizes)
+
+    moved = 2 * held.nbytes + x_BTC.nbytes + (2 * H + 3 * G) * E * B * args.dtype.itemsize
+    return Operation({"triton": call}, lambda out: out, expected, 0, moved)
 
 
 def sqsk_attention_operation(args, kernels, B, K):
@@ -250,12 +297,39 @@ def sqsk_merge_operation(args, kernels, B, T):
     return Operation({"triton": call}, lambda out: (out[:1],), expected, flops, moved)
 
 
+def sqsk_decode_operation(args, kernels, B, T):
+    """Attention of one routed token of B rows over `sparsity_k * T` cached ones, gate and sum, in place."""
+    q, k, v = random_heads(args, B, 1)
+    P = max(2, round(args.sparsity_k * T))
+    reflexive, gate_BT = torch.randn_like(q), torch.rand(B, 1, device=args.device)
+    integers = {"dtype": torch.int32, "device": args.device}
+    routed_B, start_BT = torch.ones(B, **integers), torch.full((B, 1), -T, **integers)
+    store = [torch.randn(B, P + 1, *k.shape[2:], device=args.device, dtype=args.dtype) for _ in range(2)]
+    store += [torch.zeros(B, P + 1, **integers), torch.full((B,), P - 1, **integers), torch.zeros(B, **integers)]
+    held = [x.clone() for x in store]
+
+    def call():
+        held[3].fill_(P - 1)  # the store has room for one token
+        merged = reflexive.clone()
+        kernels.sqsk_decode(merged, gate_BT, q, k, v, routed_B, start_BT, start_BT, *held)
+        return merged, held[0][:, P - 1]
+
+    def expected(convert):
+        keys, values, *counts = (convert(x).clone() if x.is_floating_point() else x.clone() for x in store)
+        inputs = (convert(reflexive), gate_BT, *(convert(x) for x in (q, k, v)), routed_B, start_BT, start_BT)
+        return reference.sqsk_decode_ref(*inputs, keys, values, *counts), keys[:, P - 1]
+
+    moved, flops = sum(x.nbytes for x in store[:2]), 4 * q.numel() * P
+    return Operation({"triton": call}, lambda out: out, expected, flops, moved)
+
+
 OPERATIONS = {
     "route": route_operation, "compact": compact_operation, "take_rows": take_rows_operation,
     "linear_attention": linear_attention_operation, "linear_attention_step": linear_attention_step_operation,
     "local_attention": local_attention_operation, "reflexive_merge": reflexive_merge_operation,
-    "split_heads": split_heads_operation, "sqsk_attention": sqsk_attention_operation,
-    "sqsk_merge": sqsk_merge_operation,
+    "reflexive_decode": reflexive_decode_operation, "split_heads": split_heads_operation,
+    "split_heads_decode": split_heads_decode_operation, "sqsk_attention": sqsk_attention_operation,
+    "sqsk_merge": sqsk_merge_operation, "sqsk_decode": sqsk_decode_operation,
 }  # fmt: skip
 
 
@@ -286,7 +360,7 @@ def kernels_cases(args):
     rivals = {"linear_attention": ("fla_simple_gla",), "sqsk_attention": ("cudnn", "flash", "flex")}
     for name in OPERATIONS:
         for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
-            shape = f"B{B}_K{T}" if name == "sqsk_attention" else f"B{B}_T{1 if name.endswith('step') else T}"
+            shape = f"B{B}_K{T}" if name == "sqsk_attention" else f"B{B}_T{1 if name.endswith('_step') else T}"
             for backend in ("triton", *rivals.get(name, ())):
                 yield (
                     f"{name}/{backend}/{shape}",

@@ -20,13 +20,16 @@ from .operations_hspmn import (
     linear_attention,
     local_attention,
     pick_backend,
+    reflexive_decode,
     reflexive_merge,
     route,
     split_heads,
+    split_heads_decode,
+    sqsk_decode,
     sqsk_merge,
     take_rows,
 )
-from .reference_hspmn import add_sinks_ref, gated_norm_ref, wide, window_decode_ref
+from .reference_hspmn import add_sinks_ref, gated_norm_ref, log_decay_ref, push_window_ref, window_decode_ref
 
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 
@@ -213,14 +216,21 @@ class SharedProjection(nn.Module):
         x_BTC = self.qkv_proj(h_BTD)
         if layer_cache is not None and not layer_cache.is_initialized:
             layer_cache.lazy_initialization(x_BTC)
-        convolves, config = self.conv_weight.shape[1] > 1, self.config
-        heads = split_heads(
-            x_BTC, self.conv_weight, layer_cache.conv_state if convolves and layer_cache is not None else None,
-            stream.start_BT, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
-            kv_heads=config.num_key_value_heads, eps=config.rms_norm_eps, mode=config.linear_attention,
-            backend=backend,
-        )  # fmt: skip
-        if convolves and layer_cache is not None:
+        history = None
+        if self.conv_weight.shape[1] > 1 and layer_cache is not None:
+            history = layer_cache.conv_state
+        inputs = (x_BTC, self.conv_weight, history, stream.start_BT)
+        norms = (stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight)
+        options = {
+            "kv_heads": self.config.num_key_value_heads, "eps": self.config.rms_norm_eps,
+            "mode": self.config.linear_attention, "backend": backend,
+        }  # fmt: skip
+        if history is not None and x_BTC.shape[1] == 1:
+            *heads, history = split_heads_decode(*inputs, stream.length_B, *norms, **options)
+            layer_cache.keep("conv_state", history)
+            return Heads(*heads)
+        heads = split_heads(*inputs, *norms, **options)
+        if history is not None:
             layer_cache.write_conv(x_BTC, stream.length_B)
         return Heads(*heads)
 
@@ -254,9 +264,12 @@ class ReflexiveStream(nn.Module):
 
     def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None):
         """Sum of both attentions, [B, T, H, E]."""
-        linear_BTHE, gate_BTH = self._linear(h_BTD, heads, stream, layer_cache, backend)
         single = layer_cache is not None and h_BTD.shape[1] == 1
-        if self.config.sliding_window and gate_BTH is not None and sinks is None and not single:
+        fused = self.config.sliding_window and self.config.linear_attention == "gated" and sinks is None
+        if fused and single:
+            return self._decode(h_BTD, heads, stream, layer_cache, backend)
+        linear_BTHE, gate_BTH = self._linear(h_BTD, heads, stream, layer_cache, backend)
+        if fused:
             with_linear = (linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
             return self._window(heads, stream, layer_cache, backend, with_linear)
         if gate_BTH is not None:
@@ -264,14 +277,24 @@ class ReflexiveStream(nn.Module):
         if not self.config.sliding_window:
             return linear_BTHE.to(heads.v_BTGE.dtype)
         if single:
-            slot_B = layer_cache.push_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
             ring = (layer_cache.window_keys, layer_cache.window_values)
+            slot_B = push_window_ref(heads.k_BTGE, heads.v_BTGE, *ring, stream.seen_B, stream.length_B)
             local_BTHE, lse_BTH = window_decode_ref(heads.q_BTHE, *ring, slot_B, stream.start_BT)
         else:
             local_BTHE, lse_BTH = self._window(heads, stream, layer_cache, backend)
         if sinks is not None:
             local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
         return (linear_BTHE + local_BTHE).to(heads.v_BTGE.dtype)
+
+    def _decode(self, h_BTD, heads, stream, layer_cache, backend):
+        """The stream of a single token, both attentions in one operation."""
+        parameters = (self.head_proj.weight, self.decay_log_rate, self.decay_bias, self.norm.weight)
+        ring = (layer_cache.window_keys, layer_cache.window_values)
+        merged_BTHE, state = reflexive_decode(
+            heads, h_BTD, parameters, self.norm.eps, stream, layer_cache.linear_state, ring, backend
+        )
+        layer_cache.keep("linear_state", state)
+        return merged_BTHE
 
     def _window(self, heads, stream, layer_cache, backend, with_linear=None):
         """Local attention and its log-sum-exp, or the whole stream if `with_linear` has the other part of it."""
@@ -291,7 +314,7 @@ class ReflexiveStream(nn.Module):
         gated = self.config.linear_attention == "gated"
         if gated:
             decay_BTH, gate_BTH = self.head_proj(h_BTD).chunk(2, -1)
-            log_decay_BTH = -wide(self.decay_log_rate).exp() * F.softplus(wide(decay_BTH) + wide(self.decay_bias))
+            log_decay_BTH = log_decay_ref(decay_BTH, self.decay_log_rate, self.decay_bias)
         else:
             v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
             log_decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
@@ -316,6 +339,9 @@ class ContextualStream(nn.Module):
     def forward(self, reflexive_BTHE, heads, route, stream, layer_cache, backend, sinks=None):
         """`reflexive_BTHE` plus gate * attention output at every routed token; it may be overwritten."""
         index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
+        if layer_cache is not None and slot_BT.shape[1] == 1 and sinks is None:
+            store = layer_cache.store(1)
+            return sqsk_decode(reflexive_BTHE, heads[2:], route, stream, store, backend)
         kv, cached_B, first_BK = (heads.k_BTGE, heads.v_BTGE), None, None
         if stream.start_BT is not None:
             first_BT = self._first_slot(route, stream, layer_cache)

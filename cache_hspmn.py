@@ -140,6 +140,11 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         self.positions.index_put_(at, position_BK.to(torch.int32))
         return self.keys[:, : self.slots], self.values[:, : self.slots], before_B, kept_B
 
+    def store(self, K):
+        """keys, values, positions, count and document_slot, to be extended in place by up to `K` tokens per row."""
+        self._reserve(K)
+        return self.keys, self.values, self.positions, self.count, self.document_slot
+
     def _reserve(self, K):
         if self.most_used + K > self.slots:  # the bound assumes that everything was routed: look before growing
             self.most_used = int(self.count.max()) if self.count.numel() else 0
@@ -176,17 +181,6 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         index = token_BW.clamp(min=0).expand_as(self.window_keys)
         self.keep("window_keys", torch.where(token_BW >= 0, k_BTGE.gather(1, index), self.window_keys))
         self.keep("window_values", torch.where(token_BW >= 0, v_BTGE.gather(1, index), self.window_values))
-
-    def push_window(self, k_BTGE, v_BTGE, seen_B, length_B):
-        """Write a single token (T = 1) into the ring, in place, and return its slot [B]; padding writes nothing."""
-        slot_B = seen_B % self.window
-        at = (torch.arange(len(slot_B), device=self.device), slot_B)
-        for ring_BWGE, x_BTGE in ((self.window_keys, k_BTGE), (self.window_values, v_BTGE)):
-            x_BGE = x_BTGE[:, 0].to(self.dtype)
-            if length_B is not None:
-                x_BGE = torch.where((length_B > 0)[:, None, None], x_BGE, ring_BWGE[at])
-            ring_BWGE.index_put_(at, x_BGE)
-        return slot_B
 
     def get_mask_sizes(self, query_length):
         """Key length and offset of a dense mask over all columns, as transformers asks for it."""

@@ -81,6 +81,15 @@ def check_heads(q_BTHE, k_BTGE, v_BTGF):
         )
 
 
+def check_in_place(name, x, shape, dtypes):
+    """Raise ValueError unless `x` is contiguous, of that shape and one of those dtypes."""
+    if tuple(x.shape) != tuple(shape) or x.dtype not in dtypes or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} {tuple(shape)} to be updated in "
+            f"place, got {x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
+        )
+
+
 def rows_of(x, B):
     """A per-row integer tensor [B or 1, ...] as a contiguous [B, ...]; None stays None."""
     return None if x is None else x.expand(B, *x.shape[1:]).contiguous()
@@ -94,6 +103,7 @@ __all__ = [
     "LOG2E",
     "capability",
     "check_heads",
+    "check_in_place",
     "has_descriptors",
     "interpreted",
     "operation",

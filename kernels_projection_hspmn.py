@@ -5,7 +5,7 @@ Meaning and shapes: `split_heads_ref` in `reference_hspmn`; legend in `kernels_c
 
 import torch
 
-from .kernels_common_hspmn import DTYPES, HEAD_WIDTHS, operation, processors, rows_of
+from .kernels_common_hspmn import DTYPES, HEAD_WIDTHS, check_in_place, operation, processors, rows_of
 
 try:
     import triton
@@ -85,18 +85,29 @@ def store_query_or_key(
     store_halves(rotated, at, low * cos_low - high * sin_low, high * cos_high + low * sin_high, in_t, HALF)
 
 
+@triton.jit
+def push_history(x, history, channel, C: tl.constexpr, TAPS: tl.constexpr):
+    """Drop the oldest of the TAPS - 1 tokens of a row's history, for some channels, and append the token at `x`."""
+    for i in tl.static_range(0, TAPS - 2):
+        tl.store(history + i * C + channel, tl.load(history + (i + 1) * C + channel))
+    newest = tl.load(x + channel).to(history.dtype.element_ty)
+    tl.store(history + (TAPS - 2) * C + channel, newest)
+
+
 @triton.jit(do_not_specialize=["T"])
 def split_heads_kernel(
-    x, weight, history, start, cos, sin, q_norm, k_norm, q_linear, k_linear, q_rotated, k_rotated, v, T,
+    x, weight, history, start, length, cos, sin, q_norm, k_norm, q_linear, k_linear, q_rotated, k_rotated, v, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
-    ONE_TABLE: tl.constexpr, HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
+    ONE_TABLE: tl.constexpr, HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    PUSH: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other.
 
     A head is held as two halves, so that RoPE pairs registers of one thread and the norms stay inside a warp. Programs
     that follow each other take the heads of the same tokens, so together they read and write whole rows.
+    PUSH: T is 1, and the token enters the history of its channels, which no other program reads, unless its row's
+    length is 0.
     """
     ALL: tl.constexpr = H + 2 * G
     HALF: tl.constexpr = E // 2
@@ -144,6 +155,14 @@ def split_heads_kernel(
             )  # fmt: skip
         else:
             store_halves(v, k_at + (head - H - G) * E, low, high, in_t, HALF)
+    if PUSH:
+        tl.debug_barrier()  # every thread has read the history
+        real = True
+        if HAS_LENGTH:
+            real = tl.load(length + b) > 0
+        if real:
+            for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
+                push_history(x, history, head * E + tl.arange(0, E), ALL * E, TAPS)
 
 
 def split_heads_config(B, T, heads, E, multiprocessors):
@@ -167,6 +186,40 @@ def _head_shapes(x_BTC, q_norm_E, kv_heads):
     return (B, T, C // E - 2 * kv_heads, E), (B, T, kv_heads, E)
 
 
+def _empty_heads(x_BTC, q_norm_E, kv_heads):
+    """The five outputs, not yet written."""
+    q_shape, k_shape = _head_shapes(x_BTC, q_norm_E, kv_heads)
+    return tuple(x_BTC.new_empty(shape) for shape in (q_shape, k_shape, q_shape, k_shape, k_shape))
+
+
+def _launch_split(
+    x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode,
+    length_B=None, push=False,
+):  # fmt: skip
+    outputs = _empty_heads(x_BTC, q_norm_E, kv_heads)
+    B, T, H, E = outputs[0].shape
+    if x_BTC.numel() == 0:
+        return outputs
+    config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(x_BTC.device))
+    taps = weight_CL.shape[1]
+    if T > 16:
+        # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
+        weight_CL = weight_CL.t().contiguous().t()
+    has_history = history_BLC is not None and taps > 1
+    history = history_BLC.contiguous() if has_history else None
+    one_table = all(table.shape[0] == 1 or table.stride(0) == 0 for table in (cos_BTE, sin_BTE))
+    cos, sin = (table[:1].contiguous() if one_table else rows_of(table, B) for table in (cos_BTE, sin_BTE))
+    programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
+    split_heads_kernel[(programs,)](
+        x_BTC.contiguous(), weight_CL, history, rows_of(start_BT, B), rows_of(length_B, B), cos, sin,
+        q_norm_E.contiguous(), k_norm_E.contiguous(), *outputs, T,
+        H=H, G=kv_heads, E=E, TAPS=taps, CHANNEL_STEP=weight_CL.stride(0), TAP_STEP=weight_CL.stride(1), EPS=eps,
+        ELU=mode == "elu", ONE_TABLE=one_table, HAS_START=start_BT is not None, HAS_HISTORY=has_history,
+        HAS_LENGTH=length_B is not None, PUSH=push, **config,
+    )  # fmt: skip
+    return outputs
+
+
 @operation("split_heads")
 def _split_heads(
     x_BTC: torch.Tensor,
@@ -181,34 +234,40 @@ def _split_heads(
     eps: float,
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q_shape, k_shape = _head_shapes(x_BTC, q_norm_E, kv_heads)
-    B, T, H, E = q_shape
-    outputs = tuple(x_BTC.new_empty(shape) for shape in (q_shape, k_shape, q_shape, k_shape, k_shape))
-    if x_BTC.numel() == 0:
-        return outputs
-    config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(x_BTC.device))
-    taps = weight_CL.shape[1]
-    if T > 16:
-        # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
-        weight_CL = weight_CL.t().contiguous().t()
-    has_history = history_BLC is not None and taps > 1
-    history = history_BLC.to(x_BTC.dtype).contiguous() if has_history else None
-    one_table = all(table.shape[0] == 1 or table.stride(0) == 0 for table in (cos_BTE, sin_BTE))
-    cos, sin = (table[:1].contiguous() if one_table else rows_of(table, B) for table in (cos_BTE, sin_BTE))
-    programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
-    split_heads_kernel[(programs,)](
-        x_BTC.contiguous(), weight_CL, history, rows_of(start_BT, B), cos, sin,
-        q_norm_E.contiguous(), k_norm_E.contiguous(), *outputs, T,
-        H=H, G=kv_heads, E=E, TAPS=taps, CHANNEL_STEP=weight_CL.stride(0), TAP_STEP=weight_CL.stride(1), EPS=eps,
-        ELU=mode == "elu", ONE_TABLE=one_table, HAS_START=start_BT is not None, HAS_HISTORY=has_history, **config,
-    )  # fmt: skip
-    return outputs
+    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
+    return _launch_split(*tensors, kv_heads, eps, mode)
 
 
 @_split_heads.register_fake
 def _(x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode):
-    q_shape, k_shape = _head_shapes(x_BTC, q_norm_E, kv_heads)
-    return tuple(x_BTC.new_empty(shape) for shape in (q_shape, k_shape, q_shape, k_shape, k_shape))
+    return _empty_heads(x_BTC, q_norm_E, kv_heads)
+
+
+@operation("split_heads_decode", mutates_args=("history_BLC",))
+def _split_heads_decode(
+    x_BTC: torch.Tensor,
+    weight_CL: torch.Tensor,
+    history_BLC: torch.Tensor,
+    start_BT: torch.Tensor | None,
+    length_B: torch.Tensor | None,
+    cos_BTE: torch.Tensor,
+    sin_BTE: torch.Tensor,
+    q_norm_E: torch.Tensor,
+    k_norm_E: torch.Tensor,
+    kv_heads: int,
+    eps: float,
+    feature_map: str,  # not `mode`: torch's functionalisation of mutating operators has a parameter of that name
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
+    return _launch_split(*tensors, kv_heads, eps, feature_map, length_B, push=True)
+
+
+@_split_heads_decode.register_fake
+def _(
+    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps,
+    feature_map,
+):  # fmt: skip
+    return _empty_heads(x_BTC, q_norm_E, kv_heads)
 
 
 def _check_split(x_BTC, weight_CL, history_BLC, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, mode):
@@ -254,4 +313,23 @@ def split_heads(
     )
 
 
-__all__ = ["split_heads"]
+def split_heads_decode(
+    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *,
+    kv_heads, eps, mode="gated",
+):  # fmt: skip
+    """`split_heads_decode_ref`: `split_heads` of a single token that moves `history_BLC` on IN PLACE.
+
+    history_BLC: contiguous [B, L - 1, C] with L at least 2, any float dtype. length_B: integers or None. The rest, and
+    what is returned, as in `split_heads`. Raises ValueError too if T is not 1.
+    """
+    _check_split(x_BTC, weight_CL, history_BLC, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, mode)
+    (B, T, C), lags = x_BTC.shape, weight_CL.shape[1] - 1
+    if T != 1 or lags < 1:
+        raise ValueError(f"split_heads_decode takes one token and at least two taps, got T={T} and {lags + 1} taps")
+    check_in_place("history", history_BLC, (B, lags, C), (history_BLC.dtype,))
+    return _split_heads_decode(
+        x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode
+    )
+
+
+__all__ = ["split_heads", "split_heads_decode"]

@@ -18,9 +18,12 @@ from .reference_hspmn import (
     linear_attention_recurrent_ref,
     linear_attention_ref,
     local_attention_ref,
+    reflexive_decode_ref,
     route_ref,
+    split_heads_decode_ref,
     split_heads_ref,
     sqsk_attention_ref,
+    sqsk_decode_ref,
     take_rows_ref,
 )
 
@@ -31,10 +34,13 @@ if HAS_TRITON:
     from .kernels_hspmn import linear_attention as linear_attention_kernel
     from .kernels_hspmn import linear_attention_step as linear_attention_step_kernel
     from .kernels_hspmn import local_attention as local_attention_kernel
+    from .kernels_hspmn import reflexive_decode as reflexive_decode_kernel
     from .kernels_hspmn import reflexive_merge as reflexive_merge_kernel
     from .kernels_hspmn import route as route_kernel
     from .kernels_hspmn import split_heads as split_heads_kernel
+    from .kernels_hspmn import split_heads_decode as split_heads_decode_kernel
     from .kernels_hspmn import sqsk_attention as sqsk_attention_kernel
+    from .kernels_hspmn import sqsk_decode as sqsk_decode_kernel
     from .kernels_hspmn import sqsk_merge as sqsk_merge_kernel
     from .kernels_hspmn import take_rows as take_rows_kernel
 
@@ -183,6 +189,17 @@ def split_heads(
     return split(*tensors, kv_heads=kv_heads, eps=eps, mode=mode)
 
 
+def split_heads_decode(
+    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *,
+    kv_heads, eps, mode, backend,
+):  # fmt: skip
+    """See `split_heads_decode_ref`; the kernel moves the history on in place."""
+    tensors = (x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
+    if backend == "triton":
+        return *split_heads_decode_kernel(*tensors, kv_heads=kv_heads, eps=eps, mode=mode), history_BLC
+    return split_heads_decode_ref(*tensors, kv_heads=kv_heads, eps=eps, mode=mode)
+
+
 def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, backend):
     """See `linear_attention_ref`; the kernel of a single token advances a given state in place."""
     inputs = (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
@@ -211,6 +228,29 @@ def reflexive_merge(
         return reflexive_merge_kernel(*inputs, *(history or (None, None)))
     local_BTHE, _ = local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend)
     return (local_BTHE + gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps)).to(q_BTHE.dtype)
+
+
+def reflexive_decode(heads, hidden_BTD, parameters, eps, stream, state_BHEE, ring, backend):
+    """See `reflexive_decode_ref`; the kernel advances the state in place, and both write the ring in place.
+
+    heads: the five tensors of `split_heads`. parameters: of the head projection, decays and norm. stream: the call's
+    `Stream`. ring: keys and values of the window.
+    """
+    inputs = (*heads, hidden_BTD, *parameters, eps, stream.start_BT, stream.length_B, stream.seen_B, state_BHEE, *ring)
+    return (reflexive_decode_kernel(*inputs), state_BHEE) if backend == "triton" else reflexive_decode_ref(*inputs)
+
+
+def sqsk_decode(reflexive_BTHE, heads, route, stream, store, backend):
+    """See `sqsk_decode_ref`; the kernel adds to `reflexive_BTHE` in place.
+
+    heads: queries, keys and values of the token. route: the `Route` of the layer. stream: the call's `Stream`. store:
+    keys, values, positions, count and document_slot of the cache.
+    """
+    inputs = (route.gate_BT, *heads, route.count_B, stream.position_BT, stream.start_BT, *store)
+    if backend != "triton":
+        return sqsk_decode_ref(reflexive_BTHE, *inputs)
+    sqsk_decode_kernel(reflexive_BTHE, *inputs)
+    return reflexive_BTHE
 
 
 def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, backend):

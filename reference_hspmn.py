@@ -308,6 +308,23 @@ def split_heads_ref(
     return feature(q), feature(k), rotated(q, q_norm_E), rotated(k, k_norm_E), v
 
 
+def split_heads_decode_ref(
+    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *,
+    kv_heads, eps, mode="gated",
+):  # fmt: skip
+    """`split_heads_ref` of a single token (T = 1), and the history with the token in place of its oldest.
+
+    length_B: 1, or 0 where a row's token is padding, which leaves the history as it was; None for no padding.
+    Returns the five tensors and the new history.
+    """
+    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
+    heads = split_heads_ref(*tensors, kv_heads=kv_heads, eps=eps, mode=mode)
+    moved_BLC = torch.cat([history_BLC[:, 1:], x_BTC.to(history_BLC.dtype)], 1)
+    if length_B is not None:
+        moved_BLC = torch.where((length_B > 0)[:, None, None], moved_BLC, history_BLC)
+    return (*heads, moved_BLC)
+
+
 def gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps):
     """RMSNorm(linear) * sigmoid(head_gate), norm and gate per head, in float32 or wider."""
     normed_BTHE = F.rms_norm(wide(linear_BTHE), norm_E.shape, wide(norm_E), eps)
@@ -340,3 +357,83 @@ def window_decode_ref(q_BTHE, k_BWGE, v_BWGE, slot_B, start_BT):
     visible_BW = age_BW <= -start_BT
     k_BWGE, v_BWGE = k_BWGE.to(q_BTHE.dtype), v_BWGE.to(q_BTHE.dtype)
     return _masked_attention(q_BTHE, k_BWGE[:, None], v_BWGE[:, None], visible_BW[:, None, None])
+
+
+def push_window_ref(k_BTGE, v_BTGE, ring_k_BWGE, ring_v_BWGE, seen_B, length_B):
+    """Write a single token (T = 1) into the ring, IN PLACE, and return its slot_B; padding writes nothing."""
+    slot_B = seen_B % ring_k_BWGE.shape[1]
+    at = (torch.arange(len(slot_B), device=slot_B.device), slot_B)
+    for ring_BWGE, x_BTGE in ((ring_k_BWGE, k_BTGE), (ring_v_BWGE, v_BTGE)):
+        x_BGE = x_BTGE[:, 0].to(ring_BWGE.dtype)
+        if length_B is not None:
+            x_BGE = torch.where((length_B > 0)[:, None, None], x_BGE, ring_BWGE[at])
+        ring_BWGE.index_put_(at, x_BGE)
+    return slot_B
+
+
+def log_decay_ref(decay_BTH, log_rate_H, bias_H):
+    """Log-decay per token and head, -exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0."""
+    return -wide(log_rate_H).exp() * F.softplus(wide(decay_BTH) + wide(bias_H))
+
+
+def reflexive_decode_ref(
+    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, hidden_BTD, head_weight_XD, decay_log_rate_H, decay_bias_H,
+    norm_E, eps, start_BT, length_B, seen_B, state_BHEE, ring_k_BWGE, ring_v_BWGE,
+):  # fmt: skip
+    """The reflexive stream of a single token (T = 1): linear attention with its decay and gate, and the window.
+
+    q_linear, k_linear, q, k, v: what `split_heads_ref` returns. head_weight_XD: of the projection of `hidden_BTD` to
+    the H inputs of `log_decay_ref`, then the H gates of `gated_norm_ref`. start_BT: at most 0. length_B: 1, or 0 where
+    a row's token is padding, whose output means nothing; None for no padding. seen_B: real tokens before this one.
+    ring_*: the window as in `window_decode_ref`; this token is written into it, IN PLACE.
+    Returns the sum of both attentions [B, 1, H, E] in q's dtype and the advanced state.
+    """
+    decay_BTH, gate_BTH = F.linear(hidden_BTD, head_weight_XD).chunk(2, -1)
+    log_decay_BTH = log_decay_ref(decay_BTH, decay_log_rate_H, decay_bias_H)
+    linear_BTHE, state_BHEE = linear_attention_recurrent_ref(
+        q_linear_BTHE, k_linear_BTGE, v_BTGE, log_decay_BTH, start_BT, length_B, state_BHEE
+    )
+    slot_B = push_window_ref(k_BTGE, v_BTGE, ring_k_BWGE, ring_v_BWGE, seen_B, length_B)
+    local_BTHE, _ = window_decode_ref(q_BTHE, ring_k_BWGE, ring_v_BWGE, slot_B, start_BT)
+    merged_BTHE = local_BTHE + gated_norm_ref(linear_BTHE, gate_BTH, norm_E, eps)
+    return merged_BTHE.to(q_BTHE.dtype), state_BHEE
+
+
+def sqsk_decode_ref(
+    reflexive_BTHE, gate_BT, q_BTHE, k_BTGE, v_BTGE, routed_B, position_BT, start_BT,
+    keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+):  # fmt: skip
+    """`reflexive` + gate * SQSK attention of a single token (T = 1) where it is routed, which extends the store.
+
+    routed_B: 1 where the router sends the token. keys, values [B, P + 1, G, E] and positions [B, P + 1]: the sparse
+    store, whose last slot takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the
+    row's document. All five are updated IN PLACE. A routed token without a free slot is counted and otherwise treated
+    as one that is not routed.
+    """
+    slots = keys_BPGE.shape[1] - 1
+    before_B, first_B = count_B.clamp(max=slots), torch.where(start_BT[:, 0] < 0, document_slot_B, count_B)
+    kept_B = (routed_B > 0) & (before_B < slots)
+    # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
+    at = (torch.arange(len(kept_B), device=kept_B.device), torch.where(kept_B, before_B, slots))
+    keys_BPGE.index_put_(at, k_BTGE[:, 0].to(keys_BPGE.dtype))
+    values_BPGE.index_put_(at, v_BTGE[:, 0].to(values_BPGE.dtype))
+    positions_BP.index_put_(at, position_BT[:, 0].to(positions_BP.dtype))
+    count_B.add_(routed_B)
+    document_slot_B.copy_(first_B)
+    store = (keys_BPGE[:, :slots], values_BPGE[:, :slots])
+    contextual_BTHE, _ = sqsk_attention_ref(q_BTHE, *store, first_B[:, None], before_B, kept_B.to(torch.int32))
+    return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
+
+
+def swiglu_ref(x, gate_weight_NK, up_weight_NK):
+    """silu(max(gate, -30)) * up, of x [..., K], gate and up being its products with the weights.
+
+    The bound is below what SiLU tells from zero, and keeps low precision finite. Returns [..., N] in x's dtype, in
+    which gate and up are rounded too.
+    """
+    return F.silu(F.linear(x, gate_weight_NK).clamp(min=-30.0)) * F.linear(x, up_weight_NK)
+
+
+def linear_add_ref(residual, x, weight_NK):
+    """residual [..., N] + the product of x [..., K] with the weight, in x's dtype."""
+    return residual + F.linear(x, weight_NK)

@@ -95,17 +95,15 @@ def test_generation_on_kernels_equals_the_reference(pair):
 def test_the_kernels_run_where_they_are_forced(pair, monkeypatch):
     """A model that fell back to the reference would pass every other test here."""
     called = []
-    streams = ("split_heads", "linear_attention", "linear_attention_step", "reflexive_merge")
-    for name in (*streams, "compact", "sqsk_merge"):
+    streams = ("split_heads", "linear_attention", "reflexive_merge")
+    decoding = ("split_heads_decode", "reflexive_decode", "sqsk_decode")
+    for name in (*streams, *decoding, "compact", "sqsk_merge"):
         kernel = getattr(operations_hspmn, f"{name}_kernel")
         monkeypatch.setattr(
             operations_hspmn, f"{name}_kernel", lambda *a, _n=name, _k=kernel, **k: called.append(_n) or _k(*a, **k)
         )
     feed(pair(num_hidden_layers=1, sparsity_k=0.4)[0], tokens(1, 8), (7,))
-    assert called == [
-        *("split_heads", "linear_attention", "reflexive_merge", "compact", "sqsk_merge"),
-        *("split_heads", "linear_attention_step", "sqsk_merge"),  # one token: window and compaction in PyTorch
-    ]
+    assert called == [*streams, "compact", "sqsk_merge", *decoding]  # the last token alone
 
 
 def test_auto_is_the_reference_on_cpu_and_follows_gradients_on_cuda():

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hspmn import (
     kernels_attention_hspmn,
+    kernels_decode_hspmn,
     kernels_hspmn,
     kernels_linear_hspmn,
+    kernels_mlp_hspmn,
     kernels_projection_hspmn,
     reference_hspmn,
 )
@@ -29,7 +31,7 @@ def seed():
 def descriptors(request, monkeypatch):
     """Read tiles through tensor descriptors, where shape and dtype allow, or not, on any device."""
     if not CUDA or not request.param:
-        for module in (kernels_attention_hspmn, kernels_linear_hspmn):
+        for module in (kernels_attention_hspmn, kernels_linear_hspmn, kernels_mlp_hspmn):
             monkeypatch.setattr(module, "has_descriptors", lambda x: request.param)
 
 
@@ -205,6 +207,99 @@ def test_linear_attention_step(dtype, poison):
     exact = reference_hspmn.linear_attention_recurrent_ref(*exactly(inputs))
     assert_as_accurate("out", torch.cat(outputs, 1)[real], eager[0][real], exact[0][real])
     assert_as_accurate("state", held, eager[1], exact[1])
+
+
+DECODE = [(1, 1, 1, 16, 1, 8), (4, 6, 2, 32, 13, 40), (4, 4, 4, 16, 40, 100)]
+DECODE += [(8, 16, 4, 128, 128, 2048), (4, 16, 4, 128, 130, 1000), (4, 4, 1, 64, 100, 512)] * CUDA
+
+
+def decoded(B, H, G, E, dtype):
+    """q_linear, k_linear, q, k and v of one token, and start_BT, length_B and seen_B of rows at different places."""
+    features = [x.div(x.float().norm(dim=-1, keepdim=True)).to(dtype) for x in heads(B, 1, H, G, E, E, dtype)[:2]]
+    start = torch.tensor([[-500], [-3], [0], [-1]], device=DEVICE).repeat(-(-B // 4), 1)[:B]
+    length = torch.tensor([1, 1, 1, 0], device=DEVICE).repeat(-(-B // 4))[:B]
+    seen = torch.tensor([500, 77, 5, 2], device=DEVICE).repeat(-(-B // 4))[:B]
+    return [*features, *heads(B, 1, H, G, E, E, dtype)], start, length, seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("B, H, G, E, window, D", DECODE, ids=str)
+def test_reflexive_decode(B, H, G, E, window, D, padded, dtype, poison, monkeypatch):
+    if not CUDA:  # several blocks of the window
+        config = {"BLOCK_W": 16, "num_warps": 1}
+        monkeypatch.setattr(kernels_decode_hspmn, "reflexive_decode_config", lambda *sizes: config)
+    tensors, start, length, seen = decoded(B, H, G, E, dtype)
+    length = length if padded else None
+    hidden, weight = torch.randn(B, 1, D, device=DEVICE).to(dtype), (torch.randn(2 * H, D, device=DEVICE) / D**0.5)
+    parameters = (torch.randn(H, device=DEVICE) - 2, torch.randn(H, device=DEVICE) * 4, torch.rand(E, device=DEVICE))
+    state = torch.randn(B, H, E, E, device=DEVICE)
+    rings = [torch.randn(B, window, G, E, device=DEVICE).to(dtype) for _ in range(2)]
+    fixed = (*tensors, hidden, weight.to(dtype), *parameters, 1e-6, start, length, seen)
+    eager_rings, exact_rings = [x.clone() for x in rings], exactly(rings)
+    eager = reference_hspmn.reflexive_decode_ref(*fixed, state, *eager_rings)
+    exact = reference_hspmn.reflexive_decode_ref(*exactly((*fixed, state)), *exact_rings)
+    slot = torch.arange(window, device=DEVICE)
+    hidden_slots = (seen[:, None] - slot) % window > -start  # before the document: never read as values
+    for ring in rings:
+        ring[hidden_slots] = float("nan")
+    got = kernels_hspmn.reflexive_decode(*fixed, state, *rings)
+    real = torch.ones(B, dtype=torch.bool, device=DEVICE) if length is None else length > 0
+    assert_as_accurate("merged", got[real], eager[0][real], exact[0][real])
+    assert got.isfinite().all()
+    assert_as_accurate("state", state, eager[1], exact[1])
+    for ring, want in zip(rings, eager_rings, strict=True):
+        assert torch.equal(ring[~hidden_slots], want[~hidden_slots])
+        assert ring[hidden_slots].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("P, processors", [(3, 1), (700, 16), (260, 4)], ids=str)
+@pytest.mark.parametrize("H, G, E", [(6, 2, 16), (4, 4, 32)] + [(16, 4, 128)] * CUDA, ids=str)
+def test_sqsk_decode(H, G, E, P, processors, dtype, poison, monkeypatch):
+    """Rows that are routed, not routed, begin a document, and whose store is full."""
+    monkeypatch.setattr(kernels_decode_hspmn, "processors", lambda device: processors)
+    B = 5
+    (_, _, q, k, v), start, _, _ = decoded(B, H, G, E, dtype)
+    start[4] = -9
+    routed, count = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([1, 1, 1, 0, 1], [P - 1, 1, 2, 2, P]))
+    document = torch.tensor([min(70, P - 2), 0, 0, 1, 0], dtype=torch.int32, device=DEVICE)
+    position = torch.arange(B, device=DEVICE)[:, None] + 1000
+    reflexive, gate = torch.randn(B, 1, H, E, device=DEVICE).to(dtype), torch.rand(B, 1, device=DEVICE)
+    store = [torch.randn(B, P + 1, G, E, device=DEVICE).to(dtype) for _ in range(2)]
+    store += [torch.zeros(B, P + 1, dtype=torch.int32, device=DEVICE), count, document]
+    inputs, copies = (reflexive, gate, q, k, v, routed, position, start), [x.clone() for x in store]
+    eager = reference_hspmn.sqsk_decode_ref(*inputs, *copies)
+    exact = reference_hspmn.sqsk_decode_ref(*exactly((*inputs, *(x.clone() for x in store))))
+    slot = torch.arange(P + 1, device=DEVICE)
+    for x in store[:2]:  # slots that are not used, or of an earlier document
+        x[(slot >= count[:, None]) | (slot < document[:, None])] = float("nan")
+    kept = [0, 1, 2]
+    merged = reflexive.clone()
+    kernels_hspmn.sqsk_decode(merged, *inputs[1:], *store)
+    assert_as_accurate("merged", merged[kept], eager[kept], exact[kept])
+    assert torch.equal(merged[3:], reflexive[3:])
+    for name, got, want in zip(("count", "document_slot"), store[3:], copies[3:], strict=True):
+        assert torch.equal(got, want), name
+    for row, place in zip(kept, (P - 1, 1, 2), strict=True):
+        for got, want in zip(store[:3], copies[:3], strict=True):
+            assert torch.equal(got[row, place], want[row, place])
+    assert not store[2][3:].any() and store[2].count_nonzero() == 3
+
+
+def test_split_heads_decode_moves_the_history_on():
+    B, G, taps = 4, 2, 4
+    x, weight, cos, sin, *norms = projection(B, 1, 4, G, 32, taps, torch.float32, tables=B)
+    start, length = torch.tensor([[-9], [-1], [0], [-2]], device=DEVICE), torch.tensor([1, 1, 1, 0], device=DEVICE)
+    for held in (None, length):
+        for lags in (1, taps - 1):
+            history = torch.randn(B, lags, x.shape[-1], device=DEVICE)
+            inputs, options = (x, weight[:, -lags - 1 :], history, start), dict(kv_heads=G, eps=1e-6)
+            want = kernels_hspmn.split_heads(*inputs, cos, sin, *norms, **options)
+            moved = reference_hspmn.split_heads_decode_ref(*inputs, held, cos, sin, *norms, **options)[-1]
+            got = kernels_hspmn.split_heads_decode(*inputs, held, cos, sin, *norms, **options)
+            assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+            assert torch.equal(history, moved)
 
 
 LOCAL = [(1, 1, 1, 1, 16, 1), (2, 75, 4, 2, 16, 24), (2, 50, 6, 2, 32, 7), (1, 40, 2, 2, 16, 64)]
@@ -395,6 +490,21 @@ def test_errors_name_what_is_wrong():
         kernels_hspmn.reflexive_merge(q, k, v, None, 4, q, decay, decay, 1e-6)
     with pytest.raises(ValueError, match="one token"):
         kernels_hspmn.linear_attention_step(q, k, v, decay, None, None, state)
+    count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    one, ring, step = [x[:, :1].contiguous() for x in (q, k, v)], torch.zeros(1, 3, 2, 16, device=DEVICE), decay[:, :1]
+    reflexive = (one[0], one[1], *one, q[:, :1, 0], torch.zeros(8, 16, device=DEVICE), *decay[0, :2], q[0, 0, 0], 1e-6)
+    with pytest.raises(ValueError, match="state must be contiguous torch.float32"):
+        kernels_hspmn.reflexive_decode(*reflexive, count[:, None], None, count, state.half(), ring, ring)
+    with pytest.raises(ValueError, match="ring_v must be contiguous"):
+        kernels_hspmn.reflexive_decode(*reflexive, count[:, None], None, count, state, ring, ring[:, :2])
+    with pytest.raises(ValueError, match="positions must be contiguous torch.int32"):
+        store = (ring, ring, torch.zeros(1, 3, device=DEVICE), count, count)
+        kernels_hspmn.sqsk_decode(one[0], step, *one, count, count[:, None], count[:, None], *store)
+    with pytest.raises(ValueError, match="at least two taps"):
+        norms = (torch.ones(16, device=DEVICE),) * 2
+        tables = (torch.ones(1, 1, 16, device=DEVICE),) * 2
+        x, taps, history = (torch.ones(*shape, device=DEVICE) for shape in ((1, 1, 64), (64, 1), (1, 0, 64)))
+        kernels_hspmn.split_heads_decode(x, taps, history, None, None, *tables, *norms, kv_heads=1, eps=1e-6)
     with pytest.raises(ValueError, match="contiguous float32"):
         kernels_hspmn.linear_attention_step(q[:, :1], k[:, :1], v[:, :1], decay, None, None, state.half())
     with pytest.raises(ValueError, match="bool"):
@@ -472,4 +582,89 @@ def test_cuda_graph_replay_is_bit_equal():
     graph.replay()
     want = reflexive_and_contextual(*fresh, 1.0, 350)
     for name, kernel, eager in zip(("out", "state", "step", "local"), got, want, strict=True):
+        assert torch.equal(kernel, eager), name
+
+
+# The last one's tiles reach over every edge, and are the ones of long inputs
+PRODUCTS = [(1, 48, 16), (5, 96, 40), (130, 48, 72), (130, 264, 72)]
+PRODUCTS += [(4096, 1024, 512), (1000, 520, 1000)] * CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, N, K", PRODUCTS, ids=str)
+def test_swiglu(M, N, K, dtype, descriptors, poison):
+    x = torch.randn(M, K, device=DEVICE).to(dtype)
+    weights = [(torch.randn(N, K, device=DEVICE) / K**0.5).to(dtype) for _ in range(2)]
+    for gate, up in (weights, weights[::-1]):  # whichever lies first in memory
+        eager = reference_hspmn.swiglu_ref(x, gate, up)
+        exact = reference_hspmn.swiglu_ref(*exactly((x, gate, up)))
+        assert_as_accurate("swiglu", kernels_mlp_hspmn.swiglu(x, gate, up), eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, N, K", PRODUCTS, ids=str)
+def test_linear_add(M, N, K, dtype, descriptors, poison):
+    residual, x = torch.randn(M, N, device=DEVICE).to(dtype), torch.randn(M, K, device=DEVICE).to(dtype)
+    inputs = residual, x, (torch.randn(N, K, device=DEVICE) / K**0.5).to(dtype)
+    eager = reference_hspmn.linear_add_ref(*inputs)
+    exact = reference_hspmn.linear_add_ref(*exactly(inputs))
+    assert_as_accurate("linear_add", kernels_mlp_hspmn.linear_add(*inputs), eager, exact)
+
+
+@pytest.mark.parametrize("change", [dict(SUBTILE=False), dict(FLATTEN=False), dict(GROUP=1)], ids=str)
+def test_products_do_not_depend_on_the_launch(change, descriptors, monkeypatch):
+    """On three processors, so that programs take several tiles each."""
+    monkeypatch.setattr(kernels_mlp_hspmn, "processors", lambda device: 3)
+    dtype = torch.float16
+    (M, N, K), shape = (300, 520, 72), (2, 150)
+    x, residual = torch.randn(*shape, K, device=DEVICE).to(dtype), torch.randn(*shape, N, device=DEVICE).to(dtype)
+    gate, up = torch.randn(2, N, K, device=DEVICE).to(dtype)
+    want = kernels_mlp_hspmn.swiglu(x, gate, up), kernels_mlp_hspmn.linear_add(residual, x, gate)
+    assert want[0].shape == (*shape, N) and want[1].shape == (*shape, N)
+    for name in ("swiglu_config", "linear_add_config"):
+        config = getattr(kernels_mlp_hspmn, name)(M, 2, kernels_mlp_hspmn.has_descriptors(x)) | change
+        monkeypatch.setattr(kernels_mlp_hspmn, name, lambda *sizes, config=config: config)
+    assert torch.equal(kernels_mlp_hspmn.swiglu(x, gate, up), want[0])
+    assert torch.equal(kernels_mlp_hspmn.linear_add(residual, x, gate), want[1])
+
+
+def test_swiglu_survives_extreme_values():
+    """SiLU of a very negative value is zero, an empty batch stays empty, and NaN is not hidden."""
+    x = torch.tensor([[-1e4], [1e4], [float("nan")]], device=DEVICE).expand(3, 16).contiguous()
+    weight = torch.ones(16, 16, device=DEVICE)
+    out = kernels_mlp_hspmn.swiglu(x, weight, weight / 16)
+    assert out[0].abs().max() < 1e-6 and out[1].isfinite().all() and out[2].isnan().all()
+    assert kernels_mlp_hspmn.swiglu(x[:0], weight, weight).shape == (0, 16)
+    assert kernels_mlp_hspmn.linear_add(x[:0], x[:0], weight).shape == (0, 16)
+
+
+def test_product_errors_name_what_is_wrong():
+    x, weight = torch.zeros(2, 16, device=DEVICE), torch.zeros(8, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="float64"):
+        kernels_mlp_hspmn.swiglu(x.double(), weight, weight)
+    with pytest.raises(ValueError, match=r"gate_weight must be \[N, 16\]"):
+        kernels_mlp_hspmn.swiglu(x, weight.t(), weight)
+    with pytest.raises(ValueError, match="up_weight must have the dtype"):
+        kernels_mlp_hspmn.swiglu(x, weight, weight.half())
+    with pytest.raises(ValueError, match="up_weight must have the shape"):
+        kernels_mlp_hspmn.swiglu(x, weight, weight[:4])
+    with pytest.raises(ValueError, match="weight must be"):
+        kernels_mlp_hspmn.linear_add(x, x, weight[0])
+    with pytest.raises(ValueError, match=r"residual must be \(2, 8\)"):
+        kernels_mlp_hspmn.linear_add(x, x, weight)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
+def test_products_compile_without_a_graph_break(backend):
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    x, residual = (torch.randn(2, 70, width, device=DEVICE).to(dtype) for width in (24, 40))
+    gate, up, down = (torch.randn(40, 24, device=DEVICE).to(dtype) for _ in range(3))
+
+    def layers(residual, x):
+        hidden = kernels_mlp_hspmn.swiglu(x.mT.contiguous().mT, gate, up)
+        return kernels_mlp_hspmn.linear_add(residual, x, down), hidden
+
+    torch.compiler.reset()
+    got = torch.compile(layers, fullgraph=True, backend=backend)(residual, x)
+    for name, kernel, eager in zip(("linear_add", "swiglu"), got, layers(residual, x), strict=True):
         assert torch.equal(kernel, eager), name

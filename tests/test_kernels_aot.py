@@ -34,6 +34,8 @@ def test_every_kernel_builds_within_the_limits(target):
         *("route_kernel", "count_kernel", "compact_kernel", "take_rows_kernel", "combine_splits_kernel"),
         *("decay_kernel", "linear_attention_kernel", "segment_states_kernel", "linear_attention_step_kernel"),
         *("local_attention_kernel", "sqsk_attention_kernel", "split_heads_kernel"),
+        *("swiglu_kernel", "linear_add_kernel"),
+        *("reflexive_decode_kernel", "sqsk_decode_kernel", "merge_decode_kernel"),
     }
     for build in builds:
         assert build["shared"] <= SHARED_LIMIT[target], build
@@ -67,7 +69,7 @@ class Recorder:
         self.seen.add(key)
         source = ASTSource(kernel, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", self.target, 32), options=options)
-        names = ("BLOCK_T", "BLOCK_F", "BLOCK_Q", "BLOCK_N", "E", "F", "SPLITS", "HEADS", "MERGE")
+        names = ("BLOCK_M", "BLOCK_T", "BLOCK_F", "BLOCK_Q", "BLOCK_N", "E", "F", "SPLITS", "HEADS", "MERGE")
         self.builds.append(
             {
                 "kernel": kernel.__name__,
@@ -119,8 +121,10 @@ def build_all(target):
     import conftest  # noqa: F401
     import torch
     from hspmn import kernels_attention_hspmn as attention
+    from hspmn import kernels_decode_hspmn as decode
     from hspmn import kernels_hspmn as kernels
     from hspmn import kernels_linear_hspmn as linear
+    from hspmn import kernels_mlp_hspmn as mlp
     from hspmn import kernels_projection_hspmn as projection
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -128,7 +132,8 @@ def build_all(target):
     recorder = Recorder(target)
     JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     attention.capability = linear.capability = lambda device: target
-    attention.processors = linear.processors = lambda device: 132
+    attention.processors = decode.processors = linear.processors = mlp.processors = lambda device: 132
+    mlp.has_descriptors = lambda x: target in (90, 100) and x.element_size() == 2
 
     def descriptor(x, block_n):
         if target not in (90, 100) or x.element_size() == 4:
@@ -162,6 +167,18 @@ def build_all(target):
             kernels.linear_attention(q, k, v, decay, *boundaries, segments=1)
         one = (x[:, :1].contiguous() for x in (q, k, v, decay, start))
         kernels.linear_attention_step(*one, length, state)
+        one = [x[:, :1].contiguous() for x in (q, k, q, k, v)]
+        begin, last, rates = start[:, :1], length.clone(), decay[0, 0]
+        parameters = (torch.zeros(B, 1, 2048, dtype=dtype), torch.zeros(2 * H, 2048, dtype=dtype), rates, rates, norm)
+        for held in (None, length):
+            rings = (k[:, :128].contiguous(), v[:, :128].contiguous())
+            kernels.reflexive_decode(*one, *parameters, 1e-6, begin, held, last, state, *rings)
+            history = x[:, :3].contiguous()
+            tables = (table[:, :1], table[:, :1], norm, norm)
+            options = {"kv_heads": G, "eps": 1e-6}
+            kernels.split_heads_decode(x[:, :1], taps.to(dtype), history, begin, held, *tables, **options)
+        slots = torch.zeros(B, T, dtype=torch.int32)
+        kernels.sqsk_decode(one[2], gate[:, :1], *one[2:], count, begin, begin, k, v, slots, count, count)
         kernels.local_attention(q, k, v, None, 128)
         kernels.local_attention(q, k, v, start, 128, k[:, :128], v[:, :128], with_lse=True)
         kernels.reflexive_merge(q, k, v, None, 128, q, decay, norm, 1e-6)
@@ -171,6 +188,14 @@ def build_all(target):
             kernels.sqsk_merge(q.clone(), gate, q, k, v, index[:, :slots], None, None, count)
             kernels.sqsk_merge(q.clone(), gate, q, k, v, index[:, :slots], first, count, count)
             kernels.sqsk_attention(q[:, :slots], k, v, first, count, count, with_lse=True)
+        gate, up = torch.zeros(2, 8192, 2048, dtype=dtype)
+        for tokens in (1, 64, T):
+            x = torch.zeros(tokens, 2048, dtype=dtype)
+            hidden = mlp.swiglu(x, gate, up)
+            mlp.linear_add(x, hidden, gate.view(2048, 8192))
+        mlp.swiglu(x, up, gate)  # the up weight lies first in memory
+        mlp.swiglu(x[:, :40], gate[:, :40], up[:, :40])  # too small for descriptors
+        mlp.linear_add(x[:, :64], x[:, :99], gate[:64, :99])
     return recorder.builds
 
 
