@@ -16,16 +16,19 @@ Models, with the same data order, optimiser, steps and number of parameters:
     hspmn_fixed   the same without annealing
     reflexive     no contextual stream at all
 Text is Python source found on the machine, split by the hash of each file. The results file `<name>.json` keeps every
-(model, seed) pair; later runs of the same code and settings append to it. Throughput is the median over intervals of
+(model, seed) pair; later runs of the same code and settings append to it, and so may several processes at once, each
+with models or seeds of its own. Throughput is the median over intervals of
 `--log_every` steps, which leaves out those that compile; `final_tok_s` is that of the last fifth of the steps, when
 annealing is over.
 """
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import statistics
 import sys
@@ -345,10 +348,12 @@ class Results:
         """Read the file to continue, if there is one; raises ValueError if it does not fit."""
         self.path, self.args, self.settings = args.output / f"{args.name}.json", args, settings
         self.code, self.runs, self.commands = evaluate.code_hash(), [], []
-        source = args.resume if args.resume is not None and not self.path.exists() else self.path
+        self._read(args.resume if args.resume is not None and not self.path.exists() else self.path)
+
+    def _read(self, source):
         if source.exists():
             old = json.loads(source.read_text())
-            if not args.force:
+            if not self.args.force:
                 self._check(source, old)
             self.runs, self.commands = old["runs"], old["commands"]
 
@@ -380,7 +385,20 @@ class Results:
         return max((run["seconds"] for run in mine or fitting), default=0.0)
 
     def add(self, entry):
-        """Keep an entry, in place of an earlier one of the same pair, and save."""
+        """Keep an entry, in place of an earlier one of the same pair, and save.
+
+        Processes that run other pairs, on other GPUs say, may share the file: each adds to what the others wrote.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self._read(self.path)
+            self._write(entry)
+        finally:
+            os.close(folder)
+
+    def _write(self, entry):
         key = (entry["case"], entry["seed"])
         self.runs = [run for run in self.runs if (run["case"], run["seed"]) != key] + [entry | {"stamp": self.stamp()}]
         self.runs.sort(key=lambda run: run["seed"])

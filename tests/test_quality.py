@@ -65,6 +65,18 @@ def test_finished_pairs_are_kept_and_new_ones_appended(folder, capsys):
     assert values["dense", "val_std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
 
 
+def test_processes_share_a_results_file(folder, tmp_path):
+    """A pair that another process has added meanwhile is kept."""
+    args = quality.make_parser().parse_args(["--tiny", "--output", str(tmp_path), "--name", "shared"])
+    args.command = "quality"
+    first, second = (quality.Results(args, {}) for _ in range(2))
+    runs = json.loads((folder / "quality.json").read_text())["runs"][:2]
+    for results, run in zip((first, second), runs, strict=True):
+        results.add({key: value for key, value in run.items() if key != "stamp"})
+    written = json.loads((tmp_path / "shared.json").read_text())["runs"]
+    assert sorted((run["case"], run["seed"]) for run in written) == sorted((run["case"], run["seed"]) for run in runs)
+
+
 def test_a_seed_gives_the_same_result_alone_and_after_another(folder, tmp_path):
     run(folder, "--name", "pair", "--models", "hspmn", "--seeds", "2", "3")
     run(folder, "--name", "alone", "--models", "hspmn", "--seeds", "3")
