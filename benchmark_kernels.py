@@ -139,29 +139,6 @@ def linear_attention_step_operation(args, kernels, B, T):
     return Operation(calls, lambda out: [x[:1] for x in out], expected, 4 * state.numel(), 2 * state.nbytes)
 
 
-def reflexive_decode_operation(args, kernels, B, T):
-    """The reflexive stream of one token of B rows; state and window advance in place."""
-    heads, H, E, D = random_heads(args, B, 1), args.num_attention_heads, args.head_dim, args.hidden_size
-    hidden, weight = random_hidden(args, B, 1), torch.randn(2 * H, D, device=args.device, dtype=args.dtype) / D**0.5
-    decays = [torch.randn(H, device=args.device) - 2 for _ in range(2)]
-    fixed = (*heads[:2], *heads, hidden, weight, *decays, torch.ones(E, device=args.device), 1e-6)
-    W, G = args.sliding_window, args.num_key_value_heads
-    seen_B = torch.full((B,), 10 * W, device=args.device)
-    place = (-seen_B[:, None], None, seen_B)
-    state = torch.randn(B, H, E, E, device=args.device)
-    rings = [torch.randn(B, W, G, E, device=args.device, dtype=args.dtype) for _ in range(2)]
-    held = [x.clone() for x in (state, *rings)]
-    calls = {"triton": lambda: (kernels.reflexive_decode(*fixed, *place, *held), held[0])}
-
-    def expected(convert):
-        inputs = [convert(x) if isinstance(x, torch.Tensor) else x for x in fixed]
-        out, advanced = reference.reflexive_decode_ref(*inputs, *place, *(convert(x).clone() for x in (state, *rings)))
-        return out[:1], advanced[:1]
-
-    moved = 2 * state.nbytes + sum(x.nbytes for x in rings)
-    return Operation(calls, lambda out: [x[:1] for x in out], expected, 4 * state.numel(), moved)
-
-
 def local_attention_operation(args, kernels, B, T):
     """Attention over the last `window` tokens."""
     (q, k, v), n, window = random_heads(args, B, T), CHECKED_TOKENS, args.sliding_window
@@ -297,40 +274,104 @@ def sqsk_merge_operation(args, kernels, B, T):
     return Operation({"triton": call}, lambda out: (out[:1],), expected, flops, moved)
 
 
-def sqsk_decode_operation(args, kernels, B, T):
-    """Attention of one routed token of B rows over `sparsity_k * T` cached ones, gate and sum, in place."""
-    q, k, v = random_heads(args, B, 1)
-    P = max(2, round(args.sparsity_k * T))
-    reflexive, gate_BT = torch.randn_like(q), torch.rand(B, 1, device=args.device)
+def attend_decode_operation(args, kernels, B, T):
+    """Both streams of one routed token of B rows, over `sparsity_k * T` cached keys, which it extends in place."""
+    heads, H, G, E = random_heads(args, B, 1), args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    P, W = max(2, round(args.sparsity_k * T)), args.sliding_window
     integers = {"dtype": torch.int32, "device": args.device}
-    routed_B, start_BT = torch.ones(B, **integers), torch.full((B, 1), -T, **integers)
-    store = [torch.randn(B, P + 1, *k.shape[2:], device=args.device, dtype=args.dtype) for _ in range(2)]
+    rates = [torch.randn(H, device=args.device) - 2 for _ in range(2)]
+    seen_B = torch.full((B,), T, device=args.device)
+    fixed = [heads[0] / E**0.5, heads[1], *heads, torch.randn(B, 1, 2 * H, device=args.device), *rates]
+    fixed += [torch.ones(E, device=args.device), 1e-6, seen_B[:, None], -seen_B[:, None], None, seen_B]
+    fixed += [torch.rand(B, 1, device=args.device), torch.zeros((), device=args.device), 0.05, True]
+    store = [torch.randn(B, H, E, E, device=args.device)]
+    store += [torch.randn(B, n, G, E, device=args.device, dtype=args.dtype) for n in (W, W, P + 1, P + 1)]
     store += [torch.zeros(B, P + 1, **integers), torch.full((B,), P - 1, **integers), torch.zeros(B, **integers)]
     held = [x.clone() for x in store]
 
     def call():
-        held[3].fill_(P - 1)  # the store has room for one token
-        merged = reflexive.clone()
-        kernels.sqsk_decode(merged, gate_BT, q, k, v, routed_B, start_BT, start_BT, *held)
-        return merged, held[0][:, P - 1]
+        held[6].fill_(P - 1)  # the store has room for one token
+        return kernels.attend_decode(*fixed, *held), held[0]
+
+    def sample(out):
+        return [x[:1] for x in out]
 
     def expected(convert):
-        keys, values, *counts = (convert(x).clone() if x.is_floating_point() else x.clone() for x in store)
-        inputs = (convert(reflexive), gate_BT, *(convert(x) for x in (q, k, v)), routed_B, start_BT, start_BT)
-        return reference.sqsk_decode_ref(*inputs, keys, values, *counts), keys[:, P - 1]
+        def converted(x):
+            return convert(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    moved, flops = sum(x.nbytes for x in store[:2]), 4 * q.numel() * P
-    return Operation({"triton": call}, lambda out: out, expected, flops, moved)
+        cache = [converted(x).clone() for x in store]
+        return sample(reference.attend_decode_ref(*(converted(x) for x in fixed), *cache))
+
+    moved = 2 * store[0].nbytes + sum(x.nbytes for x in store[1:5])
+    return Operation({"triton": call}, sample, expected, 4 * heads[0].numel() * P, moved)
+
+
+def few_rows(args, B, N, K):
+    """One token of B rows [B, 1, K], a norm's weight, and two weights [N, K]."""
+    like = {"device": args.device, "dtype": args.dtype}
+    x_BTD, norm_D = torch.randn(B, 1, K, **like), 1 + 0.1 * torch.randn(K, **like)
+    return x_BTD, norm_D, *(torch.randn(N, K, **like) / K**0.5 for _ in range(2))
+
+
+def project_decode_operation(args, kernels, B, T):
+    """Norm, shared projection, head projection and router score of one token of B rows."""
+    H, G, K = args.num_attention_heads, args.num_key_value_heads, args.hidden_size
+    x_BTD, norm_D, weight, other = few_rows(args, B, (H + 2 * G) * args.head_dim, K)
+    inputs = (x_BTD, norm_D, 1e-6, weight, other[: 2 * H], torch.randn(K, device=args.device) / K**0.5)
+    return rows_operation(kernels.project_decode, reference.project_decode_ref, inputs)
+
+
+def swiglu_decode_operation(args, kernels, B, T):
+    """Norm and SwiGLU's first two products of one token of B rows."""
+    x_BTD, norm_D, gate, up = few_rows(args, B, args.intermediate_size, args.hidden_size)
+    return rows_operation(kernels.swiglu_decode, reference.swiglu_decode_ref, (x_BTD, norm_D, 1e-6, gate, up))
+
+
+def linear_add_decode_operation(args, kernels, B, T):
+    """SwiGLU's last product of one token of B rows, added to the residual."""
+    x_BTD, _, weight, _ = few_rows(args, B, args.hidden_size, args.intermediate_size)
+    residual = torch.randn(B, 1, args.hidden_size, device=args.device, dtype=args.dtype)
+    return rows_operation(kernels.linear_add_decode, reference.linear_add_ref, (residual, x_BTD, weight))
+
+
+def place_decode_operation(args, kernels, B, T):
+    """Dense tables and numbers of one token of B rows."""
+    cos, sin = torch.randn(2, B, 1, args.head_dim, device=args.device, dtype=args.dtype)
+    start = torch.zeros(B, 1, dtype=torch.int64, device=args.device)
+    return rows_operation(kernels.place_decode, lambda *x: x, (cos, sin, start, start, start[:, 0]))
+
+
+def rows_operation(kernel, reference_call, inputs):
+    """An operation of one token: all inputs are read once, and every output is compared."""
+
+    def outputs(out):
+        return out if isinstance(out, tuple) else (out,)
+
+    def expected(convert):
+        tensors = (convert(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+        return outputs(reference_call(*tensors))
+
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    products = sum(x.numel() for x in tensors if x.dim() == 2 and x.is_floating_point())
+    flops = 2 * inputs[0].shape[0] * products
+    return Operation({"triton": lambda: kernel(*inputs)}, outputs, expected, flops, sum(x.nbytes for x in tensors))
 
 
 OPERATIONS = {
     "route": route_operation, "compact": compact_operation, "take_rows": take_rows_operation,
     "linear_attention": linear_attention_operation, "linear_attention_step": linear_attention_step_operation,
     "local_attention": local_attention_operation, "reflexive_merge": reflexive_merge_operation,
-    "reflexive_decode": reflexive_decode_operation, "split_heads": split_heads_operation,
+    "attend_decode": attend_decode_operation, "split_heads": split_heads_operation,
     "split_heads_decode": split_heads_decode_operation, "sqsk_attention": sqsk_attention_operation,
-    "sqsk_merge": sqsk_merge_operation, "sqsk_decode": sqsk_decode_operation,
+    "sqsk_merge": sqsk_merge_operation, "place_decode": place_decode_operation,
+    "project_decode": project_decode_operation, "swiglu_decode": swiglu_decode_operation,
+    "linear_add_decode": linear_add_decode_operation,
 }  # fmt: skip
+
+
+FEW_ROWS = ("project_decode", "swiglu_decode", "linear_add_decode")
+SINGLE_TOKEN = (*FEW_ROWS, "linear_attention_step", "place_decode")
 
 
 @torch.no_grad()
@@ -360,7 +401,9 @@ def kernels_cases(args):
     rivals = {"linear_attention": ("fla_simple_gla",), "sqsk_attention": ("cudnn", "flash", "flex")}
     for name in OPERATIONS:
         for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
-            shape = f"B{B}_K{T}" if name == "sqsk_attention" else f"B{B}_T{1 if name.endswith('_step') else T}"
+            if name in FEW_ROWS:
+                B = min(B, 16)
+            shape = f"B{B}_K{T}" if name == "sqsk_attention" else f"B{B}_T{1 if name in SINGLE_TOKEN else T}"
             for backend in ("triton", *rivals.get(name, ())):
                 yield (
                     f"{name}/{backend}/{shape}",

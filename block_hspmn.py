@@ -16,20 +16,33 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .operations_hspmn import (
+    attend_decode,
     compact,
+    has_row_products,
+    linear_add,
+    linear_add_decode,
     linear_attention,
     local_attention,
     pick_backend,
-    reflexive_decode,
+    place_decode,
+    project_decode,
     reflexive_merge,
     route,
     split_heads,
     split_heads_decode,
-    sqsk_decode,
     sqsk_merge,
+    swiglu,
+    swiglu_decode,
     take_rows,
 )
-from .reference_hspmn import add_sinks_ref, gated_norm_ref, log_decay_ref, push_window_ref, window_decode_ref
+from .reference_hspmn import (
+    add_sinks_ref,
+    decide_ref,
+    gated_norm_ref,
+    log_decay_ref,
+    push_window_ref,
+    window_decode_ref,
+)
 
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 
@@ -134,12 +147,27 @@ class HSPMNRouter(nn.Module):
 
         bias: the value to decide with, None for the present one. backend: see `pick_backend`.
         """
-        T, bias = h_BTD.shape[1], self.bias if bias is None else bias
-        score_BT, gate_BT, wanted_BT = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
+        bias = self.bias if bias is None else bias
+        decisions = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
+        return self._assign(*decisions, length_B, backend)
+
+    def decided(self, score_BT, length_B=None, bias=None):
+        """The `Route` of scores made elsewhere, of a single token; compiled code drops what nobody reads of it."""
+        bias = self.bias if bias is None else bias
+        decisions = decide_ref(score_BT, bias, self.config.router_noise_floor)
+        return self._assign(score_BT, *decisions, length_B, "reference")
+
+    def single(self, score_BT, bias=None):
+        """What `attend_decode` needs of the router: score, bias, noise floor, and whether it sends every token."""
+        always = self.sparsity_k == 1.0 or self.config.router_mode == "topk"
+        return score_BT, self.bias if bias is None else bias, self.config.router_noise_floor, always
+
+    def _assign(self, score_BT, gate_BT, wanted_BT, length_B, backend):
+        T = score_BT.shape[1]
         if length_B is None:
             real_BT = torch.ones_like(wanted_BT)
         else:
-            real_BT = torch.arange(T, device=h_BTD.device) < length_B[:, None]
+            real_BT = torch.arange(T, device=score_BT.device) < length_B[:, None]
         if self.config.router_mode == "topk":
             wanted_BT = self._top_k(score_BT, real_BT)
         elif self.sparsity_k == 1.0:
@@ -149,7 +177,7 @@ class HSPMNRouter(nn.Module):
 
         if self.training and self.config.router_mode == "threshold":
             capacity = self.capacity(T)
-        elif T == 1 or torch.compiler.is_compiling() or h_BTD.is_cuda:
+        elif T == 1 or torch.compiler.is_compiling() or score_BT.is_cuda:
             capacity = T  # no reading of the device: memory is held for all, work is done for those routed
         else:
             capacity = max(1, int(wanted_BT.sum(1).max()))
@@ -213,7 +241,10 @@ class SharedProjection(nn.Module):
 
     def forward(self, h_BTD, stream, layer_cache, backend):
         """`Heads` of every token; updates the convolution's history."""
-        x_BTC = self.qkv_proj(h_BTD)
+        return self.split(self.qkv_proj(h_BTD), stream, layer_cache, backend)
+
+    def split(self, x_BTC, stream, layer_cache, backend):
+        """`Heads` of what `qkv_proj` gave."""
         if layer_cache is not None and not layer_cache.is_initialized:
             layer_cache.lazy_initialization(x_BTC)
         history = None
@@ -266,8 +297,6 @@ class ReflexiveStream(nn.Module):
         """Sum of both attentions, [B, T, H, E]."""
         single = layer_cache is not None and h_BTD.shape[1] == 1
         fused = self.config.sliding_window and self.config.linear_attention == "gated" and sinks is None
-        if fused and single:
-            return self._decode(h_BTD, heads, stream, layer_cache, backend)
         linear_BTHE, gate_BTH = self._linear(h_BTD, heads, stream, layer_cache, backend)
         if fused:
             with_linear = (linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
@@ -285,16 +314,6 @@ class ReflexiveStream(nn.Module):
         if sinks is not None:
             local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
         return (linear_BTHE + local_BTHE).to(heads.v_BTGE.dtype)
-
-    def _decode(self, h_BTD, heads, stream, layer_cache, backend):
-        """The stream of a single token, both attentions in one operation."""
-        parameters = (self.head_proj.weight, self.decay_log_rate, self.decay_bias, self.norm.weight)
-        ring = (layer_cache.window_keys, layer_cache.window_values)
-        merged_BTHE, state = reflexive_decode(
-            heads, h_BTD, parameters, self.norm.eps, stream, layer_cache.linear_state, ring, backend
-        )
-        layer_cache.keep("linear_state", state)
-        return merged_BTHE
 
     def _window(self, heads, stream, layer_cache, backend, with_linear=None):
         """Local attention and its log-sum-exp, or the whole stream if `with_linear` has the other part of it."""
@@ -339,9 +358,6 @@ class ContextualStream(nn.Module):
     def forward(self, reflexive_BTHE, heads, route, stream, layer_cache, backend, sinks=None):
         """`reflexive_BTHE` plus gate * attention output at every routed token; it may be overwritten."""
         index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
-        if layer_cache is not None and slot_BT.shape[1] == 1 and sinks is None:
-            store = layer_cache.store(1)
-            return sqsk_decode(reflexive_BTHE, heads[2:], route, stream, store, backend)
         kv, cached_B, first_BK = (heads.k_BTGE, heads.v_BTGE), None, None
         if stream.start_BT is not None:
             first_BT = self._first_slot(route, stream, layer_cache)
@@ -378,9 +394,14 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x_BTD):
-        """[B, T, D] to [B, T, D]."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTD).clamp(min=-SILU_LIMIT)) * self.up_proj(x_BTD))
+    def forward(self, x_BTD, residual_BTD=None, backend="reference"):
+        """[B, T, D] to [B, T, D]; added to `residual_BTD` if there is one, which may be overwritten."""
+        products = (self.gate_proj, self.up_proj, self.down_proj)
+        if backend == "triton" and residual_BTD is not None and weights_usable(x_BTD, *products):
+            gate, up, down = (module.weight for module in products)
+            return linear_add(residual_BTD, swiglu(x_BTD, gate, up, backend), down, backend)
+        y_BTD = self.down_proj(F.silu(self.gate_proj(x_BTD).clamp(min=-SILU_LIMIT)) * self.up_proj(x_BTD))
+        return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
 
 class HSPMNBlock(GradientCheckpointingLayer):
@@ -430,7 +451,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
         alone = stream is None
         if alone:
             rotary = LlamaRotaryEmbedding(self.config).to(hidden_states.device)
-            stream = make_stream(hidden_states, past_key_values, rotary)
+            backend = pick_backend(self.config.backend, hidden_states.device, self.config.head_dim)
+            stream = make_stream(hidden_states, past_key_values, rotary, backend=backend)
         output, route = self._run(hidden_states, stream, past_key_values, router_bias)
         if alone and past_key_values is not None:
             advance_cache(past_key_values, hidden_states.shape[1], stream)
@@ -442,20 +464,79 @@ class HSPMNBlock(GradientCheckpointingLayer):
 
     def _run(self, x_BTD, stream, past_key_values, router_bias):
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
-        h_BTD = self.input_layernorm(x_BTD)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        heads = self.projection(h_BTD, stream, layer_cache, backend)
         sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
-        merged_BTHE, route = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks), None
+        single = layer_cache is not None and x_BTD.shape[1] == 1 and sinks is None and self._streams_are_plain()
+        if single and has_row_products(x_BTD, backend) and self._is_plain(x_BTD):
+            return self._decode(x_BTD, stream, layer_cache, router_bias, backend)
+        h_BTD, route = self.input_layernorm(x_BTD), None
+        heads = self.projection(h_BTD, stream, layer_cache, backend)
+        if not single:
+            merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks)
         if self.router is not None:
             route = self.router(h_BTD, stream.length_B, router_bias, backend)
+        if single:
+            head_BTX, score_BT = self.reflexive.head_proj(h_BTD), None if route is None else route.score_BT
+            merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
+        elif route is not None:
             merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, layer_cache, backend, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
         return self._feed_forward(x_BTD, route, backend), route
 
+    def _streams_are_plain(self):
+        """Whether both streams of a single token may be one operation, which does not call their modules."""
+        if not self.config.sliding_window or self.config.linear_attention != "gated":
+            return False
+        return is_plain(self.reflexive, ReflexiveStream) and (
+            self.contextual is None or is_plain(self.contextual, ContextualStream)
+        )
+
+    def _is_plain(self, x_BTD):
+        """Whether the weights of all other modules may be used without calling these, in the dtype of `x_BTD`."""
+        parts = [(self.projection, SharedProjection), (self.mlp, SwiGLU)]
+        if self.router is not None:
+            parts.append((self.router, HSPMNRouter))
+        return (
+            not self.training
+            and all(is_plain(module, kind) for module, kind in parts)
+            and weights_usable(x_BTD, self.projection.qkv_proj, self.reflexive.head_proj, self.o_proj)
+            and weights_usable(x_BTD, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+            and weights_usable(x_BTD, self.input_layernorm, self.post_attention_layernorm)
+        )
+
+    def _attend(self, heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend):
+        """Both streams of a single token, [B, 1, H, E]; extends the cache."""
+        reflexive = self.reflexive
+        parameters = (reflexive.decay_log_rate, reflexive.decay_bias, reflexive.norm.weight)
+        router = (None, None, 0.0, False) if score_BT is None else self.router.single(score_BT, router_bias)
+        store = layer_cache.store(0 if score_BT is None else 1)
+        state, ring = layer_cache.linear_state, (layer_cache.window_keys, layer_cache.window_values)
+        merged_BTHE, state = attend_decode(
+            heads, head_BTX, parameters, reflexive.norm.eps, stream, router, state, ring, store, backend
+        )
+        layer_cache.keep("linear_state", state)
+        return merged_BTHE
+
+    def _decode(self, x_BTD, stream, layer_cache, router_bias, backend):
+        """`_run` of a single token of few rows: every product in one launch with what stands before or after it."""
+        norm, projection = self.input_layernorm, self.projection
+        score_weight = None if self.router is None else self.router.weight
+        weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, score_weight)
+        x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, backend)
+        score_BT = None if self.router is None else score_BT
+        heads = projection.split(x_BTC, stream, layer_cache, backend)
+        merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
+        x_BTD = linear_add_decode(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight, backend)
+        route = None if self.router is None else self.router.decided(score_BT, stream.length_B, router_bias)
+        if self.routed_mlp is not None:
+            return self._feed_forward(x_BTD, route, backend), route
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        hidden_BTX = swiglu_decode(x_BTD, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight, backend)
+        return linear_add_decode(x_BTD, hidden_BTX, mlp.down_proj.weight, backend), route
+
     def _feed_forward(self, x_BTD, route, backend):
         h_BTD = self.post_attention_layernorm(x_BTD)
-        x_BTD = x_BTD + self.mlp(h_BTD)
+        x_BTD = self.mlp(h_BTD, x_BTD, backend)
         if self.routed_mlp is None:
             return x_BTD
         routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT, backend))
@@ -463,7 +544,24 @@ class HSPMNBlock(GradientCheckpointingLayer):
         return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype)
 
 
-def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
+def is_plain(module, kind):
+    """Whether a call of `module` is `kind.forward`: no subclass, hook or replaced method (adapters, offload)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
+
+
+def weights_usable(x, *modules):
+    """Whether the weights of linear layers or norms may be used without calling these, in the dtype of `x`."""
+    return not torch.is_autocast_enabled(x.device.type) and all(
+        is_plain(module, RMSNorm if isinstance(module, RMSNorm) else nn.Linear)
+        and type(module.weight) is nn.Parameter
+        and module.weight.dtype == x.dtype
+        and getattr(module, "bias", None) is None
+        for module in modules
+    )
+
+
+def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="reference"):
     """The `Stream` of one call.
 
     Args:
@@ -472,6 +570,7 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
         rotary: module giving cos and sin for (x, position ids).
         position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
         length_B: real tokens per row, or None if all are.
+        backend: see `pick_backend`.
     """
     B, T = x_BTD.shape[:2]
     token_T = torch.arange(T, device=x_BTD.device)
@@ -492,6 +591,8 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None):
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
         start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T)
     cos, sin = rotary(x_BTD, position_BT)
+    if cache is not None and T == 1:
+        cos, sin, start_BT, position_BT, length_B = place_decode(cos, sin, start_BT, position_BT, length_B, backend)
     return Stream(position_BT, cos, sin, start_BT, length_B, seen_B)
 
 

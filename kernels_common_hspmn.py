@@ -60,9 +60,43 @@ def capability(device):
     return major * 10 + minor
 
 
+@cache
+def dependent(device):
+    """Launch options of a kernel of a decoding step, `PDL` among them: whether it may start under the one before.
+
+    With programmatic dependent launch (sm_90 and later) a kernel's programs start once all programs of the kernel
+    before have called `gdc_launch_dependents` or ended. What keeps that right, whatever the neighbours in the stream
+    are: before `gdc_wait` no program loads or stores anything, it only prefetches into L2, where all memory is
+    coherent, so even a stale hint is harmless; and every program waits, those without work too. The wait ends when the
+    kernel before has ended, whose programs have waited for the one before it, and so on back. So a kernel stores only
+    when no earlier one runs, also to memory that the allocator took from an earlier one's input.
+    """
+    overlaps = device.type == "cuda" and not interpreted() and torch.version.hip is None and capability(device) >= 90
+    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
+
+
+def aligned(*tensors):
+    """Whether `prefetch` can read from where the rows of the tensors begin: multiples of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in tensors)
+
+
+@triton.jit
+def prefetch(address, SIZE: tl.constexpr):
+    """Bring SIZE bytes, a multiple of 16, from each of some addresses that 16 divides into L2; sm_90 and later."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0", "=r,l,r",
+        [address.to(tl.int64), tl.full(address.shape, SIZE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _descriptors_on(device):
+    return device.type == "cuda" and capability(device) in (90, 100)
+
+
 def has_descriptors(x):
     """Whether a kernel reads `x` through tensor descriptors (TMA): 16-bit values on sm_90 and sm_100."""
-    return capability(x.device) in (90, 100) and x.device.type == "cuda" and x.element_size() == 2
+    return x.element_size() == 2 and _descriptors_on(x.device)
 
 
 def check_heads(q_BTHE, k_BTGE, v_BTGF):
@@ -101,12 +135,15 @@ __all__ = [
     "HEAD_WIDTHS",
     "LN2",
     "LOG2E",
+    "aligned",
     "capability",
     "check_heads",
     "check_in_place",
+    "dependent",
     "has_descriptors",
     "interpreted",
     "operation",
+    "prefetch",
     "processors",
     "rows_of",
 ]

@@ -1,18 +1,20 @@
 """HSPMN's operations as Triton kernels for inference (forward only), each the twin of a `*_ref` of `reference_hspmn`.
 
 Routing and compaction are here; `kernels_projection_hspmn` makes what the streams read, which are in
-`kernels_linear_hspmn` and `kernels_attention_hspmn`, and for a decoded token in `kernels_decode_hspmn`. All operations
-are exported from here. Every one is a custom operator: no graph break under `torch.compile(fullgraph=True)`, no host
-synchronisation, capturable in a CUDA graph. Legend in `kernels_common_hspmn`.
+`kernels_linear_hspmn` and `kernels_attention_hspmn`, and for a decoded token in `kernels_decode_hspmn`, its products
+in `kernels_rows_hspmn`. All operations are exported from here. Every one is a custom operator: no graph break under
+`torch.compile(fullgraph=True)`, no host synchronisation, capturable in a CUDA graph. Legend in `kernels_common_hspmn`.
 """
 
 import torch
 
 from .kernels_attention_hspmn import local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
 from .kernels_common_hspmn import operation
-from .kernels_decode_hspmn import reflexive_decode, sqsk_decode
+from .kernels_decode_hspmn import attend_decode, place_decode
 from .kernels_linear_hspmn import linear_attention, linear_attention_step
+from .kernels_mlp_hspmn import linear_add, swiglu, swiglu_fits
 from .kernels_projection_hspmn import split_heads, split_heads_decode
+from .kernels_rows_hspmn import linear_add_decode, project_decode, swiglu_decode
 
 try:
     import triton
@@ -156,17 +158,23 @@ def compact(mask_BT, capacity):
 
 
 __all__ = [
+    "attend_decode",
     "compact",
+    "linear_add",
+    "linear_add_decode",
     "linear_attention",
     "linear_attention_step",
     "local_attention",
-    "reflexive_decode",
+    "place_decode",
+    "project_decode",
     "reflexive_merge",
     "route",
     "split_heads",
     "split_heads_decode",
     "sqsk_attention",
-    "sqsk_decode",
     "sqsk_merge",
+    "swiglu",
+    "swiglu_decode",
+    "swiglu_fits",
     "take_rows",
 ]

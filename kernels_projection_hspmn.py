@@ -5,7 +5,17 @@ Meaning and shapes: `split_heads_ref` in `reference_hspmn`; legend in `kernels_c
 
 import torch
 
-from .kernels_common_hspmn import DTYPES, HEAD_WIDTHS, check_in_place, operation, processors, rows_of
+from .kernels_common_hspmn import (
+    DTYPES,
+    HEAD_WIDTHS,
+    aligned,
+    check_in_place,
+    dependent,
+    operation,
+    prefetch,
+    processors,
+    rows_of,
+)
 
 try:
     import triton
@@ -100,7 +110,7 @@ def split_heads_kernel(
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
     ONE_TABLE: tl.constexpr, HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    PUSH: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
+    PUSH: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other.
 
@@ -117,6 +127,15 @@ def split_heads_kernel(
     head_begin = program % units * HEADS
     t_begin = program // units % tiles * BLOCK_T
     b = (program // (units * tiles)).to(tl.int64)
+    if PDL:  # only with PUSH
+        tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD:
+            piece = head_begin * E + tl.arange(0, E // 8) * 8  # eight channels
+            prefetch(weight + piece * TAPS, TAPS * weight.dtype.element_ty.primitive_bitwidth)
+            for lag in tl.static_range(0, TAPS - 1):
+                at = (b * (TAPS - 1) + lag) * (ALL * E) + piece
+                prefetch(history + at, history.dtype.element_ty.primitive_bitwidth)
+        tl.extra.cuda.gdc_wait()
     i = tl.arange(0, BLOCK_T)
     e = tl.arange(0, HALF)
     t = t_begin + i
@@ -168,15 +187,15 @@ def split_heads_kernel(
 def split_heads_config(B, T, heads, E, multiprocessors):
     """Block sizes and launch options of `split_heads_kernel` for `heads` = H + 2 G heads in all.
 
-    Reasoned, not yet measured. Each thread holds 16 values of a head, 8 of each half: one load of 16 bytes per half
-    and tap in 16 bits, and in bf16 on sm_90 70 registers, no shared memory and no barrier (compiler's report). 32
-    tokens: the taps reach for 3 rows more, under a tenth, which neighbours have in L2. With 8 heads per program, cos
-    and sin, together twice the bytes of a head's x, come from L2 once and from L1 7 times. That is done while 8
-    programs per processor are left; else one head per program, the shortest way for one token.
+    32 tokens: the taps reach for 3 rows more, under a tenth, which neighbours have in L2. H200, B=64, T=4096, 16/4
+    heads, E=128, bf16: 8 heads per program, so that cos and sin come from L2 once and from L1 7 times, and 32 values
+    of a head per thread (128 registers) 1.60 ms; 16 values per thread 1.88, held to 64 registers 1.64; 1, 3, 4, 12 or
+    24 heads 1.64 to 2.0. While 8 programs per processor are left; else one head per program, the shortest way for one
+    token.
     """
     block_t = min(32, triton.next_power_of_2(T))
     enough = B * triton.cdiv(T, block_t) * heads >= 64 * multiprocessors
-    warps = min(8, max(1, block_t * E // 512))
+    warps = min(8, max(1, block_t * E // (1024 if enough else 512)))
     return {"BLOCK_T": block_t, "HEADS": 8 if enough else 1, "num_warps": warps, "num_stages": 1}
 
 
@@ -207,6 +226,7 @@ def _launch_split(
         weight_CL = weight_CL.t().contiguous().t()
     has_history = history_BLC is not None and taps > 1
     history = history_BLC.contiguous() if has_history else None
+    ahead = push and weight_CL.is_contiguous() and aligned(weight_CL.flatten(), history)
     one_table = all(table.shape[0] == 1 or table.stride(0) == 0 for table in (cos_BTE, sin_BTE))
     cos, sin = (table[:1].contiguous() if one_table else rows_of(table, B) for table in (cos_BTE, sin_BTE))
     programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
@@ -215,7 +235,8 @@ def _launch_split(
         q_norm_E.contiguous(), k_norm_E.contiguous(), *outputs, T,
         H=H, G=kv_heads, E=E, TAPS=taps, CHANNEL_STEP=weight_CL.stride(0), TAP_STEP=weight_CL.stride(1), EPS=eps,
         ELU=mode == "elu", ONE_TABLE=one_table, HAS_START=start_BT is not None, HAS_HISTORY=has_history,
-        HAS_LENGTH=length_B is not None, PUSH=push, **config,
+        HAS_LENGTH=length_B is not None, PUSH=push, AHEAD=ahead, **config,
+        **(dependent(x_BTC.device) if push else {"PDL": False}),
     )  # fmt: skip
     return outputs
 

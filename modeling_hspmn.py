@@ -33,7 +33,7 @@ from .block_hspmn import (
 )
 from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import compact, take_rows
+from .operations_hspmn import compact, pick_backend, take_rows
 
 logger = logging.get_logger(__name__)
 
@@ -192,7 +192,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
             x_BTD = take_rows(x_BTD, index_BT, slot_BT)
             if position_BT is not None:
                 position_BT = position_BT.expand(B, T).gather(1, index_BT.clamp(min=0))
-        stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B)
+        backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
+        stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend)
 
         states, routes, aux_loss = [], [], x_BTD.new_zeros((), dtype=torch.float32)
         for layer in self.layers:

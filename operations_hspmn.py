@@ -13,36 +13,46 @@ from transformers.utils.import_utils import is_triton_available
 
 from .reference_hspmn import (
     add_sinks_ref,
+    attend_decode_ref,
     compact_ref,
     gated_norm_ref,
+    linear_add_ref,
     linear_attention_recurrent_ref,
     linear_attention_ref,
     local_attention_ref,
-    reflexive_decode_ref,
+    project_decode_ref,
     route_ref,
     split_heads_decode_ref,
     split_heads_ref,
     sqsk_attention_ref,
-    sqsk_decode_ref,
+    swiglu_decode_ref,
+    swiglu_ref,
     take_rows_ref,
 )
 
 HAS_TRITON = is_triton_available()
 if HAS_TRITON:
     from .kernels_common_hspmn import HEAD_WIDTHS, interpreted
+    from .kernels_hspmn import attend_decode as attend_decode_kernel
     from .kernels_hspmn import compact as compact_kernel
+    from .kernels_hspmn import linear_add as linear_add_kernel
+    from .kernels_hspmn import linear_add_decode as linear_add_decode_kernel
     from .kernels_hspmn import linear_attention as linear_attention_kernel
     from .kernels_hspmn import linear_attention_step as linear_attention_step_kernel
     from .kernels_hspmn import local_attention as local_attention_kernel
-    from .kernels_hspmn import reflexive_decode as reflexive_decode_kernel
+    from .kernels_hspmn import place_decode as place_decode_kernel
+    from .kernels_hspmn import project_decode as project_decode_kernel
     from .kernels_hspmn import reflexive_merge as reflexive_merge_kernel
     from .kernels_hspmn import route as route_kernel
     from .kernels_hspmn import split_heads as split_heads_kernel
     from .kernels_hspmn import split_heads_decode as split_heads_decode_kernel
     from .kernels_hspmn import sqsk_attention as sqsk_attention_kernel
-    from .kernels_hspmn import sqsk_decode as sqsk_decode_kernel
     from .kernels_hspmn import sqsk_merge as sqsk_merge_kernel
+    from .kernels_hspmn import swiglu as swiglu_kernel
+    from .kernels_hspmn import swiglu_decode as swiglu_decode_kernel
+    from .kernels_hspmn import swiglu_fits
     from .kernels_hspmn import take_rows as take_rows_kernel
+    from .kernels_rows_hspmn import MOST_ROWS
 
 FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
 
@@ -68,6 +78,11 @@ def pick_backend(requested, device, head_dim):
         if torch.is_grad_enabled():
             raise ValueError("backend='triton' computes no gradients; use torch.no_grad(), or backend='auto' to train")
     return requested
+
+
+def has_row_products(x_BTD, backend):
+    """Whether `project_decode`, `swiglu_decode` and `linear_add_decode` are kernels for a token of so many rows."""
+    return backend == "triton" and x_BTD.shape[0] <= MOST_ROWS
 
 
 class _TakeRows(torch.autograd.Function):
@@ -114,9 +129,12 @@ def _compiled_flex_attention():
 def _flex(q_BTHE, k_BSGE, v_BSGE, block_mask):
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
+    # Fewer than 128 queries would go to a kernel for decoding, which inductor does not find for masks of ours
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
     out, aux = attend(
-        q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
-    )
+        q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
     return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
@@ -230,27 +248,39 @@ def reflexive_merge(
     return (local_BTHE + gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps)).to(q_BTHE.dtype)
 
 
-def reflexive_decode(heads, hidden_BTD, parameters, eps, stream, state_BHEE, ring, backend):
-    """See `reflexive_decode_ref`; the kernel advances the state in place, and both write the ring in place.
+def place_decode(cos_BTE, sin_BTE, start_BT, position_BT, length_B, backend):
+    """Where a single token stands, dense tensors in the order given: the kernel makes them once for all layers."""
+    place = (cos_BTE, sin_BTE, start_BT, position_BT, length_B)
+    return place_decode_kernel(*place) if backend == "triton" else place
 
-    heads: the five tensors of `split_heads`. parameters: of the head projection, decays and norm. stream: the call's
-    `Stream`. ring: keys and values of the window.
+
+def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, ring, store, backend):
+    """See `attend_decode_ref`; the kernel advances the state in place, and both ring, store and counts.
+
+    heads: the five tensors of `split_heads`. parameters: of the decays and the norm. stream: the call's `Stream`.
+    router: score_BT, bias, noise_floor and always. ring: keys and values of the window. store: keys, values,
+    positions, count and document_slot of the cache.
     """
-    inputs = (*heads, hidden_BTD, *parameters, eps, stream.start_BT, stream.length_B, stream.seen_B, state_BHEE, *ring)
-    return (reflexive_decode_kernel(*inputs), state_BHEE) if backend == "triton" else reflexive_decode_ref(*inputs)
+    place = (stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B)
+    inputs = (*heads, head_BTX, *parameters, eps, *place, *router, state_BHEE, *ring, *store)
+    return (attend_decode_kernel(*inputs), state_BHEE) if backend == "triton" else attend_decode_ref(*inputs)
 
 
-def sqsk_decode(reflexive_BTHE, heads, route, stream, store, backend):
-    """See `sqsk_decode_ref`; the kernel adds to `reflexive_BTHE` in place.
+def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, backend):
+    """See `project_decode_ref`."""
+    project = project_decode_kernel if backend == "triton" else project_decode_ref
+    return project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
 
-    heads: queries, keys and values of the token. route: the `Route` of the layer. stream: the call's `Stream`. store:
-    keys, values, positions, count and document_slot of the cache.
-    """
-    inputs = (route.gate_BT, *heads, route.count_B, stream.position_BT, stream.start_BT, *store)
-    if backend != "triton":
-        return sqsk_decode_ref(reflexive_BTHE, *inputs)
-    sqsk_decode_kernel(reflexive_BTHE, *inputs)
-    return reflexive_BTHE
+
+def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, backend):
+    """See `swiglu_decode_ref`."""
+    swiglu = swiglu_decode_kernel if backend == "triton" else swiglu_decode_ref
+    return swiglu(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
+
+
+def linear_add_decode(residual_BTN, x_BTD, weight_ND, backend):
+    """See `linear_add_ref`, here of a single token."""
+    return (linear_add_decode_kernel if backend == "triton" else linear_add_ref)(residual_BTN, x_BTD, weight_ND)
 
 
 def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, backend):
@@ -281,3 +311,18 @@ def sqsk_merge(reflexive_BTHE, q_BTHE, kv, route, first_BK, cached_B, sinks, bac
         out_BKHE = add_sinks_ref(out_BKHE, lse_BKH, q_BKHE, *sinks)
     contextual_BTHE = take_rows(out_BKHE, slot_BT, index_BK, backend)
     return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
+
+
+def swiglu(x_BTD, gate_weight_ND, up_weight_ND, backend):
+    """See `swiglu_ref`; the kernel where it is the faster one, see `swiglu_fits`."""
+    if backend == "triton" and swiglu_fits(x_BTD, gate_weight_ND, up_weight_ND):
+        return swiglu_kernel(x_BTD, gate_weight_ND, up_weight_ND)
+    return swiglu_ref(x_BTD, gate_weight_ND, up_weight_ND)
+
+
+def linear_add(residual_BTN, x_BTD, weight_ND, backend):
+    """See `linear_add_ref`; the kernel adds in place."""
+    if backend != "triton":
+        return linear_add_ref(residual_BTN, x_BTD, weight_ND)
+    linear_add_kernel(residual_BTN, x_BTD, weight_ND)
+    return residual_BTN

@@ -32,9 +32,13 @@ def route_ref(h_BTD, weight_D, bias, noise_floor):
     Returns score_BT and gate_BT in float32, routed_BT in bool.
     """
     score_BT = (wide(h_BTD) * weight_D).sum(-1)
+    return score_BT, *decide_ref(score_BT, bias, noise_floor)
+
+
+def decide_ref(score_BT, bias, noise_floor):
+    """Gate (float) and decision (bool) of router scores, as in `route_ref`."""
     gate_BT = score_BT.sigmoid()
-    gate_BT = gate_BT * (gate_BT >= noise_floor)
-    return score_BT, gate_BT, score_BT + bias > 0
+    return gate_BT * (gate_BT >= noise_floor), score_BT + bias > 0
 
 
 def compact_ref(mask_BT, capacity):
@@ -376,53 +380,66 @@ def log_decay_ref(decay_BTH, log_rate_H, bias_H):
     return -wide(log_rate_H).exp() * F.softplus(wide(decay_BTH) + wide(bias_H))
 
 
-def reflexive_decode_ref(
-    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, hidden_BTD, head_weight_XD, decay_log_rate_H, decay_bias_H,
-    norm_E, eps, start_BT, length_B, seen_B, state_BHEE, ring_k_BWGE, ring_v_BWGE,
+def attend_decode_ref(
+    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, norm_E, eps,
+    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE, ring_v_BWGE,
+    keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
-    """The reflexive stream of a single token (T = 1): linear attention with its decay and gate, and the window.
+    """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
 
-    q_linear, k_linear, q, k, v: what `split_heads_ref` returns. head_weight_XD: of the projection of `hidden_BTD` to
-    the H inputs of `log_decay_ref`, then the H gates of `gated_norm_ref`. start_BT: at most 0. length_B: 1, or 0 where
-    a row's token is padding, whose output means nothing; None for no padding. seen_B: real tokens before this one.
-    ring_*: the window as in `window_decode_ref`; this token is written into it, IN PLACE.
-    Returns the sum of both attentions [B, 1, H, E] in q's dtype and the advanced state.
+    q_linear, k_linear, q, k, v: what `split_heads_ref` returns. head_BTX: the H inputs of `log_decay_ref`, then the H
+    gates of `gated_norm_ref`. start_BT: at most 0. length_B: 1, or 0 where a row's token is padding, which is not
+    routed and whose output means nothing; None for no padding. seen_B: real tokens before this one. score_BT, bias,
+    noise_floor: the router's, see `route_ref`, with score None for a layer without one; always: it routes every token.
+    ring_*: the window as in `window_decode_ref`. keys, values [B, P + 1, G, E] and positions [B, P + 1]: the sparse
+    store, whose last slot takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the
+    row's document. Ring, store and counts are updated IN PLACE. A routed token without a free slot is counted and
+    otherwise treated as one that is not routed.
+    Returns the sum [B, 1, H, E] in q's dtype and the advanced state.
     """
-    decay_BTH, gate_BTH = F.linear(hidden_BTD, head_weight_XD).chunk(2, -1)
+    decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
     log_decay_BTH = log_decay_ref(decay_BTH, decay_log_rate_H, decay_bias_H)
     linear_BTHE, state_BHEE = linear_attention_recurrent_ref(
         q_linear_BTHE, k_linear_BTGE, v_BTGE, log_decay_BTH, start_BT, length_B, state_BHEE
     )
     slot_B = push_window_ref(k_BTGE, v_BTGE, ring_k_BWGE, ring_v_BWGE, seen_B, length_B)
     local_BTHE, _ = window_decode_ref(q_BTHE, ring_k_BWGE, ring_v_BWGE, slot_B, start_BT)
-    merged_BTHE = local_BTHE + gated_norm_ref(linear_BTHE, gate_BTH, norm_E, eps)
-    return merged_BTHE.to(q_BTHE.dtype), state_BHEE
-
-
-def sqsk_decode_ref(
-    reflexive_BTHE, gate_BT, q_BTHE, k_BTGE, v_BTGE, routed_B, position_BT, start_BT,
-    keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
-):  # fmt: skip
-    """`reflexive` + gate * SQSK attention of a single token (T = 1) where it is routed, which extends the store.
-
-    routed_B: 1 where the router sends the token. keys, values [B, P + 1, G, E] and positions [B, P + 1]: the sparse
-    store, whose last slot takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the
-    row's document. All five are updated IN PLACE. A routed token without a free slot is counted and otherwise treated
-    as one that is not routed.
-    """
+    merged_BTHE = (local_BTHE + gated_norm_ref(linear_BTHE, gate_BTH, norm_E, eps)).to(q_BTHE.dtype)
+    if score_BT is None:
+        return merged_BTHE, state_BHEE
+    gate_BT, wanted_BT = decide_ref(score_BT, bias, noise_floor)
+    wanted_B = torch.ones_like(wanted_BT[:, 0]) if always else wanted_BT[:, 0]
+    if length_B is not None:
+        wanted_B = wanted_B & (length_B > 0)
     slots = keys_BPGE.shape[1] - 1
     before_B, first_B = count_B.clamp(max=slots), torch.where(start_BT[:, 0] < 0, document_slot_B, count_B)
-    kept_B = (routed_B > 0) & (before_B < slots)
+    kept_B = wanted_B & (before_B < slots)
     # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
     at = (torch.arange(len(kept_B), device=kept_B.device), torch.where(kept_B, before_B, slots))
     keys_BPGE.index_put_(at, k_BTGE[:, 0].to(keys_BPGE.dtype))
     values_BPGE.index_put_(at, v_BTGE[:, 0].to(values_BPGE.dtype))
     positions_BP.index_put_(at, position_BT[:, 0].to(positions_BP.dtype))
-    count_B.add_(routed_B)
+    count_B.add_(wanted_B)
     document_slot_B.copy_(first_B)
     store = (keys_BPGE[:, :slots], values_BPGE[:, :slots])
     contextual_BTHE, _ = sqsk_attention_ref(q_BTHE, *store, first_B[:, None], before_B, kept_B.to(torch.int32))
-    return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
+    return merged_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype), state_BHEE
+
+
+def project_decode_ref(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None):
+    """RMSNorm of a single token (T = 1) and what a block's attentions and router make of it.
+
+    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] (see `attend_decode_ref`) and score [B, 1] (see `route_ref`) in
+    float32; the score is None without a weight.
+    """
+    h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
+    score_BT = None if score_weight_D is None else (wide(h_BTD) * score_weight_D).sum(-1)
+    return F.linear(h_BTD, qkv_weight_CD), wide(F.linear(h_BTD, head_weight_XD)), score_BT
+
+
+def swiglu_decode_ref(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
+    """`swiglu_ref` of RMSNorm(x), of a single token (T = 1)."""
+    return swiglu_ref(F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps), gate_weight_ND, up_weight_ND)
 
 
 def swiglu_ref(x, gate_weight_NK, up_weight_NK):

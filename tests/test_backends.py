@@ -96,14 +96,57 @@ def test_the_kernels_run_where_they_are_forced(pair, monkeypatch):
     """A model that fell back to the reference would pass every other test here."""
     called = []
     streams = ("split_heads", "linear_attention", "reflexive_merge")
-    decoding = ("split_heads_decode", "reflexive_decode", "sqsk_decode")
-    for name in (*streams, *decoding, "compact", "sqsk_merge"):
+    decoding = ("project_decode", "split_heads_decode", "attend_decode", "linear_add_decode", "swiglu_decode")
+    for name in (*streams, *decoding, "compact", "sqsk_merge", "place_decode"):
         kernel = getattr(operations_hspmn, f"{name}_kernel")
         monkeypatch.setattr(
             operations_hspmn, f"{name}_kernel", lambda *a, _n=name, _k=kernel, **k: called.append(_n) or _k(*a, **k)
         )
     feed(pair(num_hidden_layers=1, sparsity_k=0.4)[0], tokens(1, 8), (7,))
-    assert called == [*streams, "compact", "sqsk_merge", *decoding]  # the last token alone
+    assert called == [*streams, "compact", "sqsk_merge", "place_decode", *decoding, "linear_add_decode"]
+
+
+def hooked(model):
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hooked_stream(model):
+    model.model.layers[0].reflexive.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def adapted(model):
+    """As an adapter library does it: the layer is wrapped, and a layer of the same interface takes its place."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.5 * x[..., :1]
+
+    layer = model.model.layers[0].projection.qkv_proj
+    model.model.layers[0].projection.qkv_proj = Adapted(*layer.weight.shape[::-1], bias=False)
+    model.model.layers[0].projection.qkv_proj.weight = layer.weight
+
+
+def biased(model):
+    model.model.layers[0].o_proj.bias = torch.nn.Parameter(torch.ones(32, device=DEVICE))
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_stream, adapted, biased, None])
+def test_modules_that_are_changed_are_called_while_decoding(pair, monkeypatch, change):
+    """Launches that use weights past their modules stand back, and what is computed is what the modules say."""
+    called, models = [], pair(num_hidden_layers=1, sparsity_k=0.4)
+    kernel = operations_hspmn.project_decode_kernel
+    monkeypatch.setattr(operations_hspmn, "project_decode_kernel", lambda *a: called.append(0) or kernel(*a))
+    ids = tokens(17 if change is None else 2, 8)
+    for model in models if change else ():
+        change(model)
+    (got, routed), (want, want_routed) = (feed(model, ids, (6, 7)) for model in models)
+    assert not called
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert torch.equal(routed, want_routed)
+    if change is hooked:
+        models[0].model.layers[0].mlp.up_proj._forward_hooks.clear()  # and the launches are back
+    feed(models[0], ids[:2], (6, 7))
+    assert len(called) == (2 if change in (hooked, None) else 0)
 
 
 def test_auto_is_the_reference_on_cpu_and_follows_gradients_on_cuda():
@@ -158,6 +201,23 @@ def test_compiled_inference_equals_the_eager_reference(pair, variant, backend):
 
 
 @needs_gpu
+@pytest.mark.parametrize("T", [60, 700])
+def test_compiled_training_equals_the_eager_reference(tiny_model, T):
+    torch._dynamo.reset()
+    flex, reference = [
+        tiny_model(head_dim=16, backend=backend, sparsity_k=[0.3, 0.05, 0.0]).to(DEVICE).train()
+        for backend in ("flex", "reference")
+    ]
+    compiled, ids = torch.compile(flex, fullgraph=True), tokens(3, T)
+    with torch.enable_grad():
+        losses = [model(ids, labels=ids).loss for model in (compiled, reference)]
+        sum(losses).backward()
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-4)
+    for (name, p), q in zip(flex.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 2e-3 * q.grad.norm() + 1e-6, name
+
+
+@needs_gpu
 def test_a_captured_forward_replays_for_other_tokens(pair):
     model, _ = pair()
     static, graph = tokens(2, 300), torch.cuda.CUDAGraph()
@@ -172,6 +232,24 @@ def test_a_captured_forward_replays_for_other_tokens(pair):
         graph.replay()
         assert torch.equal(outputs.logits, want.logits)
         assert torch.equal(outputs.router_mask, want.router_mask)
+
+
+@needs_gpu
+def test_bfloat16_weights_run_the_fused_products(pair, monkeypatch):
+    """Long inputs take SwiGLU in one kernel on chips that have it, as exactly as the layers one by one."""
+    called, kernel = [], operations_hspmn.swiglu_kernel
+    monkeypatch.setattr(operations_hspmn, "swiglu_kernel", lambda *a: called.append(0) or kernel(*a))
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "sparsity_k": 1.0}  # the same tokens in any precision
+    kernels, reference = pair(**sizes)
+    ids = tokens(3, 700)
+    want = reference(ids, use_cache=False).logits
+    errors = []
+    for model in (kernels, reference):
+        got = model.to(torch.bfloat16)(ids, use_cache=False).logits
+        errors.append(((got - want).norm() / want.norm()).item())
+    assert errors[0] <= 1.5 * errors[1], errors
+    fits = torch.cuda.get_device_capability()[0] in (9, 10)
+    assert len(called) == (kernels.config.num_hidden_layers if fits else 0)
 
 
 @needs_gpu

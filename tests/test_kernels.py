@@ -31,7 +31,7 @@ def seed():
 def descriptors(request, monkeypatch):
     """Read tiles through tensor descriptors, where shape and dtype allow, or not, on any device."""
     if not CUDA or not request.param:
-        for module in (kernels_attention_hspmn, kernels_linear_hspmn, kernels_mlp_hspmn):
+        for module in (kernels_attention_hspmn, kernels_linear_hspmn):
             monkeypatch.setattr(module, "has_descriptors", lambda x: request.param)
 
 
@@ -209,82 +209,179 @@ def test_linear_attention_step(dtype, poison):
     assert_as_accurate("state", held, eager[1], exact[1])
 
 
-DECODE = [(1, 1, 1, 16, 1, 8), (4, 6, 2, 32, 13, 40), (4, 4, 4, 16, 40, 100)]
-DECODE += [(8, 16, 4, 128, 128, 2048), (4, 16, 4, 128, 130, 1000), (4, 4, 1, 64, 100, 512)] * CUDA
+DECODE = [(1, 1, 16, 1, 3, 1), (6, 2, 32, 13, 700, 16), (4, 4, 16, 40, 260, 4)]
+DECODE += [(16, 4, 128, 128, 5000, 132), (16, 4, 128, 130, 700, 16), (4, 1, 64, 100, 300, 4)] * CUDA
 
 
-def decoded(B, H, G, E, dtype):
-    """q_linear, k_linear, q, k and v of one token, and start_BT, length_B and seen_B of rows at different places."""
+def decoded(H, G, E, window, P, dtype):
+    """Inputs of `attend_decode` for five rows, by name.
+
+    They are routed, routed after few tokens, at the start of a document, not routed (padding, if the row has no
+    length), and routed with a full store.
+    """
+    B, integers = 5, {"dtype": torch.int32, "device": DEVICE}
     features = [x.div(x.float().norm(dim=-1, keepdim=True)).to(dtype) for x in heads(B, 1, H, G, E, E, dtype)[:2]]
-    start = torch.tensor([[-500], [-3], [0], [-1]], device=DEVICE).repeat(-(-B // 4), 1)[:B]
-    length = torch.tensor([1, 1, 1, 0], device=DEVICE).repeat(-(-B // 4))[:B]
-    seen = torch.tensor([500, 77, 5, 2], device=DEVICE).repeat(-(-B // 4))[:B]
-    return [*features, *heads(B, 1, H, G, E, E, dtype)], start, length, seen
+    tensors, inputs = [*features, *heads(B, 1, H, G, E, E, dtype)], {}
+    inputs |= zip(("q_linear", "k_linear", "q", "k", "v"), tensors, strict=True)
+    inputs["head"] = torch.randn(B, 1, 2 * H, device=DEVICE)
+    inputs |= {"log_rate": torch.randn(H, device=DEVICE) - 2, "rate_bias": torch.randn(H, device=DEVICE) * 4}
+    inputs |= {"norm": torch.rand(E, device=DEVICE), "eps": 1e-6}
+    inputs["position"] = torch.arange(1000, 1005, device=DEVICE)[:, None]
+    inputs["start"] = torch.tensor([[-500], [-3], [0], [-1], [-9]], device=DEVICE)
+    inputs |= {"length": None, "seen": torch.tensor([500, 77, 5, 2, 9], device=DEVICE)}
+    inputs |= {"score": torch.tensor([[0.5], [2.0], [-0.2], [-1.0], [0.1]], device=DEVICE)}
+    inputs |= {"bias": torch.tensor(0.3, device=DEVICE), "noise_floor": 0.05, "always": False}
+    inputs["state"] = torch.randn(B, H, E, E, device=DEVICE)
+    inputs |= {name: torch.randn(B, window, G, E, device=DEVICE).to(dtype) for name in ("ring_k", "ring_v")}
+    inputs |= {name: torch.randn(B, P + 1, G, E, device=DEVICE).to(dtype) for name in ("keys", "values")}
+    inputs["positions"] = torch.zeros(B, P + 1, **integers)
+    inputs["count"] = torch.tensor([P - 1, 1, 2, 2, P], **integers)
+    inputs["document_slot"] = torch.tensor([min(70, P - 2), 0, 0, 1, 0], **integers)
+    return inputs
+
+
+def copied(inputs):
+    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("B, H, G, E, window, D", DECODE, ids=str)
-def test_reflexive_decode(B, H, G, E, window, D, padded, dtype, poison, monkeypatch):
-    if not CUDA:  # several blocks of the window
-        config = {"BLOCK_W": 16, "num_warps": 1}
-        monkeypatch.setattr(kernels_decode_hspmn, "reflexive_decode_config", lambda *sizes: config)
-    tensors, start, length, seen = decoded(B, H, G, E, dtype)
-    length = length if padded else None
-    hidden, weight = torch.randn(B, 1, D, device=DEVICE).to(dtype), (torch.randn(2 * H, D, device=DEVICE) / D**0.5)
-    parameters = (torch.randn(H, device=DEVICE) - 2, torch.randn(H, device=DEVICE) * 4, torch.rand(E, device=DEVICE))
-    state = torch.randn(B, H, E, E, device=DEVICE)
-    rings = [torch.randn(B, window, G, E, device=DEVICE).to(dtype) for _ in range(2)]
-    fixed = (*tensors, hidden, weight.to(dtype), *parameters, 1e-6, start, length, seen)
-    eager_rings, exact_rings = [x.clone() for x in rings], exactly(rings)
-    eager = reference_hspmn.reflexive_decode_ref(*fixed, state, *eager_rings)
-    exact = reference_hspmn.reflexive_decode_ref(*exactly((*fixed, state)), *exact_rings)
+@pytest.mark.parametrize("case", ["plain", "padded", "always", "no_router"])
+@pytest.mark.parametrize("H, G, E, window, P, processors", DECODE, ids=str)
+def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monkeypatch):
+    monkeypatch.setattr(kernels_decode_hspmn, "processors", lambda device: processors)
+    if not CUDA:  # several blocks of window and state
+        config = kernels_decode_hspmn.attend_decode_config
+        small = {"BLOCK_N": 16, "COLUMNS": 16}
+        monkeypatch.setattr(kernels_decode_hspmn, "attend_decode_config", lambda *sizes: config(*sizes) | small)
+    inputs, B = decoded(H, G, E, window, P, dtype), 5
+    inputs["head"] = inputs["head"].to(dtype) if case == "always" else inputs["head"]
+    if case == "padded":
+        inputs["length"] = torch.tensor([1, 1, 1, 0, 1], device=DEVICE)
+        inputs["score"][3] = 1.0
+    elif case == "no_router":
+        inputs["score"] = inputs["bias"] = None
+    elif case == "always":
+        inputs["always"], inputs["score"][3] = True, -4.0  # routed, with a gate below the noise floor
+    eager_inputs, exact_inputs = copied(inputs), dict(zip(inputs, exactly(copied(inputs).values()), strict=True))
+    eager = reference_hspmn.attend_decode_ref(*eager_inputs.values())
+    exact = reference_hspmn.attend_decode_ref(*exact_inputs.values())
     slot = torch.arange(window, device=DEVICE)
-    hidden_slots = (seen[:, None] - slot) % window > -start  # before the document: never read as values
-    for ring in rings:
-        ring[hidden_slots] = float("nan")
-    got = kernels_hspmn.reflexive_decode(*fixed, state, *rings)
-    real = torch.ones(B, dtype=torch.bool, device=DEVICE) if length is None else length > 0
+    hidden = (inputs["seen"][:, None] - slot) % window > -inputs["start"]  # before the document: never read as values
+    for name in ("ring_k", "ring_v"):
+        inputs[name][hidden] = float("nan")
+    slot = torch.arange(P + 1, device=DEVICE)
+    unused = (slot >= inputs["count"][:, None]) | (slot < inputs["document_slot"][:, None])
+    for name in ("keys", "values"):
+        inputs[name][unused] = float("nan")
+    got = kernels_hspmn.attend_decode(*inputs.values())
+    real = torch.ones(B, dtype=torch.bool, device=DEVICE) if inputs["length"] is None else inputs["length"] > 0
     assert_as_accurate("merged", got[real], eager[0][real], exact[0][real])
     assert got.isfinite().all()
-    assert_as_accurate("state", state, eager[1], exact[1])
-    for ring, want in zip(rings, eager_rings, strict=True):
-        assert torch.equal(ring[~hidden_slots], want[~hidden_slots])
-        assert ring[hidden_slots].isnan().all()
+    assert_as_accurate("state", inputs["state"], eager[1], exact[1])
+    for name in ("ring_k", "ring_v"):
+        assert torch.equal(inputs[name][~hidden], eager_inputs[name][~hidden]), name
+        assert inputs[name][hidden].isnan().all(), name
+    kept = {"no_router": [], "always": [0, 1, 2, 3]}.get(case, [0, 1, 2])
+    for name in ("count", "document_slot"):
+        assert torch.equal(inputs[name], eager_inputs[name]), name
+    for row, place in zip(kept, (P - 1, 1, 2, 2), strict=False):
+        for name in ("keys", "values", "positions"):
+            assert torch.equal(inputs[name][row, place], eager_inputs[name][row, place]), name
+            if name != "positions":
+                unused[row, place] = False
+    assert inputs["positions"].count_nonzero() == len(kept)
+    assert all(inputs[name][unused].isnan().all() for name in ("keys", "values"))
+
+
+def test_place_decode_is_dense_and_the_same():
+    cos, sin = torch.randn(2, 6, 1, device=DEVICE).mT
+    place = (cos[:, None], sin[:, None], torch.tensor([[-4], [0]], device=DEVICE), torch.tensor([[7]], device=DEVICE))
+    for length in (None, torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)):
+        for tables in (place[:2], [x[:1] for x in place[:2]]):
+            got = kernels_hspmn.place_decode(*tables, *place[2:], length)
+            assert all(x.is_contiguous() for x in got[:4])
+            for x, y in zip(got, (*tables, *place[2:], length), strict=True):
+                assert (x is None) == (y is None)
+                assert x is None or torch.equal(x, y.expand(x.shape).to(x.dtype))
+
+
+ROWS = [(1, 48, 16), (3, 40, 40), (16, 17, 300)] + [(1, 6912, 2048), (8, 2048, 6912), (13, 520, 1000)] * CUDA
+
+
+def few_rows(B, N, K, dtype):
+    """x [B, 1, K], the norm's weight, and two weights [N, K]."""
+    x, norm = 3 * torch.randn(B, 1, K, device=DEVICE).to(dtype), torch.rand(K, device=DEVICE).to(dtype) + 0.5
+    return x, norm, *((torch.randn(N, K, device=DEVICE) / K**0.5).to(dtype) for _ in range(2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("P, processors", [(3, 1), (700, 16), (260, 4)], ids=str)
-@pytest.mark.parametrize("H, G, E", [(6, 2, 16), (4, 4, 32)] + [(16, 4, 128)] * CUDA, ids=str)
-def test_sqsk_decode(H, G, E, P, processors, dtype, poison, monkeypatch):
-    """Rows that are routed, not routed, begin a document, and whose store is full."""
-    monkeypatch.setattr(kernels_decode_hspmn, "processors", lambda device: processors)
-    B = 5
-    (_, _, q, k, v), start, _, _ = decoded(B, H, G, E, dtype)
-    start[4] = -9
-    routed, count = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([1, 1, 1, 0, 1], [P - 1, 1, 2, 2, P]))
-    document = torch.tensor([min(70, P - 2), 0, 0, 1, 0], dtype=torch.int32, device=DEVICE)
-    position = torch.arange(B, device=DEVICE)[:, None] + 1000
-    reflexive, gate = torch.randn(B, 1, H, E, device=DEVICE).to(dtype), torch.rand(B, 1, device=DEVICE)
-    store = [torch.randn(B, P + 1, G, E, device=DEVICE).to(dtype) for _ in range(2)]
-    store += [torch.zeros(B, P + 1, dtype=torch.int32, device=DEVICE), count, document]
-    inputs, copies = (reflexive, gate, q, k, v, routed, position, start), [x.clone() for x in store]
-    eager = reference_hspmn.sqsk_decode_ref(*inputs, *copies)
-    exact = reference_hspmn.sqsk_decode_ref(*exactly((*inputs, *(x.clone() for x in store))))
-    slot = torch.arange(P + 1, device=DEVICE)
-    for x in store[:2]:  # slots that are not used, or of an earlier document
-        x[(slot >= count[:, None]) | (slot < document[:, None])] = float("nan")
-    kept = [0, 1, 2]
-    merged = reflexive.clone()
-    kernels_hspmn.sqsk_decode(merged, *inputs[1:], *store)
-    assert_as_accurate("merged", merged[kept], eager[kept], exact[kept])
-    assert torch.equal(merged[3:], reflexive[3:])
-    for name, got, want in zip(("count", "document_slot"), store[3:], copies[3:], strict=True):
-        assert torch.equal(got, want), name
-    for row, place in zip(kept, (P - 1, 1, 2), strict=True):
-        for got, want in zip(store[:3], copies[:3], strict=True):
-            assert torch.equal(got[row, place], want[row, place])
-    assert not store[2][3:].any() and store[2].count_nonzero() == 3
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("B, N, K", ROWS, ids=str)
+def test_project_decode(B, N, K, scored, dtype, poison):
+    x, norm, weight, other = few_rows(B, N, K, dtype)
+    score_weight = torch.randn(K, device=DEVICE) / K**0.5 if scored else None
+    inputs = (x, norm, 1e-6, weight, other[: N // 2], score_weight)
+    eager, exact = (reference_hspmn.project_decode_ref(*tensors) for tensors in (inputs, exactly(inputs)))
+    got = kernels_hspmn.project_decode(*inputs)
+    assert_as_accurate("qkv", got[0], eager[0], exact[0])
+    assert got[1].dtype == torch.float32
+    assert_as_accurate("head", got[1].to(dtype), eager[1].to(dtype), exact[1])
+    if scored:
+        assert_as_accurate("score", got[2], eager[2], exact[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, N, K", ROWS, ids=str)
+def test_products_of_few_rows(B, N, K, dtype, poison):
+    x, norm, gate, up = few_rows(B, N, K, dtype)
+    inputs, residual = (x, norm, 1e-6, gate, up), torch.randn(B, 1, N, device=DEVICE).to(dtype)
+    eager, exact = (reference_hspmn.swiglu_decode_ref(*tensors) for tensors in (inputs, exactly(inputs)))
+    assert_as_accurate("swiglu", kernels_hspmn.swiglu_decode(*inputs), eager, exact)
+    inputs = (residual, x, gate)
+    eager, exact = (reference_hspmn.linear_add_ref(*tensors) for tensors in (inputs, exactly(inputs)))
+    assert_as_accurate("linear_add", kernels_hspmn.linear_add_decode(*inputs), eager, exact)
+
+
+def test_products_of_few_rows_errors_name_what_is_wrong():
+    x, norm, gate, up = few_rows(2, 8, 16, torch.float32)
+    with pytest.raises(ValueError, match="at most 16 rows"):
+        kernels_hspmn.linear_add_decode(x, x.repeat(9, 1, 1), gate)
+    with pytest.raises(ValueError, match="qkv_weight must have the dtype of x"):
+        kernels_hspmn.project_decode(x, norm, 1e-6, gate.half(), up)
+    with pytest.raises(ValueError, match=r"score_weight must be \[16\]"):
+        kernels_hspmn.project_decode(x, norm, 1e-6, gate, up, norm[:8])
+    with pytest.raises(ValueError, match="up_weight must have the shape"):
+        kernels_hspmn.swiglu_decode(x, norm, 1e-6, gate, up[:4])
+    with pytest.raises(ValueError, match=r"gate_weight must be \[N, 16\]"):
+        kernels_hspmn.swiglu_decode(x, norm, 1e-6, gate.t(), up)
+    with pytest.raises(ValueError, match=r"residual must be \(2, 1, 8\)"):
+        kernels_hspmn.linear_add_decode(x, x, gate)
+
+
+@needs_gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_chain_of_overlapping_launches_is_in_order(captured):
+    """Every launch reads what the one before wrote, and memory is used again: each result is that of a lone launch."""
+    x, norm, *weights = few_rows(4, 1024, 1024, torch.bfloat16)
+    weights = [torch.randn(1024, 1024, device=DEVICE).bfloat16() / 64 for _ in range(12)]
+
+    def chain(wait):
+        out, y = [], x
+        for gate, up in zip(weights, weights[::-1], strict=True):
+            y = kernels_hspmn.linear_add_decode(y, kernels_hspmn.swiglu_decode(y, norm, 1e-6, gate, up), up)
+            wait()
+            out.append(y.clone() if len(out) % 3 else y)
+        return out
+
+    want = chain(torch.cuda.synchronize)
+    got = chain(lambda: None)
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = chain(lambda: None)
+        for _ in range(20):
+            graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
 def test_split_heads_decode_moves_the_history_on():
@@ -492,14 +589,19 @@ def test_errors_name_what_is_wrong():
         kernels_hspmn.linear_attention_step(q, k, v, decay, None, None, state)
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     one, ring, step = [x[:, :1].contiguous() for x in (q, k, v)], torch.zeros(1, 3, 2, 16, device=DEVICE), decay[:, :1]
-    reflexive = (one[0], one[1], *one, q[:, :1, 0], torch.zeros(8, 16, device=DEVICE), *decay[0, :2], q[0, 0, 0], 1e-6)
+    place, router = (count[:, None], count[:, None], None, count), (step[..., 0], count, 0.05, False)
+    store = (ring, ring, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE), count, count)
+    fixed = (one[0], one[1], *one, torch.zeros(1, 1, 8, device=DEVICE), *decay[0, :2], q[0, 0, 0], 1e-6, *place)
     with pytest.raises(ValueError, match="state must be contiguous torch.float32"):
-        kernels_hspmn.reflexive_decode(*reflexive, count[:, None], None, count, state.half(), ring, ring)
+        kernels_hspmn.attend_decode(*fixed, *router, state.half(), ring, ring, *store)
     with pytest.raises(ValueError, match="ring_v must be contiguous"):
-        kernels_hspmn.reflexive_decode(*reflexive, count[:, None], None, count, state, ring, ring[:, :2])
+        kernels_hspmn.attend_decode(*fixed, *router, state, ring, ring[:, :2], *store)
     with pytest.raises(ValueError, match="positions must be contiguous torch.int32"):
-        store = (ring, ring, torch.zeros(1, 3, device=DEVICE), count, count)
-        kernels_hspmn.sqsk_decode(one[0], step, *one, count, count[:, None], count[:, None], *store)
+        kernels_hspmn.attend_decode(*fixed, *router, state, ring, ring, *store[:2], ring[..., 0, 0], *store[3:])
+    with pytest.raises(ValueError, match="head must be"):
+        kernels_hspmn.attend_decode(*fixed[:5], step, *fixed[6:], *router, state, ring, ring, *store)
+    with pytest.raises(ValueError, match="score must be"):
+        kernels_hspmn.attend_decode(*fixed, step[0], *router[1:], state, ring, ring, *store)
     with pytest.raises(ValueError, match="at least two taps"):
         norms = (torch.ones(16, device=DEVICE),) * 2
         tables = (torch.ones(1, 1, 16, device=DEVICE),) * 2
@@ -585,84 +687,66 @@ def test_cuda_graph_replay_is_bit_equal():
         assert torch.equal(kernel, eager), name
 
 
-# The last one's tiles reach over every edge, and are the ones of long inputs
-PRODUCTS = [(1, 48, 16), (5, 96, 40), (130, 48, 72), (130, 264, 72)]
-PRODUCTS += [(4096, 1024, 512), (1000, 520, 1000)] * CUDA
+@pytest.fixture
+def mapped(monkeypatch):
+    """Tensor descriptors on any device, and three processors, so that programs take several tiles each."""
+    if not CUDA:
+        monkeypatch.setattr(kernels_mlp_hspmn, "has_descriptors", lambda x: True)
+        monkeypatch.setattr(kernels_mlp_hspmn, "processors", lambda device: 3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M, N, K", PRODUCTS, ids=str)
-def test_swiglu(M, N, K, dtype, descriptors, poison):
+@pytest.mark.parametrize("dtype", DTYPES if not CUDA else [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M, N, K", [(128, 128, 64), (300, 264, 72)] + [(4096, 1024, 512)] * CUDA, ids=str)
+def test_swiglu(M, N, K, dtype, mapped, poison):
     x = torch.randn(M, K, device=DEVICE).to(dtype)
     weights = [(torch.randn(N, K, device=DEVICE) / K**0.5).to(dtype) for _ in range(2)]
-    for gate, up in (weights, weights[::-1]):  # whichever lies first in memory
+    for gate, up in (weights, weights[::-1], weights[:1] * 2):  # whichever lies first in memory, and one given twice
         eager = reference_hspmn.swiglu_ref(x, gate, up)
         exact = reference_hspmn.swiglu_ref(*exactly((x, gate, up)))
         assert_as_accurate("swiglu", kernels_mlp_hspmn.swiglu(x, gate, up), eager, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M, N, K", PRODUCTS, ids=str)
-def test_linear_add(M, N, K, dtype, descriptors, poison):
-    residual, x = torch.randn(M, N, device=DEVICE).to(dtype), torch.randn(M, K, device=DEVICE).to(dtype)
-    inputs = residual, x, (torch.randn(N, K, device=DEVICE) / K**0.5).to(dtype)
-    eager = reference_hspmn.linear_add_ref(*inputs)
-    exact = reference_hspmn.linear_add_ref(*exactly(inputs))
-    assert_as_accurate("linear_add", kernels_mlp_hspmn.linear_add(*inputs), eager, exact)
+def test_swiglu_survives_extreme_values(mapped):
+    """SiLU of a very negative value is zero, and NaN is not hidden."""
+    x = torch.tensor([-1e4, 1e4, float("nan"), 1.0], device=DEVICE).repeat_interleave(32)[:, None].expand(128, 64)
+    weight = torch.ones(128, 64, device=DEVICE) / 64
+    x, gate, up = (tensor.to(torch.float16) for tensor in (x, weight, weight / 1e4))
+    out = kernels_mlp_hspmn.swiglu(x, gate, up)
+    assert out[:32].abs().max() < 1e-6 and out[32:64].isfinite().all() and out[64:96].isnan().all()
 
 
-@pytest.mark.parametrize("change", [dict(SUBTILE=False), dict(FLATTEN=False), dict(GROUP=1)], ids=str)
-def test_products_do_not_depend_on_the_launch(change, descriptors, monkeypatch):
-    """On three processors, so that programs take several tiles each."""
-    monkeypatch.setattr(kernels_mlp_hspmn, "processors", lambda device: 3)
-    dtype = torch.float16
-    (M, N, K), shape = (300, 520, 72), (2, 150)
-    x, residual = torch.randn(*shape, K, device=DEVICE).to(dtype), torch.randn(*shape, N, device=DEVICE).to(dtype)
-    gate, up = torch.randn(2, N, K, device=DEVICE).to(dtype)
-    want = kernels_mlp_hspmn.swiglu(x, gate, up), kernels_mlp_hspmn.linear_add(residual, x, gate)
-    assert want[0].shape == (*shape, N) and want[1].shape == (*shape, N)
-    for name in ("swiglu_config", "linear_add_config"):
-        config = getattr(kernels_mlp_hspmn, name)(M, 2, kernels_mlp_hspmn.has_descriptors(x)) | change
-        monkeypatch.setattr(kernels_mlp_hspmn, name, lambda *sizes, config=config: config)
-    assert torch.equal(kernels_mlp_hspmn.swiglu(x, gate, up), want[0])
-    assert torch.equal(kernels_mlp_hspmn.linear_add(residual, x, gate), want[1])
+def test_linear_add_is_in_place():
+    residual, x, weight = torch.randn(2, 5, 24), torch.randn(2, 5, 40), torch.randn(24, 40)
+    inputs = [tensor.to(DEVICE) for tensor in (residual, x, weight)]
+    want = reference_hspmn.linear_add_ref(*exactly(inputs))
+    assert kernels_mlp_hspmn.linear_add(*inputs) is None
+    torch.testing.assert_close(inputs[0].double(), want, rtol=1e-5, atol=1e-4)
 
 
-def test_swiglu_survives_extreme_values():
-    """SiLU of a very negative value is zero, an empty batch stays empty, and NaN is not hidden."""
-    x = torch.tensor([[-1e4], [1e4], [float("nan")]], device=DEVICE).expand(3, 16).contiguous()
-    weight = torch.ones(16, 16, device=DEVICE)
-    out = kernels_mlp_hspmn.swiglu(x, weight, weight / 16)
-    assert out[0].abs().max() < 1e-6 and out[1].isfinite().all() and out[2].isnan().all()
-    assert kernels_mlp_hspmn.swiglu(x[:0], weight, weight).shape == (0, 16)
-    assert kernels_mlp_hspmn.linear_add(x[:0], x[:0], weight).shape == (0, 16)
-
-
-def test_product_errors_name_what_is_wrong():
-    x, weight = torch.zeros(2, 16, device=DEVICE), torch.zeros(8, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="float64"):
-        kernels_mlp_hspmn.swiglu(x.double(), weight, weight)
-    with pytest.raises(ValueError, match=r"gate_weight must be \[N, 16\]"):
-        kernels_mlp_hspmn.swiglu(x, weight.t(), weight)
-    with pytest.raises(ValueError, match="up_weight must have the dtype"):
-        kernels_mlp_hspmn.swiglu(x, weight, weight.half())
-    with pytest.raises(ValueError, match="up_weight must have the shape"):
-        kernels_mlp_hspmn.swiglu(x, weight, weight[:4])
-    with pytest.raises(ValueError, match="weight must be"):
-        kernels_mlp_hspmn.linear_add(x, x, weight[0])
-    with pytest.raises(ValueError, match=r"residual must be \(2, 8\)"):
+def test_product_errors_name_what_is_wrong(mapped):
+    x, weight = torch.zeros(128, 64, device=DEVICE), torch.zeros(128, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="at least 128 rows"):
+        kernels_mlp_hspmn.swiglu(x[:127], weight, weight)
+    with pytest.raises(ValueError, match=r"up_weight \(64, 64\)"):
+        kernels_mlp_hspmn.swiglu(x, weight, weight[:64])
+    with pytest.raises(ValueError, match=r"weight must be \[N, 64\]"):
+        kernels_mlp_hspmn.linear_add(x, x, weight.half())
+    with pytest.raises(ValueError, match="residual must be contiguous"):
         kernels_mlp_hspmn.linear_add(x, x, weight)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
-def test_products_compile_without_a_graph_break(backend):
+def test_products_compile_without_a_graph_break(backend, mapped):
     dtype = torch.bfloat16 if CUDA else torch.float32
-    x, residual = (torch.randn(2, 70, width, device=DEVICE).to(dtype) for width in (24, 40))
-    gate, up, down = (torch.randn(40, 24, device=DEVICE).to(dtype) for _ in range(3))
+    x, residual = (torch.randn(2, 128, width, device=DEVICE).to(dtype) for width in (64, 40))
+    gate, up = (torch.randn(128, 64, device=DEVICE).to(dtype) for _ in range(2))
+    down = torch.randn(40, 128, device=DEVICE).to(dtype)
 
     def layers(residual, x):
         hidden = kernels_mlp_hspmn.swiglu(x.mT.contiguous().mT, gate, up)
-        return kernels_mlp_hspmn.linear_add(residual, x, down), hidden
+        total = 2 * residual
+        kernels_mlp_hspmn.linear_add(total, hidden, down)
+        return total, hidden
 
     torch.compiler.reset()
     got = torch.compile(layers, fullgraph=True, backend=backend)(residual, x)

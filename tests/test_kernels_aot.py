@@ -22,6 +22,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SPILL_LIMIT = 384
 
 
+# The chips whose matrix units read tensor descriptors through shared memory; swiglu_kernel runs on no others
+DESCRIPTORS = (90, 100)
+
+
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_every_kernel_builds_within_the_limits(target):
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -34,8 +38,9 @@ def test_every_kernel_builds_within_the_limits(target):
         *("route_kernel", "count_kernel", "compact_kernel", "take_rows_kernel", "combine_splits_kernel"),
         *("decay_kernel", "linear_attention_kernel", "segment_states_kernel", "linear_attention_step_kernel"),
         *("local_attention_kernel", "sqsk_attention_kernel", "split_heads_kernel"),
-        *("swiglu_kernel", "linear_add_kernel"),
-        *("reflexive_decode_kernel", "sqsk_decode_kernel", "merge_decode_kernel"),
+        *(["swiglu_kernel"] if target in DESCRIPTORS else []),
+        *("attend_decode_kernel", "merge_decode_kernel", "place_decode_kernel"),
+        *("project_decode_kernel", "swiglu_decode_kernel", "linear_add_decode_kernel"),
     }
     for build in builds:
         assert build["shared"] <= SHARED_LIMIT[target], build
@@ -53,7 +58,8 @@ class Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+        names = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
         bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, attributes = {}, {}, {}
         for position, parameter in enumerate(kernel.params):
@@ -69,12 +75,12 @@ class Recorder:
         self.seen.add(key)
         source = ASTSource(kernel, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", self.target, 32), options=options)
-        names = ("BLOCK_M", "BLOCK_T", "BLOCK_F", "BLOCK_Q", "BLOCK_N", "E", "F", "SPLITS", "HEADS", "MERGE")
+        names = ("BLOCK_M", "BLOCK_T", "BLOCK_F", "BLOCK_Q", "BLOCK_N", "E", "F", "SPLITS", "HEADS", "MERGE", "PDL")
         self.builds.append(
             {
                 "kernel": kernel.__name__,
                 "shared": built.metadata.shared,
-                "dtype": next(text for text in signature.values() if text.startswith("*")),
+                "dtype": next(text for text in signature.values() if text.startswith(("*", "tensordesc"))),
                 **{name: constants[name] for name in names if name in constants},
                 **options,
                 **resources(built.asm["cubin"]),
@@ -126,12 +132,15 @@ def build_all(target):
     from hspmn import kernels_linear_hspmn as linear
     from hspmn import kernels_mlp_hspmn as mlp
     from hspmn import kernels_projection_hspmn as projection
+    from hspmn import kernels_rows_hspmn as rows
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     recorder = Recorder(target)
     JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     attention.capability = linear.capability = lambda device: target
+    overlap = {"PDL": True, "launch_pdl": True} if target >= 90 else {"PDL": False}
+    decode.dependent = projection.dependent = rows.dependent = lambda device: overlap
     attention.processors = decode.processors = linear.processors = mlp.processors = lambda device: 132
     mlp.has_descriptors = lambda x: target in (90, 100) and x.element_size() == 2
 
@@ -169,16 +178,16 @@ def build_all(target):
         kernels.linear_attention_step(*one, length, state)
         one = [x[:, :1].contiguous() for x in (q, k, q, k, v)]
         begin, last, rates = start[:, :1], length.clone(), decay[0, 0]
-        parameters = (torch.zeros(B, 1, 2048, dtype=dtype), torch.zeros(2 * H, 2048, dtype=dtype), rates, rates, norm)
-        for held in (None, length):
-            rings = (k[:, :128].contiguous(), v[:, :128].contiguous())
-            kernels.reflexive_decode(*one, *parameters, 1e-6, begin, held, last, state, *rings)
+        rings, slots = (k[:, :128].contiguous(), v[:, :128].contiguous()), torch.zeros(B, T, dtype=torch.int32)
+        place, cache = (begin, begin), (state, *rings, k, v, slots, count, count)
+        for held, router in ((None, (gate[:, :1], rates[:1], 0.05, False)), (length, (None, None, 0.0, False))):
+            parameters = (torch.zeros(B, 1, 2 * H), rates, rates, norm, 1e-6)
+            kernels.attend_decode(*one, *parameters, *place, held, last, *router, *cache)
+            kernels.place_decode(table[:, :1], table[:, :1], begin, begin, held)
             history = x[:, :3].contiguous()
             tables = (table[:, :1], table[:, :1], norm, norm)
             options = {"kv_heads": G, "eps": 1e-6}
             kernels.split_heads_decode(x[:, :1], taps.to(dtype), history, begin, held, *tables, **options)
-        slots = torch.zeros(B, T, dtype=torch.int32)
-        kernels.sqsk_decode(one[2], gate[:, :1], *one[2:], count, begin, begin, k, v, slots, count, count)
         kernels.local_attention(q, k, v, None, 128)
         kernels.local_attention(q, k, v, start, 128, k[:, :128], v[:, :128], with_lse=True)
         kernels.reflexive_merge(q, k, v, None, 128, q, decay, norm, 1e-6)
@@ -189,13 +198,15 @@ def build_all(target):
             kernels.sqsk_merge(q.clone(), gate, q, k, v, index[:, :slots], first, count, count)
             kernels.sqsk_attention(q[:, :slots], k, v, first, count, count, with_lse=True)
         gate, up = torch.zeros(2, 8192, 2048, dtype=dtype)
-        for tokens in (1, 64, T):
-            x = torch.zeros(tokens, 2048, dtype=dtype)
-            hidden = mlp.swiglu(x, gate, up)
-            mlp.linear_add(x, hidden, gate.view(2048, 8192))
-        mlp.swiglu(x, up, gate)  # the up weight lies first in memory
-        mlp.swiglu(x[:, :40], gate[:, :40], up[:, :40])  # too small for descriptors
-        mlp.linear_add(x[:, :64], x[:, :99], gate[:64, :99])
+        for tokens in (1, 8, 16):
+            x, width = torch.zeros(tokens, 1, 2048, dtype=dtype), torch.zeros(2048)
+            kernels.project_decode(x, width, 1e-6, gate[:3072], gate[:32], width if tokens == 1 else None)
+            hidden = kernels.swiglu_decode(x, width, 1e-6, gate, up)
+            kernels.linear_add_decode(x, hidden, gate.view(2048, 8192))
+        x = torch.zeros(T, 2048, dtype=dtype)
+        for weights in ((gate, up), (up, gate)):  # whichever lies first in memory
+            if mlp.swiglu_fits(x, *weights):
+                mlp.swiglu(x, *weights)
     return recorder.builds
 
 
