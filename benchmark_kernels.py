@@ -358,6 +358,50 @@ def rows_operation(kernel, reference_call, inputs):
     return Operation({"triton": lambda: kernel(*inputs)}, outputs, expected, flops, sum(x.nbytes for x in tensors))
 
 
+def long_products(args, inputs, outputs, B, T):
+    """Random hidden states [B, T, inputs] and two weights [outputs, inputs]."""
+    like = {"device": args.device, "dtype": args.dtype}
+    return torch.randn(B, T, inputs, **like), *(torch.randn(outputs, inputs, **like) / inputs**0.5 for _ in range(2))
+
+
+def product_operation(args, calls, reference_call, inputs, weights):
+    """An operation of products, row by row; beside it what torch.compile makes of its reference."""
+    n, elements = CHECKED_TOKENS, sum(weight.numel() for weight in weights)
+    if args.device.type == "cuda":
+        compiled_call = torch.compile(reference_call, dynamic=False)
+        calls["compiled"] = lambda: compiled_call(*inputs, *weights)
+
+    def expected(convert):
+        parts = (convert(x[:1, :n]) for x in inputs)
+        return (reference_call(*parts, *(convert(weight) for weight in weights)),)
+
+    tokens = inputs[0].shape[0] * inputs[0].shape[1]
+    moved = sum(x.nbytes for x in (*inputs, *weights)) + tokens * weights[0].shape[0] * inputs[0].element_size()
+    return Operation(calls, lambda out: (out[:1, :n],), expected, 2 * tokens * elements, moved)
+
+
+def swiglu_operation(args, kernels, B, T):
+    """SwiGLU's first two products."""
+    x_BTD, *weights = long_products(args, args.hidden_size, args.intermediate_size, B, T)
+    if args.device.type != "cuda" or torch.cuda.get_device_capability()[0] not in (9, 10):
+        raise LeftOut("it needs sm_90 or sm_100")
+    calls = {"triton": lambda: kernels.swiglu(x_BTD, *weights)}
+    return product_operation(args, calls, reference.swiglu_ref, [x_BTD], weights)
+
+
+def linear_add_operation(args, kernels, B, T):
+    """SwiGLU's last product, added to the residual; "triton" is cuBLAS in place."""
+    x_BTD, weight, _ = long_products(args, args.intermediate_size, args.hidden_size, B, T)
+    residual_BTD = random_hidden(args, B, T)
+    held_BTD = residual_BTD.clone()
+
+    def call():
+        kernels.linear_add(held_BTD, x_BTD, weight)
+        return held_BTD
+
+    return product_operation(args, {"triton": call}, reference.linear_add_ref, [residual_BTD, x_BTD], [weight])
+
+
 OPERATIONS = {
     "route": route_operation, "compact": compact_operation, "take_rows": take_rows_operation,
     "linear_attention": linear_attention_operation, "linear_attention_step": linear_attention_step_operation,
@@ -366,7 +410,7 @@ OPERATIONS = {
     "split_heads_decode": split_heads_decode_operation, "sqsk_attention": sqsk_attention_operation,
     "sqsk_merge": sqsk_merge_operation, "place_decode": place_decode_operation,
     "project_decode": project_decode_operation, "swiglu_decode": swiglu_decode_operation,
-    "linear_add_decode": linear_add_decode_operation,
+    "linear_add_decode": linear_add_decode_operation, "swiglu": swiglu_operation, "linear_add": linear_add_operation,
 }  # fmt: skip
 
 
@@ -399,6 +443,7 @@ def kernels_cases(args):
         yield "kernels", lambda: leave_out("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")
         return
     rivals = {"linear_attention": ("fla_simple_gla",), "sqsk_attention": ("cudnn", "flash", "flex")}
+    rivals |= {"swiglu": ("compiled",), "linear_add": ("compiled",)}
     for name in OPERATIONS:
         for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
             if name in FEW_ROWS:

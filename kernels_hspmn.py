@@ -12,7 +12,7 @@ from .kernels_attention_hspmn import local_attention, reflexive_merge, sqsk_atte
 from .kernels_common_hspmn import operation
 from .kernels_decode_hspmn import attend_decode, place_decode
 from .kernels_linear_hspmn import linear_attention, linear_attention_step
-from .kernels_mlp_hspmn import linear_add, swiglu, swiglu_fits
+from .kernels_mlp_hspmn import linear_add, swiglu
 from .kernels_projection_hspmn import split_heads, split_heads_decode
 from .kernels_rows_hspmn import linear_add_decode, project_decode, swiglu_decode
 
@@ -175,6 +175,5 @@ __all__ = [
     "sqsk_merge",
     "swiglu",
     "swiglu_decode",
-    "swiglu_fits",
     "take_rows",
 ]

@@ -50,8 +50,8 @@ if HAS_TRITON:
     from .kernels_hspmn import sqsk_merge as sqsk_merge_kernel
     from .kernels_hspmn import swiglu as swiglu_kernel
     from .kernels_hspmn import swiglu_decode as swiglu_decode_kernel
-    from .kernels_hspmn import swiglu_fits
     from .kernels_hspmn import take_rows as take_rows_kernel
+    from .kernels_mlp_hspmn import swiglu_fits
     from .kernels_rows_hspmn import MOST_ROWS
 
 FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
