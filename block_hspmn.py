@@ -39,12 +39,11 @@ from .reference_hspmn import (
     add_sinks_ref,
     decide_ref,
     gated_norm_ref,
+    gated_product_ref,
     log_decay_ref,
     push_window_ref,
     window_decode_ref,
 )
-
-SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 
 
 class Stream(NamedTuple):
@@ -400,7 +399,7 @@ class SwiGLU(nn.Module):
         if backend == "triton" and residual_BTD is not None and weights_usable(x_BTD, *products):
             gate, up, down = (module.weight for module in products)
             return linear_add(residual_BTD, swiglu(x_BTD, gate, up, backend), down, backend)
-        y_BTD = self.down_proj(F.silu(self.gate_proj(x_BTD).clamp(min=-SILU_LIMIT)) * self.up_proj(x_BTD))
+        y_BTD = self.down_proj(gated_product_ref(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
         return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
 

@@ -7,6 +7,7 @@ features of a token before a product, N after it.
 import torch
 
 from .kernels_common_hspmn import check_in_place, has_descriptors, operation, processors
+from .reference_hspmn import SILU_LIMIT
 
 try:
     import triton
@@ -15,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
 
-SILU_LIMIT = tl.constexpr(30.0)  # as in `reference_hspmn`
+LOWEST = tl.constexpr(-SILU_LIMIT)
 FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
 
 
@@ -27,8 +28,8 @@ def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def gated(gate, up):
-    """silu(max(gate, -SILU_LIMIT)) * up; NaN stays NaN."""
-    gate = tl.where(gate < -SILU_LIMIT, -SILU_LIMIT, gate)
+    """`gated_product_ref`; NaN stays NaN."""
+    gate = tl.where(gate < LOWEST, LOWEST, gate)
     return gate / (1.0 + tl.exp(-gate)) * up
 
 

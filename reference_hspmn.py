@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 LINEAR_CHUNK = 64  # tokens per chunk of the linear attention
 LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; longer rows loop over spans
+SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
 
 
@@ -442,13 +443,17 @@ def swiglu_decode_ref(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     return swiglu_ref(F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps), gate_weight_ND, up_weight_ND)
 
 
-def swiglu_ref(x, gate_weight_NK, up_weight_NK):
-    """silu(max(gate, -30)) * up, of x [..., K], gate and up being its products with the weights.
+def gated_product_ref(gate, up):
+    """silu(max(gate, -SILU_LIMIT)) * up, in their dtype."""
+    return F.silu(gate.clamp(min=-SILU_LIMIT)) * up
 
-    The bound is below what SiLU tells from zero, and keeps low precision finite. Returns [..., N] in x's dtype, in
-    which gate and up are rounded too.
+
+def swiglu_ref(x, gate_weight_NK, up_weight_NK):
+    """`gated_product_ref` of x's products with the weights, x [..., K].
+
+    Returns [..., N] in x's dtype, in which gate and up are rounded too.
     """
-    return F.silu(F.linear(x, gate_weight_NK).clamp(min=-30.0)) * F.linear(x, up_weight_NK)
+    return gated_product_ref(F.linear(x, gate_weight_NK), F.linear(x, up_weight_NK))
 
 
 def linear_add_ref(residual, x, weight_NK):
