@@ -307,11 +307,16 @@ def attend_decode_operation(args, kernels, B, T):
     return Operation({"triton": call}, sample, expected, 4 * heads[0].numel() * P, moved)
 
 
+def random_products(args, inputs, outputs, B, T):
+    """Random hidden states [B, T, inputs] and two weights [outputs, inputs]."""
+    like = {"device": args.device, "dtype": args.dtype}
+    return torch.randn(B, T, inputs, **like), *(torch.randn(outputs, inputs, **like) / inputs**0.5 for _ in range(2))
+
+
 def few_rows(args, B, N, K):
     """One token of B rows [B, 1, K], a norm's weight, and two weights [N, K]."""
-    like = {"device": args.device, "dtype": args.dtype}
-    x_BTD, norm_D = torch.randn(B, 1, K, **like), 1 + 0.1 * torch.randn(K, **like)
-    return x_BTD, norm_D, *(torch.randn(N, K, **like) / K**0.5 for _ in range(2))
+    x_BTD, *weights = random_products(args, K, N, B, 1)
+    return x_BTD, 1 + 0.1 * torch.randn(K, device=args.device, dtype=args.dtype), *weights
 
 
 def project_decode_operation(args, kernels, B, T):
@@ -358,12 +363,6 @@ def rows_operation(kernel, reference_call, inputs):
     return Operation({"triton": lambda: kernel(*inputs)}, outputs, expected, flops, sum(x.nbytes for x in tensors))
 
 
-def long_products(args, inputs, outputs, B, T):
-    """Random hidden states [B, T, inputs] and two weights [outputs, inputs]."""
-    like = {"device": args.device, "dtype": args.dtype}
-    return torch.randn(B, T, inputs, **like), *(torch.randn(outputs, inputs, **like) / inputs**0.5 for _ in range(2))
-
-
 def product_operation(args, calls, reference_call, inputs, weights):
     """An operation of products, row by row; beside it what torch.compile makes of its reference."""
     n, elements = CHECKED_TOKENS, sum(weight.numel() for weight in weights)
@@ -382,7 +381,7 @@ def product_operation(args, calls, reference_call, inputs, weights):
 
 def swiglu_operation(args, kernels, B, T):
     """SwiGLU's first two products."""
-    x_BTD, *weights = long_products(args, args.hidden_size, args.intermediate_size, B, T)
+    x_BTD, *weights = random_products(args, args.hidden_size, args.intermediate_size, B, T)
     if args.device.type != "cuda" or torch.cuda.get_device_capability()[0] not in (9, 10):
         raise LeftOut("it needs sm_90 or sm_100")
     calls = {"triton": lambda: kernels.swiglu(x_BTD, *weights)}
@@ -391,7 +390,7 @@ def swiglu_operation(args, kernels, B, T):
 
 def linear_add_operation(args, kernels, B, T):
     """SwiGLU's last product, added to the residual; "triton" is cuBLAS in place."""
-    x_BTD, weight, _ = long_products(args, args.intermediate_size, args.hidden_size, B, T)
+    x_BTD, weight, _ = random_products(args, args.intermediate_size, args.hidden_size, B, T)
     residual_BTD = random_hidden(args, B, T)
     held_BTD = residual_BTD.clone()
 

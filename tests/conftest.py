@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():  # before the first import of triton: kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # importlib mode leaves it out; caches.py is imported from it
 package = ModuleType("hspmn")
 package.__path__ = [str(Path(__file__).resolve().parent.parent)]
 sys.modules["hspmn"] = package

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from caches import assert_same, used
 from hspmn.cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNCacheLayer
 
 
@@ -37,27 +38,6 @@ def model(tiny_model, request):
 @pytest.fixture
 def cache(model):
     return feed(model, tokens(3, 20), position_ids=PACKED).past_key_values
-
-
-def tensors(cache):
-    """Every tensor of the cache by name, sparse slots only as far as a row uses them."""
-    found = {name: getattr(cache, name) for name in ("seen", "document_seen", "last_position")}
-    for i, layer in enumerate(cache.layers):
-        for name, value in vars(layer).items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if name not in ("keys", "values", "positions"):
-                found[f"{i}.{name}"] = value
-            else:
-                found |= {f"{i}.{name}.{row}": value[row, :used] for row, used in enumerate(layer.count.tolist())}
-    return found
-
-
-def assert_same(cache, other):
-    expected = tensors(other)
-    assert tensors(cache).keys() == expected.keys()
-    for name, value in tensors(cache).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # Growth
@@ -186,10 +166,10 @@ def test_reset_forgets_everything_and_takes_another_batch_size(model, cache):
 
 def test_deep_copy_shares_nothing(model, cache):
     twin = copy.deepcopy(cache)
-    before = {name: value.clone() for name, value in tensors(cache).items()}
+    before = {name: value.clone() for name, value in used(cache).items()}
     feed(model, tokens(3, 30, seed=3), twin)
     assert twin.get_seq_length() == 50 and cache.get_seq_length() == 20
-    assert all(torch.equal(value, before[name]) for name, value in tensors(cache).items())
+    assert all(torch.equal(value, before[name]) for name, value in used(cache).items())
     first, second = (feed(model, tokens(3, 4), c).logits for c in (copy.deepcopy(cache), cache))
     assert torch.equal(first, second)
 

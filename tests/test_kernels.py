@@ -403,16 +403,21 @@ LOCAL = [(1, 1, 1, 1, 16, 1), (2, 75, 4, 2, 16, 24), (2, 50, 6, 2, 32, 7), (1, 4
 LOCAL += [(4, 1000, 16, 4, 128, 128), (2, 517, 4, 1, 64, 100)] * CUDA
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["plain", "packed", "history"])
-@pytest.mark.parametrize("B, T, H, G, E, window", LOCAL, ids=str)
-def test_local_attention(B, T, H, G, E, window, case, dtype, descriptors, poison):
+def local_inputs(B, T, H, G, E, window, case, dtype):
+    """q, k, v, start, window and both histories: one document a row, several, or some that began before the call."""
     q, k, v = heads(B, T, H, G, E, E, dtype)
     start = None if case == "plain" else documents(B, T, past=0 if case == "packed" else window // 2 + 1)
     history = [None, None]
     if case == "history":
         history = [torch.randn(B, window, G, E, device=DEVICE).to(dtype) for _ in range(2)]
-    inputs = (q, k, v, start, window, *history)
+    return q, k, v, start, window, *history
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "packed", "history"])
+@pytest.mark.parametrize("B, T, H, G, E, window", LOCAL, ids=str)
+def test_local_attention(B, T, H, G, E, window, case, dtype, descriptors, poison):
+    inputs = local_inputs(B, T, H, G, E, window, case, dtype)
     out, lse = kernels_hspmn.local_attention(*inputs, with_lse=True)
     eager = reference_hspmn.local_attention_ref(*inputs)
     exact = reference_hspmn.local_attention_ref(*exactly(inputs))
@@ -425,15 +430,11 @@ def test_local_attention(B, T, H, G, E, window, case, dtype, descriptors, poison
 @pytest.mark.parametrize("case", ["plain", "packed", "history"])
 @pytest.mark.parametrize("B, T, H, G, E, window", LOCAL, ids=str)
 def test_reflexive_merge(B, T, H, G, E, window, case, dtype, descriptors, poison):
-    q, k, v = heads(B, T, H, G, E, E, dtype)
-    start = None if case == "plain" else documents(B, T, past=0 if case == "packed" else window // 2 + 1)
-    history = [None, None]
-    if case == "history":
-        history = [torch.randn(B, window, G, E, device=DEVICE).to(dtype) for _ in range(2)]
+    *attended, history_k, history_v = local_inputs(B, T, H, G, E, window, case, dtype)
     linear, norm = torch.randn(B, T, H, E, device=DEVICE).to(dtype), torch.rand(E, device=DEVICE).to(dtype) + 0.5
     _, gate = torch.randn(B, T, 2 * H, device=DEVICE).chunk(2, -1)  # strided, as the model's projection gives it
     gate = gate if case == "packed" else gate.contiguous()
-    inputs = (q, k, v, start, window, linear, gate, norm, 1e-6, *history)
+    inputs = (*attended, linear, gate, norm, 1e-6, history_k, history_v)
     eager = reference_hspmn.reflexive_merge_ref(*inputs)
     exact = reference_hspmn.reflexive_merge_ref(*exactly(inputs))
     assert_as_accurate("merged", kernels_hspmn.reflexive_merge(*inputs), eager, exact)
@@ -693,6 +694,8 @@ def mapped(monkeypatch):
     if not CUDA:
         monkeypatch.setattr(kernels_mlp_hspmn, "has_descriptors", lambda x: True)
         monkeypatch.setattr(kernels_mlp_hspmn, "processors", lambda device: 3)
+    elif torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("the kernel runs on sm_90 and sm_100")
 
 
 @pytest.mark.parametrize("dtype", DTYPES if not CUDA else [torch.bfloat16, torch.float16], ids=str)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from caches import assert_same, every_tensor
 from hspmn.cache_hspmn import HSPMNCache, HSPMNStaticCache
 from hspmn.reference_hspmn import local_attention_ref, window_decode_ref
 from torch._dynamo.utils import counters
@@ -60,36 +61,8 @@ def feed(model, ids, cache, lengths, mask=None, positions=None):
     return torch.cat([x.logits for x in outputs], 1), torch.cat([x.router_mask for x in outputs], 2)
 
 
-def holders(cache):
-    return {"": cache} | {f"{i}.": layer for i, layer in enumerate(cache.layers)}
-
-
-def every_tensor(cache):
-    named = {k + name: getattr(holder, name) for k, holder in holders(cache).items() for name in holder._batched}
-    return named | {"columns": torch.as_tensor(cache.columns)}
-
-
 def addresses(cache):
     return {name: x.data_ptr() for name, x in every_tensor(cache).items()}
-
-
-def used(cache):
-    """Every tensor by name, sparse slots only as far as a row uses them."""
-    found = {}
-    for name, x in every_tensor(cache).items():
-        layer = holders(cache)[f"{name.split('.')[0]}."] if "." in name else None
-        if name.split(".")[-1] in ("keys", "values", "positions"):
-            found |= {f"{name}.{row}": x[row, :slots] for row, slots in enumerate(layer.count.tolist())}
-        else:
-            found[name] = x
-    return found
-
-
-def assert_same(cache, other):
-    expected = used(other)
-    assert used(cache).keys() == expected.keys()
-    for name, value in used(cache).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # The same as the growing cache and as none
