@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .operations_hspmn import (
     attend_decode,
     compact,
-    has_row_products,
     linear_add,
     linear_add_decode,
     linear_attention,
@@ -34,6 +33,7 @@ from .operations_hspmn import (
     swiglu,
     swiglu_decode,
     take_rows,
+    takes_rows,
 )
 from .reference_hspmn import (
     add_sinks_ref,
@@ -466,7 +466,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
         single = layer_cache is not None and x_BTD.shape[1] == 1 and sinks is None and self._streams_are_plain()
-        if single and has_row_products(x_BTD, backend) and self._is_plain(x_BTD):
+        if single and takes_rows(x_BTD, backend) and self._is_plain(x_BTD):
             return self._decode(x_BTD, stream, layer_cache, router_bias, backend)
         h_BTD, route = self.input_layernorm(x_BTD), None
         heads = self.projection(h_BTD, stream, layer_cache, backend)
@@ -521,7 +521,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
         norm, projection = self.input_layernorm, self.projection
         score_weight = None if self.router is None else self.router.weight
         weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, score_weight)
-        x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, backend)
+        ahead = (self.o_proj.weight, self.mlp.gate_proj.weight, self.mlp.up_proj.weight)
+        x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, ahead, backend)
         score_BT = None if self.router is None else score_BT
         heads = projection.split(x_BTC, stream, layer_cache, backend)
         merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)

@@ -11,12 +11,10 @@ from .kernels_attention_hspmn import finish, fold_block
 from .kernels_common_hspmn import (
     FLOOR,
     LOG2E,
-    aligned,
     check_heads,
     check_in_place,
     dependent,
     operation,
-    prefetch,
     processors,
     rows_of,
 )
@@ -62,127 +60,153 @@ def advance_state(
 
 
 @triton.jit
-def attend_part(
-    q, k, v, position, start, length, seen, score, bias, ring_k, ring_v, keys, values, positions, count, document_slot,
-    part, part_lse, plan, P, b, g, split,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    ALWAYS: tl.constexpr, HAS_LENGTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+def attend_range(
+    q, k, v, k_slots, v_slots, part, part_lse, b, g, split, low, high, own, pushed, place, past,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Part `split` of the softmax attentions of row b and key head g, see `attend_decode_kernel`."""
+    """Attention of row b and key head g over its slots low .. high - 1, as part `split`.
+
+    k_slots, v_slots: slot 0 of row and head, in the sparse store or, with RING slots, in the window, of which the last
+    `past` tokens before slot `place` are shown. own: over the token's own key and value too. pushed: these go to slot
+    `place`.
+    """
     R: tl.constexpr = H // G
     n = tl.arange(0, BLOCK_N)
     e = tl.arange(0, E)
-    begin = tl.load(start + b)
-    real = b >= 0
+    m = tl.arange(0, ROWS)
+    query = g * R + m
+    q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
+    k_row = tl.load(k + (b * G + g) * E + e)
+    v_row = tl.load(v + (b * G + g) * E + e)
+    own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32)[None, :], 1) * SCALE
+    peak = tl.where(own, own_score, FLOOR)
+    total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
+    acc = tl.zeros([ROWS, E], tl.float32) + tl.where(own, v_row.to(tl.float32), 0.0)[None, :]
+    kv_at = n[:, None] * (G * E) + e[None, :]
+    for s in range(low, high, BLOCK_N):
+        shown = s + n < high
+        if RING > 0:
+            age = (place - s - n + RING) % RING
+            shown = shown & (age > 0) & (age <= past)
+        at = (b * 0 + s) * (G * E)  # 64 bits
+        k_tile = tl.load(k_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
+        v_tile = tl.load(v_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+        scores = tl.where(shown[None, :], scores, float("-inf"))
+        acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+    at = place.to(tl.int64) * (G * E) + e
+    tl.store(k_slots + at, k_row.to(k_slots.dtype.element_ty), mask=pushed & (e < E))
+    tl.store(v_slots + at, v_row.to(v_slots.dtype.element_ty), mask=pushed & (e < E))
+    tile, row_lse = finish(acc, peak, total)
+    at = (b * (SPLITS + 1) + split) * H + query
+    tl.store(part + at[:, None] * E + e[None, :], tile, mask=((m < R) & (total > 0))[:, None])
+    tl.store(part_lse + at, row_lse, mask=m < R)
+
+
+@triton.jit
+def attend_store(
+    q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, part, part_lse, plan,
+    B, P, g, split,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, ALWAYS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Part `split` of the sparse attentions of key head g, see `attend_decode_kernel`."""
+    r = tl.arange(0, BATCH)
+    inside = r < B
+    wanted = inside
     if HAS_LENGTH:
-        real = tl.load(length + b) > 0
-    past = tl.maximum(begin, -WINDOW).to(tl.int32)  # minus how many earlier tokens the window shows
-    slot = (tl.load(seen + b) % WINDOW).to(tl.int32)
-    is_window = split == SPLITS
-    works, own, row, low, high = is_window, is_window, b * WINDOW, split * 0, split * 0 + WINDOW
-    k_from, v_from, pushed, place = ring_k, ring_v, real, slot
-    if SPLITS > 0:
-        if split < SPLITS:
-            wanted = real
-            if not ALWAYS:
-                wanted = real & (tl.load(score + b).to(tl.float32) + tl.load(bias).to(tl.float32) > 0)
-            used = tl.load(count + b)
-            low = tl.where(begin < 0, tl.load(document_slot + b), used)
-            place = tl.minimum(used, P)
-            works = wanted & (place < P)
-            if (split == 0) & (g == 0):
-                tl.store(plan + b * 3, works.to(tl.int32))
-                tl.store(plan + b * 3 + 1, used + wanted.to(tl.int32))
-                tl.store(plan + b * 3 + 2, low)
-                if works:
-                    tl.store(positions + b * (P + 1) + place, tl.load(position + b).to(tl.int32))
-            share = tl.cdiv(tl.cdiv(place - low, SPLITS), BLOCK_N) * BLOCK_N
-            low += split * share
-            high = tl.minimum(place, low + share)
-            own = split == 0
-            pushed = own
-            row = b * (P + 1)
-            k_from, v_from = keys, values
-    if works:
-        m = tl.arange(0, ROWS)
-        query = g * R + m
-        q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
-        k_row = tl.load(k + (b * G + g) * E + e)
-        v_row = tl.load(v + (b * G + g) * E + e)
-        own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32)[None, :], 1) * SCALE
-        peak = tl.where(own, own_score, FLOOR)
-        total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
-        acc = tl.zeros([ROWS, E], tl.float32) + tl.where(own, v_row.to(tl.float32), 0.0)[None, :]
-        kv_at = n[:, None] * (G * E) + e[None, :]
-        for s in range(low, high, BLOCK_N):
-            age = (slot - s - n + WINDOW) % WINDOW
-            shown = (s + n < high) & ((split < SPLITS) | ((age > 0) & (age <= -past)))
-            at = ((row + s) * G + g) * E
-            k_tile = tl.load(k_from + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
-            v_tile = tl.load(v_from + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-            scores = tl.where(shown[None, :], scores, float("-inf"))
-            acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
-        at = ((row + place) * G + g) * E + e
-        tl.store(k_from + at, k_row.to(keys.dtype.element_ty), mask=pushed & (e < E))
-        tl.store(v_from + at, v_row.to(keys.dtype.element_ty), mask=pushed & (e < E))
-        tile, row_lse = finish(acc, peak, total)
-        at = (b * (SPLITS + 1) + split) * H + query
-        tl.store(part + at[:, None] * E + e[None, :], tile, mask=((m < R) & (total > 0))[:, None])
-        tl.store(part_lse + at, row_lse, mask=m < R)
+        wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
+    if not ALWAYS:
+        score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
+        wanted = wanted & (score_B + tl.load(bias).to(tl.float32) > 0)
+    used = tl.load(count + r, mask=inside, other=0)
+    opened = tl.load(document_slot + r, mask=inside, other=0)
+    first = tl.where(tl.load(start + r, mask=inside, other=0) < 0, opened, used)
+    last = tl.minimum(used, P)
+    works = wanted & (last < P)
+    if (split == 0) & (g == 0):
+        tl.store(plan + r * 3, works.to(tl.int32), mask=inside)
+        tl.store(plan + r * 3 + 1, used + wanted.to(tl.int32), mask=inside)
+        tl.store(plan + r * 3 + 2, first, mask=inside)
+        at = positions + r.to(tl.int64) * (P + 1) + last
+        tl.store(at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
+    # The token itself counts as a block where there is none before it: it needs a part too
+    blocks = tl.where(works, tl.maximum(tl.cdiv(last - first, BLOCK_N), 1), 0)
+    ends = tl.cumsum(blocks, 0)
+    share = tl.cdiv(tl.sum(blocks, 0), SPLITS)
+    for row in range(B):
+        chosen = r == row
+        own_blocks = tl.sum(tl.where(chosen, blocks, 0), 0)
+        before = tl.sum(tl.where(chosen, ends, 0), 0) - own_blocks
+        begin = tl.maximum(split * share - before, 0)
+        end = tl.minimum((split + 1) * share - before, own_blocks)
+        b = (g * 0 + row).to(tl.int64)
+        if begin < end:
+            low = tl.sum(tl.where(chosen, first, 0), 0)
+            place = tl.sum(tl.where(chosen, last, 0), 0)
+            base = (b * (P + 1) * G + g) * E
+            attend_range(
+                q, k, v, keys + base, values + base, part, part_lse, b, g, split, low + begin * BLOCK_N,
+                tl.minimum(low + end * BLOCK_N, place), begin == 0, begin == 0, place, 0,
+                H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
+            )  # fmt: skip
+        elif own_blocks > 0:
+            m = tl.arange(0, ROWS)
+            at = (b * (SPLITS + 1) + split) * H + g * (H // G) + m
+            tl.store(part_lse + at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
 
 
 @triton.jit(do_not_specialize=["B", "P"])
 def attend_decode_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, position, start, length, seen, score, bias,
     state, ring_k, ring_v, keys, values, positions, count, document_slot, linear, part, part_lse, plan, B, P,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    ALWAYS: tl.constexpr, HAS_LENGTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr, RING_ROWS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, ALWAYS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
 
-    Parts 0 .. SPLITS - 1 share the sparse store, each for all rows, one routed row after the other, so that the chip
-    is full whichever rows a step routes; part SPLITS is the window of one row. The token's own key and value go to the
-    store (part 0) and to the ring (the window) here and are read from `k` and `v`; the slot of the ring that is
-    written is not read. ALWAYS: every token is routed. plan: per row, for the kernel after this one, whether the token
-    has a slot, the count and the document's first slot after it. P: slots per row, the spare one not counted.
+    The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
+    rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
+    token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
+    and are read from `k` and `v`; the slot of the ring that is written is not read. ALWAYS: every token is routed.
+    plan: per row, for the kernel after this one, whether the token has a slot, the count and the document's first slot
+    after it. P: slots per row, the spare one not counted. BATCH: a power of two, at least B.
     """
     program = tl.program_id(0)
     windows = program - G * SPLITS
     states = windows - B * G
-    e = tl.arange(0, E)
-    first_row, last_row = windows // G, windows // G
-    if windows < 0:
-        first_row, last_row = windows * 0, B - 1
-    split = tl.minimum(program // G, SPLITS)
+    row = tl.maximum(windows // G, 0).to(tl.int64)
     g = program % G
     column = states % (E // COLUMNS) * COLUMNS
     h = states // (E // COLUMNS) % H
     state_row = (states // (E // COLUMNS * H)).to(tl.int64)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD:
-            if states >= 0:
-                prefetch(state + (state_row * H + h) * E * E + e * E + column, COLUMNS * 4)
-            elif windows >= 0:
-                w = tl.minimum(tl.arange(0, RING_ROWS), WINDOW - 1)
-                at = (first_row.to(tl.int64) * WINDOW + w) * (G * E) + g * E
-                prefetch(ring_k + at, E * ring_k.dtype.element_ty.primitive_bitwidth // 8)
-                prefetch(ring_v + at, E * ring_v.dtype.element_ty.primitive_bitwidth // 8)
         tl.extra.cuda.gdc_wait()
     if states >= 0:
         advance_state(
             q_linear, k_linear, v, head, log_rate, rate_bias, start, length, state, linear, state_row, h, column,
             H, G, E, COLUMNS, HAS_LENGTH,
         )  # fmt: skip
-    else:
-        for row in range(first_row, last_row + 1):
-            attend_part(
-                q, k, v, position, start, length, seen, score, bias, ring_k, ring_v, keys, values, positions, count,
-                document_slot, part, part_lse, plan, P, (first_row * 0 + row).to(tl.int64), g, split,
-                H, G, E, WINDOW, SCALE, ALWAYS, HAS_LENGTH, ROWS, BLOCK_N, SPLITS,
-            )  # fmt: skip
+    elif windows >= 0:
+        real = row >= 0
+        if HAS_LENGTH:
+            real = tl.load(length + row) > 0
+        past = tl.minimum(-tl.load(start + row), WINDOW).to(tl.int32)
+        slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
+        base = (row * WINDOW * G + g) * E
+        attend_range(
+            q, k, v, ring_k + base, ring_v + base, part, part_lse, row, g, SPLITS, 0, WINDOW, True, real, slot, past,
+            H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS,
+        )  # fmt: skip
+    elif SPLITS > 0:
+        attend_store(
+            q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, part,
+            part_lse, plan, B, P, g, program // G, H, G, E, SCALE, ALWAYS, HAS_LENGTH, BATCH, ROWS, BLOCK_N, SPLITS,
+        )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -198,7 +222,6 @@ def merge_decode_kernel(
     b = tl.program_id(0).to(tl.int64) // H
     h = tl.program_id(0).to(tl.int64) % H
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     e = tl.arange(0, E)
     if SPLITS > 0:  # loaded first: more loads wait for it
@@ -220,6 +243,8 @@ def merge_decode_kernel(
             tiles = tl.load(part + at[:, None] * E + e[None, :], mask=(logs > float("-inf"))[:, None], other=0.0)
             tile = tl.sum(tiles * weights[:, None], 0) / tl.sum(weights, 0)
             merged += tl.where(gate >= NOISE_FLOOR, gate, 0.0) * tile
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + (b * H + h) * E + e, merged.to(out.dtype.element_ty))
 
 
@@ -294,8 +319,7 @@ def _attend_decode(
     attend_decode_kernel[(programs,)](
         *heads, *rates, *place, score_BT, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, *store, linear_BHE, part,
         part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, ALWAYS=always,
-        HAS_LENGTH=length_B is not None, RING_ROWS=triton.next_power_of_2(W),
-        AHEAD=aligned(state_BHEE, ring_k_BWGE, ring_v_BWGE), **config, **options,
+        HAS_LENGTH=length_B is not None, BATCH=triton.next_power_of_2(B), **config, **options,
     )  # fmt: skip
     merge_decode_kernel[(B * H,)](
         linear_BHE, heads[-1], norm_E.contiguous(), part, part_lse, plan, score_BT, count_B, document_slot_B, out_BTHE,

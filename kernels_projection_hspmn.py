@@ -8,11 +8,9 @@ import torch
 from .kernels_common_hspmn import (
     DTYPES,
     HEAD_WIDTHS,
-    aligned,
     check_in_place,
     dependent,
     operation,
-    prefetch,
     processors,
     rows_of,
 )
@@ -110,7 +108,7 @@ def split_heads_kernel(
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
     ONE_TABLE: tl.constexpr, HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    PUSH: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PUSH: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other.
 
@@ -128,13 +126,6 @@ def split_heads_kernel(
     t_begin = program // units % tiles * BLOCK_T
     b = (program // (units * tiles)).to(tl.int64)
     if PDL:  # only with PUSH
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD:
-            piece = head_begin * E + tl.arange(0, E // 8) * 8  # eight channels
-            prefetch(weight + piece * TAPS, TAPS * weight.dtype.element_ty.primitive_bitwidth)
-            for lag in tl.static_range(0, TAPS - 1):
-                at = (b * (TAPS - 1) + lag) * (ALL * E) + piece
-                prefetch(history + at, history.dtype.element_ty.primitive_bitwidth)
         tl.extra.cuda.gdc_wait()
     i = tl.arange(0, BLOCK_T)
     e = tl.arange(0, HALF)
@@ -175,6 +166,8 @@ def split_heads_kernel(
         else:
             store_halves(v, k_at + (head - H - G) * E, low, high, in_t, HALF)
     if PUSH:
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.debug_barrier()  # every thread has read the history
         real = True
         if HAS_LENGTH:
@@ -226,7 +219,6 @@ def _launch_split(
         weight_CL = weight_CL.t().contiguous().t()
     has_history = history_BLC is not None and taps > 1
     history = history_BLC.contiguous() if has_history else None
-    ahead = push and weight_CL.is_contiguous() and aligned(weight_CL.flatten(), history)
     one_table = all(table.shape[0] == 1 or table.stride(0) == 0 for table in (cos_BTE, sin_BTE))
     cos, sin = (table[:1].contiguous() if one_table else rows_of(table, B) for table in (cos_BTE, sin_BTE))
     programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
@@ -235,7 +227,7 @@ def _launch_split(
         q_norm_E.contiguous(), k_norm_E.contiguous(), *outputs, T,
         H=H, G=kv_heads, E=E, TAPS=taps, CHANNEL_STEP=weight_CL.stride(0), TAP_STEP=weight_CL.stride(1), EPS=eps,
         ELU=mode == "elu", ONE_TABLE=one_table, HAS_START=start_BT is not None, HAS_HISTORY=has_history,
-        HAS_LENGTH=length_B is not None, PUSH=push, AHEAD=ahead, **config,
+        HAS_LENGTH=length_B is not None, PUSH=push, **config,
         **(dependent(x_BTC.device) if push else {"PDL": False}),
     )  # fmt: skip
     return outputs

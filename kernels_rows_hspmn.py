@@ -2,13 +2,12 @@
 
 Meaning and shapes: `project_decode_ref`, `swiglu_decode_ref` and `linear_add_ref` in `reference_hspmn`; M rows, K
 features before a product. A norm in front of a product is computed in every program from the rows themselves: they are
-few, and a launch costs more. Each program makes one tile over all of K, and its weights are on their way to L2 before
-it waits for the kernel before it, see `dependent`.
+few, and a launch costs more. A product is weights times rows, so that the rows, few as they are, fill its narrow side.
 """
 
 import torch
 
-from .kernels_common_hspmn import DTYPES, aligned, dependent, operation, prefetch
+from .kernels_common_hspmn import DTYPES, dependent, operation, prefetch, second_level_cache
 from .kernels_mlp_hspmn import gated
 
 try:
@@ -18,58 +17,34 @@ except ImportError as error:
     raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
 
 MOST_ROWS = 16  # one tile of the tensor cores
-TILE = tl.constexpr(MOST_ROWS)
 
 
 @triton.jit
-def prefetch_rows(
-    weight, row, rows, K: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr
-):
-    """The first AHEAD columns of BLOCK_R rows of weight [rows, K] into L2, one piece per thread."""
-    PIECES: tl.constexpr = THREADS // BLOCK_R if THREADS > BLOCK_R else 1
-    i = tl.arange(0, BLOCK_R * PIECES)
-    r = tl.minimum(row + i // PIECES, rows - 1).to(tl.int64)
-    SIZE: tl.constexpr = AHEAD // PIECES
-    prefetch(weight + r * K + i % PIECES * SIZE, SIZE * weight.dtype.element_ty.primitive_bitwidth // 8)
-
-
-@triton.jit
-def prefetch_vector(vector, K: tl.constexpr, THREADS: tl.constexpr):
-    """All of vector [K] into L2, one piece per thread, where it divides so."""
-    SIZE: tl.constexpr = K * vector.dtype.element_ty.primitive_bitwidth // 8 // THREADS
-    if SIZE % 16 == 0:
-        prefetch(vector + tl.arange(0, THREADS) * (K // THREADS), SIZE)
-
-
-@triton.jit
-def load_rows(x, begin, M, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K columns from `begin` of the M rows of x [M, K], zeros outside."""
+def load_rows(x, begin, end, M, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K columns from `begin` of the M rows of x [M, K], zeros outside and from column `end`."""
     m = tl.arange(0, ROWS)
     k = begin + tl.arange(0, BLOCK_K)
-    return tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+    return tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
 
 
 @triton.jit
-def norm_scale(x, M, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What RMSNorm multiplies each of the M rows of x [M, K] by, float32 [ROWS]."""
-    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for begin in tl.static_range(0, K, BLOCK_D):
-        tile = load_rows(x, begin, M, K, ROWS, BLOCK_D).to(tl.float32)
-        squares += tile * tile
-    return tl.rsqrt(tl.sum(squares, 1) / K + EPS)
-
-
-@triton.jit
-def load_normed(x, norm, scale, begin, M, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`load_rows` after RMSNorm, rounded to x's dtype as the layer does."""
+def load_factor(norm, begin, end, BLOCK_K: tl.constexpr):
+    """BLOCK_K values from `begin` of a norm's weight, zeros from `end`."""
     k = begin + tl.arange(0, BLOCK_K)
-    factor = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-    tile = load_rows(x, begin, M, K, ROWS, BLOCK_K)
-    return (tile.to(tl.float32) * scale[:, None] * factor[None, :]).to(tile.dtype)
+    return tl.load(norm + k, mask=k < end, other=0.0)
 
 
 @triton.jit
-def as_tile(rows, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_weight(weight, row, begin, end, rows, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tile [BLOCK_N, BLOCK_K] of weight [rows, K], zeros outside and from column `end`."""
+    n = tl.arange(0, BLOCK_N)
+    k = begin + tl.arange(0, BLOCK_K)
+    inside = (row + n < rows)[:, None] & (k < end)[None, :]
+    return tl.load(weight + row.to(tl.int64) * K + n[:, None] * K + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def as_tile(rows, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr):
     """ROWS rows as the TILE rows of a product, repeated; what they sum to is not stored."""
     if ROWS == TILE:
         return rows
@@ -77,30 +52,94 @@ def as_tile(rows, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight, row, begin, rows, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tile [BLOCK_N, BLOCK_K] of weight [rows, K], zeros outside."""
-    n = tl.arange(0, BLOCK_N)
-    k = begin + tl.arange(0, BLOCK_K)
-    inside = (row + n < rows)[:, None] & (k < K)[None, :]
-    return tl.load(weight + row.to(tl.int64) * K + n[:, None] * K + k[None, :], mask=inside, other=0.0)
+def norm_scale(squares, K: tl.constexpr, EPS: tl.constexpr):
+    """What RMSNorm multiplies rows by, float32 [ROWS], given sums of their squares [ROWS, N] by columns."""
+    return tl.rsqrt(tl.sum(squares, 1) / K + EPS)
 
 
 @triton.jit
-def store_rows(out, tile, column, M, N, BLOCK_N: tl.constexpr):
-    """BLOCK_N columns from `column` of out [M, N], in the dtype of `out`."""
+def load_normed(
+    x, norm, squares, begin, end, M,
+    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K columns of the M rows under RMSNorm as a TILE, not yet divided by the rows' lengths, and their squares.
+
+    The division can follow the product, which then waits for no sum over the rows. Float16 might not hold such rows:
+    they are float32 there.
+    """
+    rows = load_rows(x, begin, end, M, K, ROWS, BLOCK_K)
+    wide = rows.to(tl.float32)
+    if rows.dtype == tl.float16:
+        rows = wide
+    rows = (rows * load_factor(norm, begin, end, BLOCK_K)[None, :]).to(rows.dtype)
+    return as_tile(rows, ROWS, TILE, BLOCK_K), squares + wide * wide
+
+
+@triton.jit
+def fold_product(total, weight_tile, rows):
+    """total [N, TILE] + weight_tile [N, K] @ rows [TILE, K]^T; TF32 holds float16 values as they are."""
+    if rows.dtype == weight_tile.dtype:
+        total = tl.dot(weight_tile, tl.trans(rows), total, input_precision="tf32x3")
+    else:
+        total = tl.dot(weight_tile.to(tl.float32), tl.trans(rows), total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def scaled(total, squares, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Products [N, TILE] of the ROWS rows repeated, as if RMSNorm had divided the rows before them."""
+    scale = as_tile(tl.reshape(norm_scale(squares, K, EPS), (ROWS, 1)), ROWS, TILE, 1)
+    return total * tl.trans(scale)
+
+
+@triton.jit
+def store_columns(out, tile, column, M, N, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile [BLOCK_N, TILE] as BLOCK_N columns from `column` of out [M, N], in the dtype of `out`."""
     m = tl.arange(0, TILE)
     n = column + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + m[:, None] * N + n[None, :], tile.to(out.dtype.element_ty), mask=inside)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(out + m[None, :] * N + n[:, None], tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_scores(
+    x, norm, weight, score, M, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Scores of the M rows. The decision must be that of `route_ref`: rows rounded by the norm, no tensor cores."""
+    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for begin in tl.static_range(0, K, BLOCK_D):
+        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D).to(tl.float32)
+        squares += rows * rows
+    scale = norm_scale(squares, K, EPS)
+    products = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for begin in tl.static_range(0, K, BLOCK_D):
+        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D)
+        factor = load_factor(norm, begin, K, BLOCK_D).to(tl.float32)
+        normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype).to(tl.float32)
+        products += normed * load_factor(weight, begin, K, BLOCK_D).to(tl.float32)[None, :]
+    m = tl.arange(0, ROWS)
+    tl.store(score + m, tl.sum(products, 1), mask=m < M)
+
+
+@triton.jit
+def prefetch_share(tensor, SIZE: tl.constexpr):
+    """This program's SIZE bytes of `tensor`, whose share follows that of the program before."""
+    if SIZE > 0:
+        bits: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth
+        prefetch(tensor + tl.program_id(0) * (SIZE * 8 // bits), SIZE)
 
 
 @triton.jit(do_not_specialize=["M"])
 def project_decode_kernel(
-    x, norm, qkv_weight, head_weight, score_weight, qkv, head, score, M,
-    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    x, norm, qkv_weight, head_weight, score_weight, ahead, second_ahead, third_ahead, qkv, head, score, M,
+    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, SECOND_AHEAD: tl.constexpr, THIRD_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M]."""
+    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M].
+
+    AHEAD and so on: bytes of each of three other tensors that a program then brings into L2.
+    """
     TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = TILES_C + (X + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
@@ -108,125 +147,139 @@ def project_decode_kernel(
     if tile >= TILES_C:
         weight, column = head_weight, (tile - TILES_C) * BLOCK_N
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD > 0:
-            prefetch_vector(norm, K, THREADS)
-            prefetch_rows(weight, column, channels, K, BLOCK_N, AHEAD, THREADS)
         tl.extra.cuda.gdc_wait()
-    scale = norm_scale(x, M, K, EPS, ROWS, BLOCK_D)
     if tile < TILES:
-        total = tl.zeros([TILE, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            weight_tile = load_weight(weight, column, k, channels, K, BLOCK_N, BLOCK_K)
-            x_tile = as_tile(load_normed(x, norm, scale, k, M, K, ROWS, BLOCK_K), ROWS, BLOCK_K)
-            total = tl.dot(x_tile, tl.trans(weight_tile), total, input_precision="tf32x3")
+        low = tl.zeros([BLOCK_N, TILE], tl.float32)
+        high = tl.zeros([BLOCK_N, TILE], tl.float32)
+        squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for k in range(0, HALF, BLOCK_K):
+            rows, squares = load_normed(x, norm, squares, k, HALF, M, K, ROWS, TILE, BLOCK_K)
+            low = fold_product(low, load_weight(weight, column, k, HALF, channels, K, BLOCK_N, BLOCK_K), rows)
+            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, ROWS, TILE, BLOCK_K)
+            high = fold_product(high, load_weight(weight, column, HALF + k, K, channels, K, BLOCK_N, BLOCK_K), rows)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        total = scaled(low + high, squares, K, EPS, ROWS, TILE)
         if tile < TILES_C:
-            store_rows(qkv, total, column, M, C, BLOCK_N)
+            store_columns(qkv, total, column, M, C, TILE, BLOCK_N)
         else:
-            store_rows(head, total, column, M, X, BLOCK_N)
+            store_columns(head, total, column, M, X, TILE, BLOCK_N)
     elif score_weight is not None:
-        # A sum of products and no tensor cores: the decision must be that of `route_ref`
-        products = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for begin in tl.static_range(0, K, BLOCK_D):
-            d = begin + tl.arange(0, BLOCK_D)
-            factor = tl.load(score_weight + d, mask=d < K, other=0.0).to(tl.float32)
-            products += load_normed(x, norm, scale, begin, M, K, ROWS, BLOCK_D).to(tl.float32) * factor[None, :]
-        m = tl.arange(0, ROWS)
-        tl.store(score + m, tl.sum(products, 1), mask=m < M)
+        store_scores(x, norm, score_weight, score, M, K, EPS, ROWS, BLOCK_D)
+    prefetch_share(ahead, AHEAD)
+    prefetch_share(second_ahead, SECOND_AHEAD)
+    prefetch_share(third_ahead, THIRD_AHEAD)
 
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_decode_kernel(
     x, norm, gate_weight, up_weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of out [M, N], from two sums over K that share the normalised rows."""
+    """BLOCK_N columns of out [M, N], from two sums over K that share the rows."""
     column = tl.program_id(0) * BLOCK_N
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD > 0:
-            prefetch_vector(norm, K, THREADS)
-            prefetch_rows(gate_weight, column, N, K, BLOCK_N, AHEAD, THREADS)
-            prefetch_rows(up_weight, column, N, K, BLOCK_N, AHEAD, THREADS)
         tl.extra.cuda.gdc_wait()
-    scale = norm_scale(x, M, K, EPS, ROWS, BLOCK_D)
-    gate = tl.zeros([TILE, BLOCK_N], tl.float32)
-    up = tl.zeros([TILE, BLOCK_N], tl.float32)
+    gate = tl.zeros([BLOCK_N, TILE], tl.float32)
+    up = tl.zeros([BLOCK_N, TILE], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for k in range(0, K, BLOCK_K):
-        gate_tile = load_weight(gate_weight, column, k, N, K, BLOCK_N, BLOCK_K)
-        up_tile = load_weight(up_weight, column, k, N, K, BLOCK_N, BLOCK_K)
-        x_tile = as_tile(load_normed(x, norm, scale, k, M, K, ROWS, BLOCK_K), ROWS, BLOCK_K)
-        gate = tl.dot(x_tile, tl.trans(gate_tile), gate, input_precision="tf32x3")
-        up = tl.dot(x_tile, tl.trans(up_tile), up, input_precision="tf32x3")
-    store_rows(out, gated(gate, up), column, M, N, BLOCK_N)
+        rows, squares = load_normed(x, norm, squares, k, K, M, K, ROWS, TILE, BLOCK_K)
+        gate = fold_product(gate, load_weight(gate_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
+        up = fold_product(up, load_weight(up_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    gate, up = scaled(gate, squares, K, EPS, ROWS, TILE), scaled(up, squares, K, EPS, ROWS, TILE)
+    store_columns(out, gated(gate, up), column, M, N, TILE, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def linear_add_decode_kernel(
     residual, x, weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    THREADS: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out [M, N]."""
     column = tl.program_id(0) * BLOCK_N
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD > 0:
-            prefetch_rows(weight, column, N, K, BLOCK_N, AHEAD, THREADS)
         tl.extra.cuda.gdc_wait()
     m = tl.arange(0, TILE)
     n = column + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    total = tl.load(residual + m[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    for k in range(0, K, BLOCK_K):
-        weight_tile = load_weight(weight, column, k, N, K, BLOCK_N, BLOCK_K)
-        x_tile = load_rows(x, k, M, K, TILE, BLOCK_K)
-        total = tl.dot(x_tile, tl.trans(weight_tile), total, input_precision="tf32x3")
-    store_rows(out, total, column, M, N, BLOCK_N)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
+    high = tl.zeros([BLOCK_N, TILE], tl.float32)
+    for k in range(0, HALF, BLOCK_K):
+        rows = load_rows(x, k, HALF, M, K, TILE, BLOCK_K)
+        low = fold_product(low, load_weight(weight, column, k, HALF, N, K, BLOCK_N, BLOCK_K), rows)
+        rows = load_rows(x, HALF + k, K, M, K, TILE, BLOCK_K)
+        high = fold_product(high, load_weight(weight, column, HALF + k, K, N, K, BLOCK_N, BLOCK_K), rows)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    store_columns(out, low + high, column, M, N, TILE, BLOCK_N)
+
+
+AHEAD_ROWS = 2  # one row leaves DRAM idle for most of its attentions, more rows fill that time with cached keys
+AHEAD_SHARE = 0.5  # of L2
 
 
 def project_decode_config(element_size):
-    """Block sizes and launch options of `project_decode_kernel`; AHEAD: most columns of weights brought into L2 early.
+    """Block sizes and launch options of `project_decode_kernel`.
 
-    The tiles are those that measured fastest on an H200 for such a product without the norm; AHEAD is reasoned: all of
-    a usual width, because the programs of one launch, 200 at a width of 3,000, bring less than half of L2.
+    H200, bf16, K=2048, 3104 channels, beside launches of its kind, one row and eight: 5.8 and 7.6 us; 16 channels and
+    one warp 5.5 and 16; four warps 9.3 and 12. Before rows took the narrow side of the product 5.8 and 10.
     """
-    return {"BLOCK_N": 16, "BLOCK_K": _columns(element_size), "AHEAD": 4096, "num_warps": 2, "num_stages": 5}
+    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 4}
 
 
 def _columns(element_size):
     """BLOCK_K: float32 products on tensor cores take three times the registers."""
-    return 256 if element_size == 2 else 64
+    return 128 if element_size == 2 else 32
 
 
-def swiglu_decode_config(M, element_size):
-    """Block sizes and launch options of `swiglu_decode_kernel`; see `project_decode_config`.
+def swiglu_decode_config(element_size):
+    """Block sizes and launch options of `swiglu_decode_kernel`.
 
-    Up to 8 rows two warps hold both tiles in 210 registers per thread in bf16 on sm_90 (compiler's report), 16 rows
-    take four.
+    H200, bf16, K=2048, N=6912, one row and eight: 15.4 and 16.7 us, 3.7 and 3.4 TB/s; one warp of 16 columns 15.7 and
+    19; four warps of 64 columns 26 and 23.
     """
-    tile = {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "AHEAD": 1024}
-    return tile | {"num_warps": 2 if M <= 8 else 4, "num_stages": 3}
+    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 5}
 
 
 def linear_add_decode_config(element_size):
-    """Block sizes and launch options of `linear_add_decode_kernel`; see `project_decode_config`."""
-    return {"BLOCK_N": 16, "BLOCK_K": _columns(element_size), "AHEAD": 4096, "num_warps": 2, "num_stages": 5}
+    """Block sizes and launch options of `linear_add_decode_kernel`.
+
+    H200, bf16, N=2048, one row and eight: K=6912 9.6 us, K=2048 4.7; 32 columns and two warps 12.0 and 4.9; 512
+    values of K at once 11.5. One sum over all of K instead of two, on the wide side of the product: 11.9 and 5.1.
+    """
+    return {"BLOCK_N": 16, "BLOCK_K": 2 * _columns(element_size), "num_warps": 1, "num_stages": 4}
 
 
-def _options(config, device, K, weight, *others):
-    """`config` with the launch options of `dependent`, and AHEAD as all that is to be prefetched allows it."""
-    threads, size = 32 * config["num_warps"], weight.element_size()
-    step = max(1, threads // config["BLOCK_N"]) * 16 // size
-    ahead = min(config["AHEAD"], K) // step * step if aligned(weight, *others) else 0
-    return config | {"AHEAD": ahead, "THREADS": threads} | dependent(device)
-
-
-def _norm_options(M, K):
-    """Options of the kernels that normalise their rows: `BLOCK_D` makes 4096 values at once of them."""
+def _tiles(M):
+    """Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more."""
     rows = triton.next_power_of_2(M)
-    return {"ROWS": rows, "BLOCK_D": min(4096 // rows, triton.next_power_of_2(K))}
+    return {"ROWS": rows, "TILE": max(8, rows)}
+
+
+def _shares(ahead, programs, M, device):
+    """The tensors `ahead` as three arguments of a kernel and the bytes of each that one of its programs prefetches.
+
+    The first comes whole if it fits, the others share the rest.
+    """
+    room = int(AHEAD_SHARE * second_level_cache(device)) if M <= AHEAD_ROWS else 0
+    tensors, sizes = [], []
+    for i in range(3):
+        tensor = ahead[i] if i < len(ahead) and ahead[i].is_contiguous() and ahead[i].data_ptr() % 16 == 0 else None
+        size = 0 if tensor is None else min(tensor.nbytes, room // (len(ahead) - i if i else 1)) // programs // 16 * 16
+        room -= size * programs
+        tensors.append(tensor if size else None)
+        sizes.append(size)
+    return tensors, dict(zip(("AHEAD", "SECOND_AHEAD", "THIRD_AHEAD"), sizes, strict=True))
+
+
+def _half(K):
+    """Where the columns are cut into two sums: a sum of products is a chain, and two of them overlap."""
+    return triton.cdiv(triton.cdiv(K, 2), 16) * 16
 
 
 @operation("project_decode")
@@ -237,6 +290,7 @@ def _project_decode(
     qkv_weight_CD: torch.Tensor,
     head_weight_XD: torch.Tensor,
     score_weight_D: torch.Tensor | None,
+    ahead: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (B, _, K), C, X = x_BTD.shape, qkv_weight_CD.shape[0], head_weight_XD.shape[0]
     outputs = _projected(x_BTD, C, X)
@@ -245,9 +299,12 @@ def _project_decode(
         score_weight_D = None if score_weight_D is None else score_weight_D.contiguous()
         config = project_decode_config(x_BTD.element_size())
         tiles = sum(triton.cdiv(rows, config["BLOCK_N"]) for rows in (C, X))
-        project_decode_kernel[(tiles + (score_weight_D is not None),)](
-            x_BTD.contiguous(), norm_D, *weights, score_weight_D, *outputs, B, C=C, X=X, K=K, EPS=eps,
-            **_norm_options(B, K), **_options(config, x_BTD.device, K, *weights, norm_D),
+        sizes, programs = _tiles(B), tiles + (score_weight_D is not None)
+        ahead, shares = _shares(ahead, programs, B, x_BTD.device)
+        project_decode_kernel[(programs,)](
+            x_BTD.contiguous(), norm_D, *weights, score_weight_D, *ahead, *outputs, B, C=C, X=X, K=K, EPS=eps,
+            HALF=_half(K), BLOCK_D=min(4096 // sizes["ROWS"], triton.next_power_of_2(K)), **sizes, **config, **shares,
+            **dependent(x_BTD.device),
         )  # fmt: skip
     return outputs
 
@@ -260,7 +317,7 @@ def _projected(x_BTD, C, X):
 
 
 @_project_decode.register_fake
-def _(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
+def _(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, ahead):
     return _projected(x_BTD, qkv_weight_CD.shape[0], head_weight_XD.shape[0])
 
 
@@ -272,10 +329,10 @@ def _swiglu_decode(
     out_BTN = x_BTD.new_empty(B, T, N)
     if B:
         weights, norm_D = (gate_weight_ND.contiguous(), up_weight_ND.contiguous()), norm_D.contiguous()
-        config = swiglu_decode_config(B, x_BTD.element_size())
+        config = swiglu_decode_config(x_BTD.element_size())
         swiglu_decode_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            x_BTD.contiguous(), norm_D, *weights, out_BTN, B, N=N, K=K, EPS=eps, **_norm_options(B, K),
-            **_options(config, x_BTD.device, K, *weights, norm_D),
+            x_BTD.contiguous(), norm_D, *weights, out_BTN, B, N=N, K=K, EPS=eps, **_tiles(B), **config,
+            **dependent(x_BTD.device),
         )  # fmt: skip
     return out_BTN
 
@@ -290,11 +347,10 @@ def _linear_add_decode(residual_BTN: torch.Tensor, x_BTD: torch.Tensor, weight_N
     (B, T, K), N = x_BTD.shape, weight_ND.shape[0]
     out_BTN = x_BTD.new_empty(B, T, N)
     if B:
-        weight_ND = weight_ND.contiguous()
         config = linear_add_decode_config(x_BTD.element_size())
         linear_add_decode_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            residual_BTN.contiguous(), x_BTD.contiguous(), weight_ND, out_BTN, B, N=N, K=K,
-            **_options(config, x_BTD.device, K, weight_ND),
+            residual_BTN.contiguous(), x_BTD.contiguous(), weight_ND.contiguous(), out_BTN, B, N=N, K=K,
+            TILE=_tiles(B)["TILE"], HALF=_half(K), **config, **dependent(x_BTD.device),
         )  # fmt: skip
     return out_BTN
 
@@ -325,17 +381,18 @@ def _check_vectors(x_BTD, **vectors):
             raise ValueError(f"{name} must be [{x_BTD.shape[2]}], the width of x, got {tuple(vector.shape)}")
 
 
-def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None):
+def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None, ahead=()):
     """`project_decode_ref` in one launch.
 
     x_BTD: [B, 1, D] of float32, bfloat16 or float16, at most 16 rows. qkv_weight, head_weight: in x's dtype. norm_D:
-    any float dtype. score_weight_D: any float dtype, or None for a layer without a router.
+    any float dtype. score_weight_D: any float dtype, or None for a layer without a router. ahead: up to three
+    tensors that later launches read, in order: while few rows leave DRAM idle, what fits of them is brought into L2.
     Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] in float32, and score [B, 1] in float32, not written if there is
     no weight of it. Sums are float32. Raises ValueError on shapes or dtypes the kernel does not take.
     """
     _check_rows("project_decode", x_BTD, qkv_weight=qkv_weight_CD, head_weight=head_weight_XD)
     _check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
-    return _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
+    return _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, list(ahead))
 
 
 def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
