@@ -231,7 +231,7 @@ class HSPMNCache(Rows, Cache):
         self.columns = 0
         self.seen = self.document_seen = self.last_position = None
 
-    def reserve(self, tokens):
+    def reserve(self, tokens, for_next_call=False):
         """Nothing: this cache grows; see `HSPMNStaticCache.reserve`."""
 
     def start_call(self, batch_size, tokens, device):
@@ -341,6 +341,7 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         device, dtype = torch.device(device or torch.get_default_device()), dtype or torch.get_default_dtype()
         self.max_length = max_length
+        self.reserved = 0  # tokens that were reserved for the next call
         # a tensor, because compiled code would be compiled anew for each value of a Python number
         self.columns = mark_static(torch.zeros((), dtype=torch.long, device=device))
         self._start_rows(batch_size, device)
@@ -358,8 +359,10 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
             )
         return capacities
 
-    def reserve(self, tokens):
+    def reserve(self, tokens, for_next_call=False):
         """Make sure, before a call, that `tokens` more per row fit, whatever is routed of them.
+
+        for_next_call: they are those of the model's next call, which, if it is eager, does not reserve them again.
 
         Waits for the device only where the host's bound of the used slots leaves too little room. Raises ValueError
         with the cache as it was; it can be used on, with fewer tokens, or be reset.
@@ -377,6 +380,7 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
                 )
         for layer in layers:
             layer.most_used += tokens
+        self.reserved = tokens if for_next_call else 0
 
     def start_call(self, batch_size, tokens, device):
         """Before a call of `tokens` columns changes anything, check that it fits; in eager code, its slots too."""
@@ -387,7 +391,9 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
                 "torch.no_grad(), or use an HSPMNCache"
             )
         if not (torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())):
-            self.reserve(tokens)
+            if tokens != self.reserved:
+                self.reserve(tokens)
+        self.reserved = 0  # compiled code may write it; reading it would compile that anew for each value
 
     def _count_columns(self, tokens):
         self.columns.add_(tokens)
@@ -398,6 +404,7 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
 
     def reset(self):
         """Forget everything, in place; the batch size stays."""
+        self.reserved = 0
         for layer in self.layers:
             layer.reset()
         self.columns.zero_()

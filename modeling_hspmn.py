@@ -467,7 +467,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if hasattr(cache, "reserve") and ids is not None and ids.shape[1] == 1:  # forward names a foreign cache
-            cache.reserve(1)
+            cache.reserve(1, for_next_call=True)
         return inputs
 
     @staticmethod

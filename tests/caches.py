@@ -1,6 +1,36 @@
-"""What a cache holds, by name, and whether two caches hold the same."""
+"""What a cache holds, by name, whether two caches hold the same, how they are filled and how their rows move."""
 
 import torch
+from hspmn.cache_hspmn import HSPMNStaticCache
+
+# By name: the call that moves rows of a cache of three, and the old row that each new one is
+MOVES = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    "select_list": (lambda cache: cache.batch_select_indices([0, 2]), [0, 2]),
+    "select_mask": (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+}
+
+
+def static_cache(model, B=3, length=40, **options):
+    return HSPMNStaticCache(model.config, B, length, device=model.device, dtype=model.dtype, **options)
+
+
+def feed(model, ids, cache, lengths, mask=None, positions=None):
+    """Logits and routed tokens of `ids` fed to `cache` in pieces of the given lengths."""
+    outputs, end = [], 0
+    for piece in ids.split(lengths, 1):
+        begin, end = end, end + piece.shape[1]
+        outputs.append(
+            model(
+                piece,
+                attention_mask=None if mask is None else mask[:, begin:end],
+                position_ids=None if positions is None else positions[:, begin:end],
+                past_key_values=cache,
+            )
+        )
+    return torch.cat([x.logits for x in outputs], 1), torch.cat([x.router_mask for x in outputs], 2)
 
 
 def holders(cache):

@@ -24,6 +24,15 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Function from overrides to the configuration of a model that runs in milliseconds."""

@@ -9,15 +9,8 @@ import torch
 from hspmn import benchmark, benchmark_blocks, benchmark_common, benchmark_context, benchmark_kernels
 
 CUDA = torch.cuda.is_available()
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_interpreter = pytest.mark.skipif(not benchmark_kernels.interpreted(), reason="needs Triton's interpreter")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors gain nothing from more
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(folder, mode, *arguments):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from caches import assert_same, every_tensor
+from caches import MOVES, assert_same, every_tensor, feed, static_cache
 from hspmn.cache_hspmn import HSPMNCache, HSPMNStaticCache
 from hspmn.reference_hspmn import local_attention_ref, window_decode_ref
 from torch._dynamo.utils import counters
@@ -39,26 +39,6 @@ def model(tiny_model, request):
 
 def tokens(B, T, seed=0):
     return torch.randint(1, 61, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def static_cache(model, B=3, length=40, **options):
-    return HSPMNStaticCache(model.config, B, length, device=model.device, dtype=model.dtype, **options)
-
-
-def feed(model, ids, cache, lengths, mask=None, positions=None):
-    """Logits and routed tokens of `ids` fed to `cache` in pieces of the given lengths."""
-    outputs, end = [], 0
-    for piece in ids.split(lengths, 1):
-        begin, end = end, end + piece.shape[1]
-        outputs.append(
-            model(
-                piece,
-                attention_mask=None if mask is None else mask[:, begin:end],
-                position_ids=None if positions is None else positions[:, begin:end],
-                past_key_values=cache,
-            )
-        )
-    return torch.cat([x.logits for x in outputs], 1), torch.cat([x.router_mask for x in outputs], 2)
 
 
 def addresses(cache):
@@ -123,15 +103,6 @@ def test_every_tensor_stays_where_it_is(model):
     feed(model, tokens(3, 30), other, CUTS["decode"])
     assert addresses(cache) == before
     assert_same(cache, other)
-
-
-MOVES = {
-    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
-    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
-    "select_list": (lambda cache: cache.batch_select_indices([0, 2]), [0, 2]),
-    "select_mask": (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
-}
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -331,13 +302,32 @@ def test_generate_on_a_static_cache_equals_the_growing_one(model, num_beams):
     assert torch.equal(outputs.sequences[0, 20:], alone[0, 11:])
 
 
+def compiling():
+    """As `generate` compiles on CUDA, without the time of a code generator."""
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"compile_config": compiling()}], ids=["eager", "beams", "compiled"]
+)
+def test_generate_reserves_one_slot_per_step(tiny_model, options):
+    """So the host's bound of the used slots stays that of the tokens, and it looks no sooner than it must."""
+    model, rows = tiny_model(), 3 * options.get("num_beams", 1)
+    cache = static_cache(model, B=rows)
+    generate(model, tokens(3, 20), past_key_values=cache, **options)
+    assert cache.get_seq_length() == 31
+    assert [layer.most_used for layer in cache.layers] == [31, 0, 31]
+    model(tokens(rows, 1), past_key_values=cache)  # nothing is left over for a call outside `generate`
+    assert [layer.most_used for layer in cache.layers] == [32, 0, 32]
+
+
 @pytest.mark.parametrize("B", [1, 2])
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_compiles_decoding_once(tiny_model, B, padded):
     model = tiny_model(num_hidden_layers=1, sparsity_k=0.4)
-    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    compiling._compile_all_devices = True
-    options = {"cache_implementation": "static", "compile_config": compiling, "prefill_chunk_size": 8}
+    options = {"cache_implementation": "static", "compile_config": compiling(), "prefill_chunk_size": 8}
     for seed in range(2):
         ids = tokens(B, 20 + seed, seed)
         ids[0, : 5 if padded else 0] = 0  # the pad token
