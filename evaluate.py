@@ -6,8 +6,8 @@
     python evaluate.py --task mqar                 trains small models on multi-query associative recall
 
 FOLDER is a checkpoint with its tokenizer, such as `benchmarks/quality.py --save` writes. Text is Python source found
-on the machine. `benchmarks/quality.py` uses the functions of this file. B batch, T tokens, P pairs, V vocabulary,
-D width.
+on the machine. `benchmarks/quality.py` and `train.py` use functions of this file. B batch, T tokens, P pairs,
+V vocabulary, D width.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -80,6 +81,19 @@ def read_documents(train_bytes, validation_bytes):
             if max(room) <= 0:
                 break
     return sides
+
+
+def fit_byte_pairs(texts, vocab_size, special_tokens):
+    """Byte-level BPE of `vocab_size` tokens fitted on an iterable of texts; special tokens have the first ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def encode(tokenizer, text):

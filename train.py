@@ -26,7 +26,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +41,11 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+
+if __package__:
+    from .evaluate import fit_byte_pairs
+else:  # run as a script
+    from evaluate import fit_byte_pairs
 
 CHECKOUT = Path(__file__).resolve().parent
 DEFAULT_STEPS = 600
@@ -316,19 +320,9 @@ def check_size(documents, args):
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE of `vocab_size` tokens fitted on an iterable of texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    """A tokenizer of `vocab_size` tokens fitted on an iterable of texts; it pads on the left."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=fit_byte_pairs(texts, vocab_size, [END_OF_TEXT, PADDING]),
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         padding_side="left",

@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
@@ -76,22 +75,15 @@ evaluate = load_evaluate()
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE of `vocab_size` tokens from the first `TOKENIZER_BYTES` of the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
+    """A tokenizer of `vocab_size` tokens fitted on the first `TOKENIZER_BYTES` of the texts."""
     sample, room = [], TOKENIZER_BYTES
     for text in texts:
         if room <= 0:
             break
         sample.append(text)
         room -= len(text)
-    tokenizer.train_from_iterator(sample, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+    fitted = evaluate.fit_byte_pairs(sample, vocab_size, [END_OF_TEXT])
+    return PreTrainedTokenizerFast(tokenizer_object=fitted, eos_token=END_OF_TEXT)
 
 
 def prepare_data(args):
