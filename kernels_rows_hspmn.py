@@ -7,7 +7,7 @@ few, and a launch costs more. A product is weights times rows, so that the rows,
 
 import torch
 
-from .kernels_common_hspmn import DTYPES, dependent, operation, prefetch, second_level_cache
+from .kernels_common_hspmn import DTYPES, dependent, operation
 from .kernels_mlp_hspmn import gated
 
 try:
@@ -121,25 +121,13 @@ def store_scores(
     tl.store(score + m, tl.sum(products, 1), mask=m < M)
 
 
-@triton.jit
-def prefetch_share(tensor, SIZE: tl.constexpr):
-    """This program's SIZE bytes of `tensor`, whose share follows that of the program before."""
-    if SIZE > 0:
-        bits: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth
-        prefetch(tensor + tl.program_id(0) * (SIZE * 8 // bits), SIZE)
-
-
 @triton.jit(do_not_specialize=["M"])
 def project_decode_kernel(
-    x, norm, qkv_weight, head_weight, score_weight, ahead, second_ahead, third_ahead, qkv, head, score, M,
+    x, norm, qkv_weight, head_weight, score_weight, qkv, head, score, M,
     C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, SECOND_AHEAD: tl.constexpr, THIRD_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M].
-
-    AHEAD and so on: bytes of each of three other tensors that a program then brings into L2.
-    """
+    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M]."""
     TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = TILES_C + (X + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
@@ -166,9 +154,6 @@ def project_decode_kernel(
             store_columns(head, total, column, M, X, TILE, BLOCK_N)
     elif score_weight is not None:
         store_scores(x, norm, score_weight, score, M, K, EPS, ROWS, BLOCK_D)
-    prefetch_share(ahead, AHEAD)
-    prefetch_share(second_ahead, SECOND_AHEAD)
-    prefetch_share(third_ahead, THIRD_AHEAD)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -219,10 +204,6 @@ def linear_add_decode_kernel(
     store_columns(out, low + high, column, M, N, TILE, BLOCK_N)
 
 
-AHEAD_ROWS = 2  # one row leaves DRAM idle for most of its attentions, more rows fill that time with cached keys
-AHEAD_SHARE = 0.5  # of L2
-
-
 def project_decode_config(element_size):
     """Block sizes and launch options of `project_decode_kernel`.
 
@@ -261,22 +242,6 @@ def _tiles(M):
     return {"ROWS": rows, "TILE": max(8, rows)}
 
 
-def _shares(ahead, programs, M, device):
-    """The tensors `ahead` as three arguments of a kernel and the bytes of each that one of its programs prefetches.
-
-    The first comes whole if it fits, the others share the rest.
-    """
-    room = int(AHEAD_SHARE * second_level_cache(device)) if M <= AHEAD_ROWS else 0
-    tensors, sizes = [], []
-    for i in range(3):
-        tensor = ahead[i] if i < len(ahead) and ahead[i].is_contiguous() and ahead[i].data_ptr() % 16 == 0 else None
-        size = 0 if tensor is None else min(tensor.nbytes, room // (len(ahead) - i if i else 1)) // programs // 16 * 16
-        room -= size * programs
-        tensors.append(tensor if size else None)
-        sizes.append(size)
-    return tensors, dict(zip(("AHEAD", "SECOND_AHEAD", "THIRD_AHEAD"), sizes, strict=True))
-
-
 def _half(K):
     """Where the columns are cut into two sums: a sum of products is a chain, and two of them overlap."""
     return triton.cdiv(triton.cdiv(K, 2), 16) * 16
@@ -290,7 +255,6 @@ def _project_decode(
     qkv_weight_CD: torch.Tensor,
     head_weight_XD: torch.Tensor,
     score_weight_D: torch.Tensor | None,
-    ahead: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (B, _, K), C, X = x_BTD.shape, qkv_weight_CD.shape[0], head_weight_XD.shape[0]
     outputs = _projected(x_BTD, C, X)
@@ -299,11 +263,10 @@ def _project_decode(
         score_weight_D = None if score_weight_D is None else score_weight_D.contiguous()
         config = project_decode_config(x_BTD.element_size())
         tiles = sum(triton.cdiv(rows, config["BLOCK_N"]) for rows in (C, X))
-        sizes, programs = _tiles(B), tiles + (score_weight_D is not None)
-        ahead, shares = _shares(ahead, programs, B, x_BTD.device)
-        project_decode_kernel[(programs,)](
-            x_BTD.contiguous(), norm_D, *weights, score_weight_D, *ahead, *outputs, B, C=C, X=X, K=K, EPS=eps,
-            HALF=_half(K), BLOCK_D=min(4096 // sizes["ROWS"], triton.next_power_of_2(K)), **sizes, **config, **shares,
+        sizes = _tiles(B)
+        project_decode_kernel[(tiles + (score_weight_D is not None),)](
+            x_BTD.contiguous(), norm_D, *weights, score_weight_D, *outputs, B, C=C, X=X, K=K, EPS=eps, HALF=_half(K),
+            BLOCK_D=min(4096 // sizes["ROWS"], triton.next_power_of_2(K)), **sizes, **config,
             **dependent(x_BTD.device),
         )  # fmt: skip
     return outputs
@@ -317,7 +280,7 @@ def _projected(x_BTD, C, X):
 
 
 @_project_decode.register_fake
-def _(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, ahead):
+def _(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
     return _projected(x_BTD, qkv_weight_CD.shape[0], head_weight_XD.shape[0])
 
 
@@ -381,18 +344,17 @@ def _check_vectors(x_BTD, **vectors):
             raise ValueError(f"{name} must be [{x_BTD.shape[2]}], the width of x, got {tuple(vector.shape)}")
 
 
-def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None, ahead=()):
+def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None):
     """`project_decode_ref` in one launch.
 
     x_BTD: [B, 1, D] of float32, bfloat16 or float16, at most 16 rows. qkv_weight, head_weight: in x's dtype. norm_D:
-    any float dtype. score_weight_D: any float dtype, or None for a layer without a router. ahead: up to three
-    tensors that later launches read, in order: while few rows leave DRAM idle, what fits of them is brought into L2.
+    any float dtype. score_weight_D: any float dtype, or None for a layer without a router.
     Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] in float32, and score [B, 1] in float32, not written if there is
     no weight of it. Sums are float32. Raises ValueError on shapes or dtypes the kernel does not take.
     """
     _check_rows("project_decode", x_BTD, qkv_weight=qkv_weight_CD, head_weight=head_weight_XD)
     _check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
-    return _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, list(ahead))
+    return _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
 
 
 def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):

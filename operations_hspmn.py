@@ -266,10 +266,10 @@ def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, 
     return (attend_decode_kernel(*inputs), state_BHEE) if backend == "triton" else attend_decode_ref(*inputs)
 
 
-def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, ahead, backend):
-    """See `project_decode_ref`; `ahead` are the weights that follow, for the kernel to have them on their way."""
-    inputs = (x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-    return project_decode_kernel(*inputs, ahead) if backend == "triton" else project_decode_ref(*inputs)
+def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, backend):
+    """See `project_decode_ref`."""
+    project = project_decode_kernel if backend == "triton" else project_decode_ref
+    return project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
 
 
 def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, backend):

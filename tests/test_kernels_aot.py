@@ -141,7 +141,6 @@ def build_all(target):
     attention.capability = linear.capability = lambda device: target
     overlap = {"PDL": True, "launch_pdl": True} if target >= 90 else {"PDL": False}
     decode.dependent = projection.dependent = rows.dependent = lambda device: overlap
-    rows.second_level_cache = lambda device: 50 * 2**20 if target >= 90 else 0
     attention.processors = decode.processors = linear.processors = mlp.processors = lambda device: 132
     mlp.has_descriptors = lambda x: target in (90, 100) and x.element_size() == 2
 
@@ -201,7 +200,7 @@ def build_all(target):
         gate, up = torch.zeros(2, 8192, 2048, dtype=dtype)
         for tokens in (1, 8, 16):
             x, width = torch.zeros(tokens, 1, 2048, dtype=dtype), torch.zeros(2048)
-            kernels.project_decode(x, width, 1e-6, gate[:3072], gate[:32], width if tokens == 1 else None, (gate, up))
+            kernels.project_decode(x, width, 1e-6, gate[:3072], gate[:32], width if tokens == 1 else None)
             hidden = kernels.swiglu_decode(x, width, 1e-6, gate, up)
             kernels.linear_add_decode(x, hidden, gate.view(2048, 8192))
         x = torch.zeros(T, 2048, dtype=dtype)
