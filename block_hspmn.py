@@ -198,8 +198,12 @@ class HSPMNRouter(nn.Module):
         entropy_BT = F.softplus(score_BT) - probability_BT * score_BT
         entropy = torch.where(real_BT, entropy_BT, 0).sum() / real
         mean = (torch.where(real_BT, probability_BT, 0).sum() / real).clamp(1e-6, 1 - 1e-6)
-        target = self.target.clamp(1e-6, 1 - 1e-6)
-        divergence = target * (target / mean).log() + (1 - target) * ((1 - target) / (1 - mean)).log()
+        # Towards the final share while the target still falls: a price on gates sorts the tokens before any is
+        # dropped, where a term towards the target would push all scores up first
+        share = self.sparsity_k
+        divergence = share * (share / mean).log()
+        if share < 1:
+            divergence = divergence + (1 - share) * ((1 - share) / (1 - mean)).log()
         aux_loss = self.config.router_token_entropy_coef * entropy + self.config.router_load_entropy_coef * divergence
         return RouterStats(load.detach(), overflow.detach(), entropy.detach(), aux_loss)
 

@@ -90,7 +90,8 @@ class HSPMNConfig(PreTrainedConfig):
     router_token_entropy_coef: float = 0.0
     """Weight of the loss that pushes every gate towards 0 or 1, at least 0."""
     router_load_entropy_coef: float = 0.0
-    """Weight of the KL loss that keeps each layer's mean gate at its target, at least 0."""
+    """Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
+    score of a token that does not matter: on associative recall the router needs it to find those that do."""
     sparsity_anneal_fraction: float = 0.6
     """Share of the training steps over which the target falls from 1.0 to `sparsity_k`, 0.0 (none) to 1.0."""
     capacity_factor: float = 2.0

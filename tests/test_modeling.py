@@ -441,9 +441,11 @@ def entropies(outputs, mask):
     return -(gate * gate.log() + (1 - gate) * (1 - gate).log()).mean(1), gate.mean(1)
 
 
-def test_aux_loss_is_the_weighted_sum_of_both_entropies_per_layer(tiny_model):
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_aux_loss_is_the_weighted_sum_of_both_entropies_per_layer(tiny_model, progress):
     token_coef, load_coef, targets = 0.3, 0.7, torch.tensor([0.4, 0.5], dtype=torch.float64)
     model, ids = tiny_model(router_token_entropy_coef=token_coef, router_load_entropy_coef=load_coef), tokens(2, 30)
+    model.set_sparsity_progress(progress)  # the loss aims at the final share throughout
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, :13] = 0
     outputs = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
