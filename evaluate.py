@@ -297,12 +297,16 @@ def needle_prompt(tokenizer, text, length, depth, rng):
 
 
 def needle_rows(tokenizer, text, count, length, seed):
-    """Training rows, int64 [count, length]: real text with one to four needles, each asked for later in the row."""
+    """Training rows, int64 [count, length]: real text with needles, each asked for later in the row.
+
+    From one needle to one per 64 tokens, log-uniform: one is what `needle_prompt` asks for, and many of them teach it,
+    since of a row with one needle six tokens or so say anything about retrieval.
+    """
     rng = np.random.default_rng(seed)
-    rows = torch.empty(count, length, dtype=torch.int64)
+    rows, most = torch.empty(count, length, dtype=torch.int64), max(4, length // 64)
     for row in rows:
         pieces = []
-        for index in range(int(rng.integers(1, 5))):
+        for index in range(round(most ** rng.random())):
             statement, question, value, end = needle(tokenizer, rng)
             first, second = sorted(rng.random(2))
             pieces += [(first, statement), (1.0 if index == 0 else second, question + value + end)]

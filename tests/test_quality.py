@@ -158,9 +158,10 @@ def test_needles_are_where_they_should_be(folder):
         assert len(ids) == 256 and text.endswith(f'assert SECRET["{key}"] == "') and len(answer) == 6
         assert f'SECRET["{key}"] = "{answer}"\n' in text
         assert text.index("SECRET") == pytest.approx(depth * text.index("\nassert SECRET"), abs=160)
-    rows = evaluate.needle_rows(tokenizer, train, 20, 512, 0)
-    assert rows.shape == (20, 512)
-    assert all(tokenizer.decode(row.tolist()).count("assert SECRET[") >= 1 for row in rows)
+    rows = evaluate.needle_rows(tokenizer, train, 20, 1024, 0)
+    assert rows.shape == (20, 1024)
+    asked = [tokenizer.decode(row.tolist()).count("assert SECRET[") for row in rows]
+    assert min(asked) == 1 and 4 < max(asked) <= 1024 // 64
 
 
 def arguments(folder):
