@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
 
-MOST_ROWS = 16  # one tile of the tensor cores
+MOST_ROWS = 16  # two narrow tiles of the tensor cores
 
 
 @triton.jit
