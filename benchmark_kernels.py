@@ -70,7 +70,7 @@ def random_route(args, kernels, B, T):
 def route_operation(args, kernels, B, T):
     """Scores, gates and decisions."""
     h_BTD, n = random_hidden(args, B, T), CHECKED_TOKENS
-    weight_D = 0.5 * torch.randn(args.hidden_size, device=args.device) * args.hidden_size**-0.5
+    weight_D = 0.25 * torch.randn(args.hidden_size, device=args.device)
     bias = torch.tensor(-0.4, device=args.device)
 
     def sample(out):
@@ -83,6 +83,28 @@ def route_operation(args, kernels, B, T):
     calls = {"triton": lambda: kernels.route(h_BTD, weight_D, bias, 0.05)}
     moved = h_BTD.nbytes + B * T * 9
     return Operation(calls, sample, expected, 2 * h_BTD.numel(), moved)
+
+
+def norm_heads_operation(args, kernels, B, T):
+    """Norm, head projection and router score of a block's input; beside it what torch.compile makes of the three."""
+    K, n = args.hidden_size, CHECKED_TOKENS
+    x_BTD, weight, _ = random_products(args, K, 2 * args.num_attention_heads, B, T)
+    norm_D = 1 + 0.1 * torch.randn(K, device=args.device, dtype=args.dtype)
+    rest = (norm_D, 1e-6, weight, 0.25 * torch.randn(K, device=args.device))
+    calls = {"triton": lambda: kernels.norm_heads(x_BTD, *rest)}
+    if args.device.type == "cuda":
+        compiled_call = torch.compile(reference.norm_heads_ref, dynamic=False)
+        calls["compiled"] = lambda: compiled_call(x_BTD, *rest)
+
+    def sample(out):
+        return tuple(x[:1, :n] for x in out)
+
+    def expected(convert):
+        norm, eps, *weights = rest
+        return reference.norm_heads_ref(convert(x_BTD[:1, :n]), convert(norm), eps, *map(convert, weights))
+
+    moved = 2 * x_BTD.nbytes + B * T * (weight.shape[0] * x_BTD.element_size() + 4)
+    return Operation(calls, sample, expected, 2 * B * T * (weight.numel() + K), moved)
 
 
 def compact_operation(args, kernels, B, T):
@@ -402,14 +424,15 @@ def linear_add_operation(args, kernels, B, T):
 
 
 OPERATIONS = {
-    "route": route_operation, "compact": compact_operation, "take_rows": take_rows_operation,
-    "linear_attention": linear_attention_operation, "linear_attention_step": linear_attention_step_operation,
-    "local_attention": local_attention_operation, "reflexive_merge": reflexive_merge_operation,
-    "attend_decode": attend_decode_operation, "split_heads": split_heads_operation,
-    "split_heads_decode": split_heads_decode_operation, "sqsk_attention": sqsk_attention_operation,
-    "sqsk_merge": sqsk_merge_operation, "place_decode": place_decode_operation,
-    "project_decode": project_decode_operation, "swiglu_decode": swiglu_decode_operation,
-    "linear_add_decode": linear_add_decode_operation, "swiglu": swiglu_operation, "linear_add": linear_add_operation,
+    "norm_heads": norm_heads_operation, "route": route_operation, "compact": compact_operation,
+    "take_rows": take_rows_operation, "linear_attention": linear_attention_operation,
+    "linear_attention_step": linear_attention_step_operation, "local_attention": local_attention_operation,
+    "reflexive_merge": reflexive_merge_operation, "attend_decode": attend_decode_operation,
+    "split_heads": split_heads_operation, "split_heads_decode": split_heads_decode_operation,
+    "sqsk_attention": sqsk_attention_operation, "sqsk_merge": sqsk_merge_operation,
+    "place_decode": place_decode_operation, "project_decode": project_decode_operation,
+    "swiglu_decode": swiglu_decode_operation, "linear_add_decode": linear_add_decode_operation,
+    "swiglu": swiglu_operation, "linear_add": linear_add_operation,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from .operations_hspmn import (
     linear_add_decode,
     linear_attention,
     local_attention,
+    norm_heads,
     pick_backend,
     place_decode,
     project_decode,
@@ -36,6 +37,7 @@ from .operations_hspmn import (
     takes_rows,
 )
 from .reference_hspmn import (
+    SCORE_GAIN,
     add_sinks_ref,
     decide_ref,
     gated_norm_ref,
@@ -111,7 +113,7 @@ class HSPMNRouter(nn.Module):
 
     def reset_parameters(self):
         """Scores of unit-variance inputs get a deviation of 0.5, and the bias the load `sparsity_k` on them."""
-        init.normal_(self.weight, std=0.5 * self.weight.numel() ** -0.5)
+        init.normal_(self.weight, std=0.5 / SCORE_GAIN)
         init.constant_(self.bias, 0.5 * NormalDist().inv_cdf(min(max(self.sparsity_k, 0.02), 0.98)))
         init.constant_(self.target, self.sparsity_k)
 
@@ -150,11 +152,11 @@ class HSPMNRouter(nn.Module):
         decisions = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
         return self._assign(*decisions, length_B, backend)
 
-    def decided(self, score_BT, length_B=None, bias=None):
-        """The `Route` of scores made elsewhere, of a single token; compiled code drops what nobody reads of it."""
+    def decided(self, score_BT, length_B=None, bias=None, backend="reference"):
+        """The `Route` of scores made elsewhere; compiled code drops what nobody reads of it."""
         bias = self.bias if bias is None else bias
         decisions = decide_ref(score_BT, bias, self.config.router_noise_floor)
-        return self._assign(score_BT, *decisions, length_B, "reference")
+        return self._assign(score_BT, *decisions, length_B, backend)
 
     def single(self, score_BT, bias=None):
         """What `attend_decode` needs of the router: score, bias, noise floor, and whether it sends every token."""
@@ -296,11 +298,11 @@ class ReflexiveStream(nn.Module):
             init.zeros_(self.decay_log_rate)
             init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
 
-    def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None):
-        """Sum of both attentions, [B, T, H, E]."""
+    def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None, head_BTX=None):
+        """Sum of both attentions, [B, T, H, E]; `head_BTX` is what `head_proj` gives, if that is there."""
         single = layer_cache is not None and h_BTD.shape[1] == 1
         fused = self.config.sliding_window and self.config.linear_attention == "gated" and sinks is None
-        linear_BTHE, gate_BTH = self._linear(h_BTD, heads, stream, layer_cache, backend)
+        linear_BTHE, gate_BTH = self._linear(h_BTD, head_BTX, heads, stream, layer_cache, backend)
         if fused:
             with_linear = (linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
             return self._window(heads, stream, layer_cache, backend, with_linear)
@@ -330,12 +332,13 @@ class ReflexiveStream(nn.Module):
             layer_cache.write_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
         return result
 
-    def _linear(self, h_BTD, heads, stream, layer_cache, backend):
+    def _linear(self, h_BTD, head_BTX, heads, stream, layer_cache, backend):
         """Output of the linear attention, and its gate before the sigmoid: None for "elu", which is normalised."""
         state, v_BTGF = None if layer_cache is None else layer_cache.linear_state, heads.v_BTGE
         gated = self.config.linear_attention == "gated"
         if gated:
-            decay_BTH, gate_BTH = self.head_proj(h_BTD).chunk(2, -1)
+            head_BTX = self.head_proj(h_BTD) if head_BTX is None else head_BTX
+            decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
             log_decay_BTH = log_decay_ref(decay_BTH, self.decay_log_rate, self.decay_bias)
         else:
             v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
@@ -472,11 +475,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
         single = layer_cache is not None and x_BTD.shape[1] == 1 and sinks is None and self._streams_are_plain()
         if single and takes_rows(x_BTD, backend) and self._is_plain(x_BTD):
             return self._decode(x_BTD, stream, layer_cache, router_bias, backend)
-        h_BTD, route = self.input_layernorm(x_BTD), None
+        (h_BTD, head_BTX, score_BT), route = self._normed(x_BTD, single, backend), None
         heads = self.projection(h_BTD, stream, layer_cache, backend)
         if not single:
-            merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks)
-        if self.router is not None:
+            merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks, head_BTX)
+        if score_BT is not None:
+            route = self.router.decided(score_BT, stream.length_B, router_bias, backend)
+        elif self.router is not None:
             route = self.router(h_BTD, stream.length_B, router_bias, backend)
         if single:
             head_BTX, score_BT = self.reflexive.head_proj(h_BTD), None if route is None else route.score_BT
@@ -485,6 +490,20 @@ class HSPMNBlock(GradientCheckpointingLayer):
             merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, layer_cache, backend, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
         return self._feed_forward(x_BTD, route, backend), route
+
+    def _normed(self, x_BTD, single, backend):
+        """The normed input, and what `head_proj` and the router make of it where one operation does all three."""
+        usable = (
+            not (single or self.training)
+            and self.router is not None
+            and is_plain(self.router, HSPMNRouter)
+            and self._streams_are_plain()
+            and weights_usable(x_BTD, self.input_layernorm, self.reflexive.head_proj)
+        )
+        if not usable:
+            return self.input_layernorm(x_BTD), None, None
+        norm, head_weight = self.input_layernorm, self.reflexive.head_proj.weight
+        return norm_heads(x_BTD, norm.weight, norm.eps, head_weight, self.router.weight, backend)
 
     def _streams_are_plain(self):
         """Whether both streams of a single token may be one operation, which does not call their modules."""

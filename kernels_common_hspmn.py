@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from .reference_hspmn import SCORE_GAIN
+
 try:
     import triton
     import triton.language as tl
@@ -20,11 +22,18 @@ HEAD_WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+GAIN = tl.constexpr(SCORE_GAIN)
 # Finite, so that rows that see no key need no special case: exp2(-inf - FLOOR) is 0 and exp2(FLOOR - FLOOR) is 1
 FLOOR = tl.constexpr(-1.0e30)
 
 # One file may be loaded as several modules of a process (a checkout and a saved model): each registers its own names
 NAMESPACE = "hspmn_" + hashlib.sha1(__name__.encode()).hexdigest()[:8]
+
+
+@triton.jit
+def router_score(products, D: tl.constexpr):
+    """Scores [rows] from products [rows, BLOCK_D] of float32, the parts of `score_ref`'s sum over D."""
+    return tl.sum(products, 1) * (GAIN * D**-0.5)
 
 
 def operation(name, mutates_args=()):

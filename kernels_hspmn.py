@@ -9,7 +9,7 @@ in `kernels_rows_hspmn`. All operations are exported from here. Every one is a c
 import torch
 
 from .kernels_attention_hspmn import local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
-from .kernels_common_hspmn import operation
+from .kernels_common_hspmn import DTYPES, operation, router_score
 from .kernels_decode_hspmn import attend_decode, place_decode
 from .kernels_linear_hspmn import linear_attention, linear_attention_step
 from .kernels_mlp_hspmn import linear_add, swiglu
@@ -38,11 +38,46 @@ def route_kernel(
         d = begin + tl.arange(0, BLOCK_D)
         x = tl.load(h + n[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
         products += x.to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    z = tl.sum(products, 1)
+    z = router_score(products, D)
     value = 1.0 / (1.0 + tl.exp(-z))
     tl.store(score + n, z, mask=real)
     tl.store(gate + n, tl.where(value >= noise_floor, value, 0.0), mask=real)
     tl.store(routed + n, z + tl.load(bias).to(tl.float32) > 0, mask=real)
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_heads_kernel(
+    x, norm, head_weight, score_weight, h, head, score, M,
+    X: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """h [M, D], head [M, X] and score [M] of BLOCK_M rows, which are read twice: the second time they are in L2."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_X)
+    real = (m < M)[:, None]
+    squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        rows = tl.load(x + m[:, None] * D + d[None, :], mask=real & (d < D)[None, :], other=0.0).to(tl.float32)
+        squares += rows * rows
+    scale = tl.rsqrt(tl.sum(squares, 1) / D + EPS)
+    total = tl.zeros([BLOCK_M, BLOCK_X], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        in_d = (d < D)[None, :]
+        rows = tl.load(x + m[:, None] * D + d[None, :], mask=real & in_d, other=0.0)
+        factor = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        weights = tl.load(head_weight + n[:, None] * D + d[None, :], mask=(n < X)[:, None] & in_d, other=0.0)
+        normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype)
+        tl.store(h + m[:, None] * D + d[None, :], normed, mask=real & in_d)
+        total = tl.dot(normed, tl.trans(weights), total, input_precision="tf32x3")
+        if score_weight is not None:  # a sum without tensor cores, as in `score_ref`
+            score_factor = tl.load(score_weight + d, mask=d < D, other=0.0).to(tl.float32)
+            products += normed.to(tl.float32) * score_factor[None, :]
+    tl.store(head + m[:, None] * X + n[None, :], total.to(head.dtype.element_ty), mask=real & (n < X)[None, :])
+    if score_weight is not None:
+        tl.store(score + m, router_score(products, D), mask=m < M)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -116,6 +151,63 @@ def route(h_BTD, weight_D, bias, noise_floor):
     return _route(h_BTD, weight_D, bias, noise_floor)
 
 
+def norm_heads_config(element_size):
+    """Block sizes and launch options of `norm_heads_kernel`; 32 rows of 2048 values on all processors are 17 MB."""
+    return {"BLOCK_M": 32, "BLOCK_D": 128 if element_size == 2 else 32, "num_warps": 4, "num_stages": 3}
+
+
+@operation("norm_heads")
+def _norm_heads(
+    x_BTD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+    head_weight_XD: torch.Tensor,
+    score_weight_D: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (B, T, D), X = x_BTD.shape, head_weight_XD.shape[0]
+    outputs = _normed_heads(x_BTD, X)
+    config = norm_heads_config(x_BTD.element_size())
+    if B * T:
+        score_weight_D = None if score_weight_D is None else score_weight_D.contiguous()
+        norm_heads_kernel[(triton.cdiv(B * T, config["BLOCK_M"]),)](
+            x_BTD.contiguous(), norm_D.contiguous(), head_weight_XD.contiguous(), score_weight_D, *outputs, B * T,
+            X=X, D=D, EPS=eps, BLOCK_X=max(16, triton.next_power_of_2(X)), **config,
+        )  # fmt: skip
+    return outputs
+
+
+def _normed_heads(x_BTD, X):
+    """The outputs of `norm_heads`, not yet written."""
+    B, T, D = x_BTD.shape
+    return x_BTD.new_empty(B, T, D), x_BTD.new_empty(B, T, X), x_BTD.new_empty(B, T, dtype=torch.float32)
+
+
+@_norm_heads.register_fake
+def _(x_BTD, norm_D, eps, head_weight_XD, score_weight_D):
+    return _normed_heads(x_BTD, head_weight_XD.shape[0])
+
+
+def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D=None):
+    """`norm_heads_ref` in one pass over memory.
+
+    x_BTD: float32, bfloat16 or float16. head_weight_XD: in x's dtype, at most 256 rows. norm_D, score_weight_D: any
+    float dtype; without the latter the score is not written. Raises ValueError on shapes or dtypes the kernel does not
+    take.
+    """
+    D = x_BTD.shape[-1]
+    if x_BTD.dtype not in DTYPES or head_weight_XD.dtype != x_BTD.dtype:
+        raise ValueError(
+            f"x and head_weight must share a dtype of float32, bfloat16, float16; got {x_BTD.dtype} and "
+            f"{head_weight_XD.dtype}; cast them"
+        )
+    if head_weight_XD.dim() != 2 or head_weight_XD.shape[1] != D or not 0 < head_weight_XD.shape[0] <= 256:
+        raise ValueError(f"head_weight must be [1 to 256, {D}], as x has it, got {tuple(head_weight_XD.shape)}")
+    for name, vector in (("norm", norm_D), ("score_weight", score_weight_D)):
+        if vector is not None and vector.shape != (D,):
+            raise ValueError(f"{name} must be [{D}], the width of x, got {tuple(vector.shape)}")
+    return _norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+
+
 @operation("compact")
 def _compact(mask_BT: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (B, T), mask = mask_BT.shape, mask_BT.contiguous().view(torch.uint8)
@@ -165,6 +257,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "local_attention",
+    "norm_heads",
     "place_decode",
     "project_decode",
     "reflexive_merge",

@@ -7,7 +7,7 @@ few, and a launch costs more. A product is weights times rows, so that the rows,
 
 import torch
 
-from .kernels_common_hspmn import DTYPES, dependent, operation
+from .kernels_common_hspmn import DTYPES, dependent, operation, router_score
 from .kernels_mlp_hspmn import gated
 
 try:
@@ -105,7 +105,7 @@ def store_columns(out, tile, column, M, N, TILE: tl.constexpr, BLOCK_N: tl.const
 def store_scores(
     x, norm, weight, score, M, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Scores of the M rows. The decision must be that of `route_ref`: rows rounded by the norm, no tensor cores."""
+    """Scores of the M rows. The decision must be that of `score_ref`: rows rounded by the norm, no tensor cores."""
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_D):
         rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D).to(tl.float32)
@@ -118,7 +118,7 @@ def store_scores(
         normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype).to(tl.float32)
         products += normed * load_factor(weight, begin, K, BLOCK_D).to(tl.float32)[None, :]
     m = tl.arange(0, ROWS)
-    tl.store(score + m, tl.sum(products, 1), mask=m < M)
+    tl.store(score + m, router_score(products, K), mask=m < M)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -20,6 +20,7 @@ from .reference_hspmn import (
     linear_attention_recurrent_ref,
     linear_attention_ref,
     local_attention_ref,
+    norm_heads_ref,
     project_decode_ref,
     route_ref,
     split_heads_decode_ref,
@@ -40,6 +41,7 @@ if HAS_TRITON:
     from .kernels_hspmn import linear_attention as linear_attention_kernel
     from .kernels_hspmn import linear_attention_step as linear_attention_step_kernel
     from .kernels_hspmn import local_attention as local_attention_kernel
+    from .kernels_hspmn import norm_heads as norm_heads_kernel
     from .kernels_hspmn import place_decode as place_decode_kernel
     from .kernels_hspmn import project_decode as project_decode_kernel
     from .kernels_hspmn import reflexive_merge as reflexive_merge_kernel
@@ -111,6 +113,12 @@ def route(h_BTD, weight_D, bias, noise_floor, backend):
     if backend == "triton" and not torch.compiler.is_compiling():
         return route_kernel(h_BTD, weight_D, bias, noise_floor)
     return route_ref(h_BTD, weight_D, bias, noise_floor)
+
+
+def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D, backend):
+    """See `norm_heads_ref`."""
+    normed = norm_heads_kernel if backend == "triton" else norm_heads_ref
+    return normed(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
 
 
 def compact(mask_BT, capacity, backend):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 LINEAR_CHUNK = 64  # tokens per chunk of the linear attention
 LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; longer rows loop over spans
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
+SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
 QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
 
 
@@ -24,15 +25,22 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def route_ref(h_BTD, weight_D, bias, noise_floor):
-    """Router score, gate and decision of each token, in float32 whatever the autocast or TF32 setting.
+def score_ref(h_BTD, weight_D):
+    """Router score of each token, 2 h.w / sqrt(D), in float32 whatever the autocast or TF32 setting.
 
-    The score is a sum of products, not a matmul, so no reduced-precision mode applies. `bias` (a scalar tensor)
-    steers the decision and never enters the gate (arXiv 2408.15664).
+    It is a sum of products, not a matmul, so no reduced-precision mode applies.
+    """
+    return (wide(h_BTD) * weight_D).sum(-1) * (SCORE_GAIN * h_BTD.shape[-1] ** -0.5)
+
+
+def route_ref(h_BTD, weight_D, bias, noise_floor):
+    """Router score (see `score_ref`), gate and decision of each token.
+
+    `bias` (a scalar tensor) steers the decision and never enters the gate (arXiv 2408.15664).
 
     Returns score_BT and gate_BT in float32, routed_BT in bool.
     """
-    score_BT = (wide(h_BTD) * weight_D).sum(-1)
+    score_BT = score_ref(h_BTD, weight_D)
     return score_BT, *decide_ref(score_BT, bias, noise_floor)
 
 
@@ -427,15 +435,25 @@ def attend_decode_ref(
     return merged_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype), state_BHEE
 
 
+def norm_heads_ref(x_BTD, norm_D, eps, head_weight_XD, score_weight_D=None):
+    """RMSNorm of a block's input, and its two narrow products.
+
+    Returns h [B, T, D] and head [B, T, X] (see `attend_decode_ref`) in x's dtype, and score [B, T] in float32 (see
+    `score_ref`), None without a weight.
+    """
+    h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
+    score_BT = None if score_weight_D is None else score_ref(h_BTD, score_weight_D)
+    return h_BTD, F.linear(h_BTD, head_weight_XD), score_BT
+
+
 def project_decode_ref(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None):
     """RMSNorm of a single token (T = 1) and what a block's attentions and router make of it.
 
-    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] (see `attend_decode_ref`) and score [B, 1] (see `route_ref`) in
+    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] (see `attend_decode_ref`) and score [B, 1] (see `score_ref`) in
     float32; the score is None without a weight.
     """
-    h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
-    score_BT = None if score_weight_D is None else (wide(h_BTD) * score_weight_D).sum(-1)
-    return F.linear(h_BTD, qkv_weight_CD), wide(F.linear(h_BTD, head_weight_XD)), score_BT
+    h_BTD, head_BTX, score_BT = norm_heads_ref(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+    return F.linear(h_BTD, qkv_weight_CD), wide(head_BTX), score_BT
 
 
 def swiglu_decode_ref(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):

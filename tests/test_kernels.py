@@ -305,6 +305,29 @@ def test_place_decode_is_dense_and_the_same():
                 assert x is None or torch.equal(x, y.expand(x.shape).to(x.dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("B, T, X, D", [(2, 19, 4, 40), (1, 1, 32, 300)] + [(4, 1000, 32, 2048)] * CUDA, ids=str)
+def test_norm_heads(B, T, X, D, scored, dtype, poison):
+    x, norm = 3 * torch.randn(B, T, D, device=DEVICE).to(dtype), torch.rand(D, device=DEVICE) + 0.5
+    score_weight = torch.randn(D, device=DEVICE) / D**0.5 if scored else None
+    inputs = (x, norm, 1e-6, (torch.randn(X, D, device=DEVICE) / D**0.5).to(dtype), score_weight)
+    eager, exact = (reference_hspmn.norm_heads_ref(*tensors) for tensors in (inputs, exactly(inputs)))
+    got = kernels_hspmn.norm_heads(*inputs)
+    for name, i in (("h", 0), ("head", 1)) + (("score", 2),) * scored:
+        assert_as_accurate(name, got[i], eager[i], exact[i])
+
+
+def test_norm_heads_errors_name_what_is_wrong():
+    x, weight = torch.zeros(1, 2, 16, device=DEVICE), torch.zeros(4, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="share a dtype"):
+        kernels_hspmn.norm_heads(x, weight[0], 1e-6, weight.half())
+    with pytest.raises(ValueError, match=r"head_weight must be \[1 to 256, 16\]"):
+        kernels_hspmn.norm_heads(x, weight[0], 1e-6, weight[:, :8])
+    with pytest.raises(ValueError, match=r"score_weight must be \[16\]"):
+        kernels_hspmn.norm_heads(x, weight[0], 1e-6, weight, weight[0, :8])
+
+
 ROWS = [(1, 48, 16), (3, 40, 40), (16, 17, 300)] + [(1, 6912, 2048), (8, 2048, 6912), (13, 520, 1000)] * CUDA
 
 

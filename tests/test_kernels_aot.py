@@ -169,6 +169,14 @@ def build_all(target):
             split(x, taps, None, None, table, table)
             split(x, taps.to(dtype), x[:, :3], start, table, table)
             split(x[:, :1], taps.to(dtype), x[:, :3], start[:, :1], table[:, :1], table[:, :1])
+        for score_weight in (None, torch.zeros(2048)):
+            kernels.norm_heads(
+                torch.zeros(B, T, 2048, dtype=dtype),
+                torch.zeros(2048),
+                1e-6,
+                torch.zeros(32, 2048, dtype=dtype),
+                score_weight,
+            )
         _, _, routed = kernels.route(torch.zeros(B, T, 2048, dtype=dtype), torch.zeros(2048), torch.zeros(1), 0.05)
         index, _, _ = kernels.compact(routed, K)
         for boundaries in ((None, None, None), (start, length, state)):

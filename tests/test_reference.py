@@ -90,7 +90,7 @@ def test_route_computes_in_float32_under_low_precision_and_autocast(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         score, gate, _ = route_ref(h, weight, torch.tensor(0.0), 0.05)
     assert score.dtype == gate.dtype == torch.float32
-    torch.testing.assert_close(score.double(), h.double() @ weight.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(score.double(), 2 * (h.double() @ weight.double()) / 96**0.5, rtol=1e-5, atol=1e-5)
 
 
 @PROPERTY
