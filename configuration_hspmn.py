@@ -89,9 +89,9 @@ class HSPMNConfig(PreTrainedConfig):
     """Share of `router_bias_rate` applied per unit of load error, above 0; the product is clipped to [-1, 1]."""
     router_token_entropy_coef: float = 0.0
     """Weight of the loss that pushes every gate towards 0 or 1, at least 0."""
-    router_load_entropy_coef: float = 0.0
+    router_load_entropy_coef: float = 0.1
     """Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
-    score of a token that does not matter: on associative recall the router needs it to find those that do."""
+    score of a token that does not matter: without it the router does not find those that associative recall needs."""
     sparsity_anneal_fraction: float = 0.6
     """Share of the training steps over which the target falls from 1.0 to `sparsity_k`, 0.0 (none) to 1.0."""
     capacity_factor: float = 2.0

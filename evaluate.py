@@ -185,14 +185,22 @@ def config_with(fields):
 
 
 def build_model(case, config, seed):
-    """Freshly initialised model of a case, float32; hspmn_random keeps its random router."""
+    """Freshly initialised model of a case, float32; hspmn_random keeps its random router.
+
+    There the hidden states learn nothing from the scores either: they would bend to where the frozen weights point.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     if case == "hspmn_random":
-        for name, parameter in model.named_parameters():
-            if name.endswith("router.weight"):
-                parameter.requires_grad_(False)
+        for router in filter(None, (layer.router for layer in model.base_model.layers)):
+            router.weight.requires_grad_(False)
+            router.register_forward_pre_hook(detach_first)
     return model
+
+
+def detach_first(module, inputs):
+    """Forward pre-hook: no gradient to the first input."""
+    return inputs[0].detach(), *inputs[1:]
 
 
 def make_optimizer(model, lr, weight_decay=0.1):

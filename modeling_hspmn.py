@@ -349,7 +349,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        return with_head(outputs, logits, loss, return_dict)
+        return with_head(outputs, logits, loss, self.training, return_dict)
 
     @torch.no_grad()
     def prefill(
@@ -520,7 +520,7 @@ class HSPMNForSequenceClassification(HSPMNPreTrainedModel):
         logits, loss = self.score(outputs.last_hidden_state[torch.arange(B, device=last_B.device), last_B]), None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return with_head(outputs, logits, loss, return_dict)
+        return with_head(outputs, logits, loss, self.training, return_dict)
 
 
 class HSPMNForTokenClassification(HSPMNPreTrainedModel):
@@ -557,12 +557,15 @@ class HSPMNForTokenClassification(HSPMNPreTrainedModel):
         logits, loss = self.score(outputs.last_hidden_state), None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
-        return with_head(outputs, logits, loss, return_dict)
+        return with_head(outputs, logits, loss, self.training, return_dict)
 
 
-def with_head(outputs, logits, loss, return_dict):
-    """`outputs` with logits and loss, auxiliary losses added, as an object or for `return_dict=False` as a tuple."""
-    if loss is not None:
+def with_head(outputs, logits, loss, training, return_dict):
+    """`outputs` with logits and loss as an object or, for `return_dict=False`, as a tuple.
+
+    In training the loss holds the auxiliary losses too; in evaluation it does not, so that perplexity can be read off.
+    """
+    if loss is not None and training:
         loss = loss + outputs.aux_loss.to(loss.device, loss.dtype)
     # built anew, because a field set later would come last in the tuple
     outputs = HSPMNOutput(**dict(outputs) | {"loss": loss, "logits": logits})

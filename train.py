@@ -552,10 +552,7 @@ class LogCallback(ProgressCallback):
 
 
 class HSPMNTrainer(Trainer):
-    """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean).
-
-    `eval_loss` is the cross entropy alone, without the auxiliary losses.
-    """
+    """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean)."""
 
     last_load = None
 
@@ -567,7 +564,6 @@ class HSPMNTrainer(Trainer):
         else:
             rows = len(inputs["input_ids"])
             self.eval_load.append(torch.cat([outputs["router_load"] * rows, loss.new_full((1,), rows)]))
-            loss = loss - outputs["aux_loss"].to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

@@ -441,6 +441,10 @@ def entropies(outputs, mask):
     return -(gate * gate.log() + (1 - gate) * (1 - gate).log()).mean(1), gate.mean(1)
 
 
+def cross_entropy(outputs, labels):
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 def test_aux_loss_is_the_weighted_sum_of_both_entropies_per_layer(tiny_model, progress):
     token_coef, load_coef, targets = 0.3, 0.7, torch.tensor([0.4, 0.5], dtype=torch.float64)
@@ -448,14 +452,16 @@ def test_aux_loss_is_the_weighted_sum_of_both_entropies_per_layer(tiny_model, pr
     model.set_sparsity_progress(progress)  # the loss aims at the final share throughout
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, :13] = 0
-    outputs = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    labels = ids.masked_fill(mask == 0, -100)
+    outputs = model.train()(ids, attention_mask=mask, labels=labels)
     entropy, mean = (x[[0, 2]] for x in entropies(outputs, mask.bool()))
     divergence = targets * (targets / mean).log() + (1 - targets) * ((1 - targets) / (1 - mean)).log()
     expected = (token_coef * entropy + load_coef * divergence).sum()
     torch.testing.assert_close(outputs.aux_loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(outputs.router_entropy[[0, 2]].double(), entropy, rtol=1e-5, atol=1e-6)
-    plain = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids.masked_fill(mask == 0, -100)[:, 1:].flatten())
-    torch.testing.assert_close(outputs.loss, plain + outputs.aux_loss)
+    torch.testing.assert_close(outputs.loss, cross_entropy(outputs, labels) + outputs.aux_loss)
+    outputs = model.eval()(ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(outputs.loss, cross_entropy(outputs, labels))
 
 
 @pytest.mark.parametrize("coef", ["router_token_entropy_coef", "router_load_entropy_coef"])

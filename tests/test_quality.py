@@ -141,6 +141,8 @@ def test_a_frozen_router_does_not_learn(folder):
     model = evaluate.build_model("hspmn_random", evaluate.comparison_config("hspmn_random", sizes), 0)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert len(frozen) == 2 and all(name.endswith("router.weight") for name in frozen)
+    outputs = model.train()(torch.randint(0, 512, (2, 64)))
+    assert not outputs.router_scores.requires_grad and outputs.logits.requires_grad
 
 
 def test_recall_targets_complete_a_bigram_of_the_same_row():
