@@ -361,7 +361,7 @@ def needle_accuracy(model, tokenizer, text, length, depth, args):
 def run_needle(args):
     """Task needle: accuracy per depth and length, a results file and a heatmap."""
     model, tokenizer = load(args)
-    text = validation_tokens(tokenizer, max(200_000, args.train_length))
+    text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
     depths, grid = [i / (args.depths - 1) if args.depths > 1 else 0.5 for i in range(args.depths)], {}
     for multiple in args.multiples:
         length = int(multiple * args.train_length)
@@ -731,7 +731,9 @@ def make_parser():
     add = parser.add_argument
     add("folder", nargs="?", type=Path, help="checkpoint to evaluate (all tasks but mqar)")
     add("--task", required=True, choices=TASKS)
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file and plot")
+    add(
+        "--output", type=Path, help="folder of results file and plot; that of the checkpoint, mqar: benchmarks/results"
+    )
     add("--name", help="name of the results file; the task's by default")
     add("--label", help="name of the model in it; the folder's by default")
     add("--device", help="cuda or cpu; cuda where there is one (verify: cpu)")
@@ -769,6 +771,8 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     if args.task != "mqar" and args.folder is None:
         parser.error(f"--task {args.task} needs the folder of a checkpoint")
+    if args.output is None:
+        args.output = args.folder or (ROOT / "build" if args.tiny else ROOT / "benchmarks" / "results")
     return TASKS[args.task](args)
 
 

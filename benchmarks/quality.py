@@ -512,7 +512,7 @@ def run_pair(case, seed, batches, validation_rows, results):
 TINY = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "intermediate_size": 64, "steps": 6, "batch_size": 4, "length": 64, "validation_tokens": 1024, "seeds": [0],
-    "device": "cpu", "compile": "none", "log_every": 2,
+    "device": "cpu", "compile": "none", "log_every": 2, "output": ROOT / "build" / "quality",
 }  # fmt: skip
 
 
