@@ -35,9 +35,9 @@ def test_every_kernel_builds_within_the_limits(target):
     assert done.returncode == 0, done.stderr[-4000:]
     builds = json.loads(done.stdout.splitlines()[-1])
     assert {build["kernel"] for build in builds} == {
-        *("route_kernel", "count_kernel", "compact_kernel", "take_rows_kernel", "combine_splits_kernel"),
+        *("norm_heads_kernel", "route_kernel", "count_kernel", "compact_kernel", "take_rows_kernel"),
         *("decay_kernel", "linear_attention_kernel", "segment_states_kernel", "linear_attention_step_kernel"),
-        *("local_attention_kernel", "sqsk_attention_kernel", "split_heads_kernel"),
+        *("local_attention_kernel", "sqsk_attention_kernel", "combine_splits_kernel", "split_heads_kernel"),
         *(["swiglu_kernel"] if target in DESCRIPTORS else []),
         *("attend_decode_kernel", "merge_decode_kernel", "place_decode_kernel"),
         *("project_decode_kernel", "swiglu_decode_kernel", "linear_add_decode_kernel"),
