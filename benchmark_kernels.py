@@ -87,24 +87,16 @@ def route_operation(args, kernels, B, T):
 
 def norm_heads_operation(args, kernels, B, T):
     """Norm, head projection and router score of a block's input; beside it what torch.compile makes of the three."""
-    K, n = args.hidden_size, CHECKED_TOKENS
+    K = args.hidden_size
     x_BTD, weight, _ = random_products(args, K, 2 * args.num_attention_heads, B, T)
     norm_D = 1 + 0.1 * torch.randn(K, device=args.device, dtype=args.dtype)
-    rest = (norm_D, 1e-6, weight, 0.25 * torch.randn(K, device=args.device))
-    calls = {"triton": lambda: kernels.norm_heads(x_BTD, *rest)}
-    if args.device.type == "cuda":
-        compiled_call = torch.compile(reference.norm_heads_ref, dynamic=False)
-        calls["compiled"] = lambda: compiled_call(x_BTD, *rest)
+    weights = (norm_D, weight, 0.25 * torch.randn(K, device=args.device))
 
-    def sample(out):
-        return tuple(x[:1, :n] for x in out)
+    def reference_call(x_BTD, norm_D, *weights):
+        return reference.norm_heads_ref(x_BTD, norm_D, 1e-6, *weights)
 
-    def expected(convert):
-        norm, eps, *weights = rest
-        return reference.norm_heads_ref(convert(x_BTD[:1, :n]), convert(norm), eps, *map(convert, weights))
-
-    moved = 2 * x_BTD.nbytes + B * T * (weight.shape[0] * x_BTD.element_size() + 4)
-    return Operation(calls, sample, expected, 2 * B * T * (weight.numel() + K), moved)
+    calls = {"triton": lambda: kernels.norm_heads(x_BTD, norm_D, 1e-6, *weights[1:])}
+    return product_operation(args, calls, reference_call, [x_BTD], weights)
 
 
 def compact_operation(args, kernels, B, T):
@@ -386,19 +378,22 @@ def rows_operation(kernel, reference_call, inputs):
 
 
 def product_operation(args, calls, reference_call, inputs, weights):
-    """An operation of products, row by row; beside it what torch.compile makes of its reference."""
+    """An operation of products, token by token; beside it what torch.compile makes of its reference."""
     n, elements = CHECKED_TOKENS, sum(weight.numel() for weight in weights)
     if args.device.type == "cuda":
         compiled_call = torch.compile(reference_call, dynamic=False)
         calls["compiled"] = lambda: compiled_call(*inputs, *weights)
 
     def expected(convert):
-        parts = (convert(x[:1, :n]) for x in inputs)
-        return (reference_call(*parts, *(convert(weight) for weight in weights)),)
+        return results(reference_call(*(convert(x[:1, :n]) for x in inputs), *map(convert, weights)))
+
+    def results(out):
+        return out if isinstance(out, tuple) else (out,)
 
     tokens = inputs[0].shape[0] * inputs[0].shape[1]
-    moved = sum(x.nbytes for x in (*inputs, *weights)) + tokens * weights[0].shape[0] * inputs[0].element_size()
-    return Operation(calls, lambda out: (out[:1, :n],), expected, 2 * tokens * elements, moved)
+    one = results(reference_call(*(x[:1, :1] for x in inputs), *weights))
+    moved = sum(x.nbytes for x in (*inputs, *weights)) + tokens * sum(x.nbytes for x in one)
+    return Operation(calls, lambda out: tuple(x[:1, :n] for x in results(out)), expected, 2 * tokens * elements, moved)
 
 
 def swiglu_operation(args, kernels, B, T):
@@ -465,7 +460,7 @@ def kernels_cases(args):
         yield "kernels", lambda: leave_out("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")
         return
     rivals = {"linear_attention": ("fla_simple_gla",), "sqsk_attention": ("cudnn", "flash", "flex")}
-    rivals |= {"swiglu": ("compiled",), "linear_add": ("compiled",)}
+    rivals |= dict.fromkeys(("norm_heads", "swiglu", "linear_add"), ("compiled",))
     for name in OPERATIONS:
         for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
             if name in FEW_ROWS:

@@ -495,15 +495,15 @@ class HSPMNBlock(GradientCheckpointingLayer):
         """The normed input, and what `head_proj` and the router make of it where one operation does all three."""
         usable = (
             not (single or self.training)
-            and self.router is not None
-            and is_plain(self.router, HSPMNRouter)
+            and (self.router is None or is_plain(self.router, HSPMNRouter))
             and self._streams_are_plain()
             and weights_usable(x_BTD, self.input_layernorm, self.reflexive.head_proj)
         )
         if not usable:
             return self.input_layernorm(x_BTD), None, None
         norm, head_weight = self.input_layernorm, self.reflexive.head_proj.weight
-        return norm_heads(x_BTD, norm.weight, norm.eps, head_weight, self.router.weight, backend)
+        score_weight = None if self.router is None else self.router.weight
+        return norm_heads(x_BTD, norm.weight, norm.eps, head_weight, score_weight, backend)
 
     def _streams_are_plain(self):
         """Whether both streams of a single token may be one operation, which does not call their modules."""
@@ -545,7 +545,6 @@ class HSPMNBlock(GradientCheckpointingLayer):
         score_weight = None if self.router is None else self.router.weight
         weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, score_weight)
         x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, backend)
-        score_BT = None if self.router is None else score_BT
         heads = projection.split(x_BTC, stream, layer_cache, backend)
         merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
         x_BTD = linear_add_decode(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight, backend)

@@ -112,6 +112,13 @@ def check_heads(q_BTHE, k_BTGE, v_BTGF):
         )
 
 
+def check_vectors(x_BTD, **vectors):
+    """Raise ValueError for a vector that has not the width of `x_BTD`; None passes."""
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x_BTD.shape[2:]:
+            raise ValueError(f"{name} must be [{x_BTD.shape[2]}], the width of x, got {tuple(vector.shape)}")
+
+
 def check_in_place(name, x, shape, dtypes):
     """Raise ValueError unless `x` is contiguous, of that shape and one of those dtypes."""
     if tuple(x.shape) != tuple(shape) or x.dtype not in dtypes or not x.is_contiguous():
@@ -135,6 +142,7 @@ __all__ = [
     "capability",
     "check_heads",
     "check_in_place",
+    "check_vectors",
     "dependent",
     "has_descriptors",
     "interpreted",

@@ -9,7 +9,7 @@ in `kernels_rows_hspmn`. All operations are exported from here. Every one is a c
 import torch
 
 from .kernels_attention_hspmn import local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
-from .kernels_common_hspmn import DTYPES, operation, router_score
+from .kernels_common_hspmn import DTYPES, check_vectors, operation, router_score
 from .kernels_decode_hspmn import attend_decode, place_decode
 from .kernels_linear_hspmn import linear_attention, linear_attention_step
 from .kernels_mlp_hspmn import linear_add, swiglu
@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
 
+MOST_HEAD_ROWS = 256  # of `norm_heads`, whose sums of all of them are one tile
 COMPACT_BLOCK = 2048  # tokens per program; 164 programs for the longest single row of the benchmark
 
 
@@ -190,9 +191,9 @@ def _(x_BTD, norm_D, eps, head_weight_XD, score_weight_D):
 def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D=None):
     """`norm_heads_ref` in one pass over memory.
 
-    x_BTD: float32, bfloat16 or float16. head_weight_XD: in x's dtype, at most 256 rows. norm_D, score_weight_D: any
-    float dtype; without the latter the score is not written. Raises ValueError on shapes or dtypes the kernel does not
-    take.
+    x_BTD: float32, bfloat16 or float16. head_weight_XD: in x's dtype, at most `MOST_HEAD_ROWS` rows. norm_D,
+    score_weight_D: any float dtype; without the latter the score is not written. Raises ValueError on shapes or dtypes
+    the kernel does not take.
     """
     D = x_BTD.shape[-1]
     if x_BTD.dtype not in DTYPES or head_weight_XD.dtype != x_BTD.dtype:
@@ -200,11 +201,10 @@ def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D=None):
             f"x and head_weight must share a dtype of float32, bfloat16, float16; got {x_BTD.dtype} and "
             f"{head_weight_XD.dtype}; cast them"
         )
-    if head_weight_XD.dim() != 2 or head_weight_XD.shape[1] != D or not 0 < head_weight_XD.shape[0] <= 256:
-        raise ValueError(f"head_weight must be [1 to 256, {D}], as x has it, got {tuple(head_weight_XD.shape)}")
-    for name, vector in (("norm", norm_D), ("score_weight", score_weight_D)):
-        if vector is not None and vector.shape != (D,):
-            raise ValueError(f"{name} must be [{D}], the width of x, got {tuple(vector.shape)}")
+    if head_weight_XD.dim() != 2 or head_weight_XD.shape[1] != D or not 0 < head_weight_XD.shape[0] <= MOST_HEAD_ROWS:
+        wanted = f"[1 to {MOST_HEAD_ROWS}, {D}]"
+        raise ValueError(f"head_weight must be {wanted}, as x has it, got {tuple(head_weight_XD.shape)}")
+    check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
     return _norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
 
 

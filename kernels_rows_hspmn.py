@@ -7,7 +7,7 @@ few, and a launch costs more. A product is weights times rows, so that the rows,
 
 import torch
 
-from .kernels_common_hspmn import DTYPES, dependent, operation, router_score
+from .kernels_common_hspmn import DTYPES, check_vectors, dependent, operation, router_score
 from .kernels_mlp_hspmn import gated
 
 try:
@@ -338,12 +338,6 @@ def _check_rows(name, x_BTD, **weights):
             raise ValueError(f"{weight_name} must have the dtype of x ({x_BTD.dtype}), got {weight.dtype}; cast it")
 
 
-def _check_vectors(x_BTD, **vectors):
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != x_BTD.shape[2:]:
-            raise ValueError(f"{name} must be [{x_BTD.shape[2]}], the width of x, got {tuple(vector.shape)}")
-
-
 def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D=None):
     """`project_decode_ref` in one launch.
 
@@ -353,7 +347,7 @@ def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
     no weight of it. Sums are float32. Raises ValueError on shapes or dtypes the kernel does not take.
     """
     _check_rows("project_decode", x_BTD, qkv_weight=qkv_weight_CD, head_weight=head_weight_XD)
-    _check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
+    check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
     return _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
 
 
@@ -365,7 +359,7 @@ def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     take.
     """
     _check_rows("swiglu_decode", x_BTD, gate_weight=gate_weight_ND, up_weight=up_weight_ND)
-    _check_vectors(x_BTD, norm=norm_D)
+    check_vectors(x_BTD, norm=norm_D)
     if up_weight_ND.shape != gate_weight_ND.shape:
         raise ValueError(
             f"up_weight must have the shape of gate_weight {tuple(gate_weight_ND.shape)}, got "

@@ -34,6 +34,7 @@ from .reference_hspmn import (
 HAS_TRITON = is_triton_available()
 if HAS_TRITON:
     from .kernels_common_hspmn import HEAD_WIDTHS, interpreted
+    from .kernels_hspmn import MOST_HEAD_ROWS
     from .kernels_hspmn import attend_decode as attend_decode_kernel
     from .kernels_hspmn import compact as compact_kernel
     from .kernels_hspmn import linear_add as linear_add_kernel
@@ -116,9 +117,10 @@ def route(h_BTD, weight_D, bias, noise_floor, backend):
 
 
 def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D, backend):
-    """See `norm_heads_ref`."""
-    normed = norm_heads_kernel if backend == "triton" else norm_heads_ref
-    return normed(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+    """See `norm_heads_ref`; more rows of `head_weight` than the kernel takes go to separate products."""
+    normed = norm_heads_ref if backend != "triton" or head_weight_XD.shape[0] > MOST_HEAD_ROWS else norm_heads_kernel
+    *outputs, score_BT = normed(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+    return *outputs, None if score_weight_D is None else score_BT
 
 
 def compact(mask_BT, capacity, backend):
@@ -277,7 +279,8 @@ def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, 
 def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, backend):
     """See `project_decode_ref`."""
     project = project_decode_kernel if backend == "triton" else project_decode_ref
-    return project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
+    *outputs, score_BT = project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
+    return *outputs, None if score_weight_D is None else score_BT
 
 
 def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, backend):

@@ -13,6 +13,7 @@ from hspmn import (
     kernels_linear_hspmn,
     kernels_mlp_hspmn,
     kernels_projection_hspmn,
+    operations_hspmn,
     reference_hspmn,
 )
 
@@ -316,6 +317,16 @@ def test_norm_heads(B, T, X, D, scored, dtype, poison):
     got = kernels_hspmn.norm_heads(*inputs)
     for name, i in (("h", 0), ("head", 1)) + (("score", 2),) * scored:
         assert_as_accurate(name, got[i], eager[i], exact[i])
+
+
+@pytest.mark.parametrize("rows", [256, 258])
+def test_any_number_of_heads_is_normed(rows):
+    x, weight = torch.randn(1, 3, 16, device=DEVICE), torch.randn(rows, 16, device=DEVICE)
+    inputs = (x, weight[0], 1e-6, weight, None)
+    got, want = (operations_hspmn.norm_heads(*inputs, backend) for backend in ("triton", "reference"))
+    for i in range(2):
+        torch.testing.assert_close(got[i], want[i], rtol=1e-4, atol=1e-4)
+    assert got[2] is want[2] is None
 
 
 def test_norm_heads_errors_name_what_is_wrong():
