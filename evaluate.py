@@ -283,18 +283,20 @@ def validate(model, rows, batch_size, device):
     return result
 
 
-def needle(tokenizer, rng):
-    """A random key-value pair as token lists: the statement, the question up to the value, the value, its end."""
-    key = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 6))
-    value = encode(tokenizer, "".join(rng.choice(list("0123456789"), 6)))
-    end = encode(tokenizer, '"\n')
-    statement = encode(tokenizer, f'\nSECRET["{key}"] = "') + value + end
-    return statement, encode(tokenizer, f'\nassert SECRET["{key}"] == "'), value, end
+def needles(tokenizer, rng, count):
+    """Random key-value pairs, each as token lists: the statement, the question up to the value, the value, its end."""
+    texts = []
+    for letters, digits in zip(rng.integers(26, size=(count, 6)), rng.integers(10, size=(count, 6)), strict=True):
+        key, value = "".join(chr(97 + letter) for letter in letters), "".join(str(digit) for digit in digits)
+        texts += [f'\nSECRET["{key}"] = "', f'\nassert SECRET["{key}"] == "', value, '"\n']
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    parts = zip(ids[::4], ids[1::4], ids[2::4], ids[3::4], strict=True)
+    return [(opening + value + end, question, value, end) for opening, question, value, end in parts]
 
 
 def needle_prompt(tokenizer, text, length, depth, rng):
     """A prompt of `length` tokens ending in a question, with the needle at `depth` (0 to 1), and the value."""
-    statement, question, value, _ = needle(tokenizer, rng)
+    [(statement, question, value, _)] = needles(tokenizer, rng, 1)
     room = length - len(statement) - len(question)
     if room < 1:
         raise ValueError(f"a needle prompt needs more than {length - room} tokens, got length {length}")
@@ -308,15 +310,17 @@ def needle_rows(tokenizer, text, count, length, seed):
     """Training rows, int64 [count, length]: real text with needles, each asked for later in the row.
 
     From one needle to one per 64 tokens, log-uniform: one is what `needle_prompt` asks for, and many of them teach it,
-    since of a row with one needle six tokens or so say anything about retrieval.
+    since of a row with one needle six tokens or so say anything about retrieval. A tenth of the rows begins with a
+    needle, as prompts of depth 0 do: no token stands before it, which no other place is like.
     """
     rng = np.random.default_rng(seed)
     rows, most = torch.empty(count, length, dtype=torch.int64), max(4, length // 64)
     for row in rows:
-        pieces = []
-        for index in range(round(most ** rng.random())):
-            statement, question, value, end = needle(tokenizer, rng)
+        pieces, tasks = [], needles(tokenizer, rng, round(most ** rng.random()))
+        for index, (statement, question, value, end) in enumerate(tasks):
             first, second = sorted(rng.random(2))
+            if index == 0 and rng.random() < 0.1:
+                first = 0.0
             pieces += [(first, statement), (1.0 if index == 0 else second, question + value + end)]
             if sum(len(piece) for _, piece in pieces) > length // 2:
                 del pieces[-2:]
