@@ -33,6 +33,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent
@@ -306,33 +307,45 @@ def needle_prompt(tokenizer, text, length, depth, rng):
     return hay[:cut] + statement + hay[cut:] + question, value
 
 
-def needle_rows(tokenizer, text, count, length, seed):
-    """Training rows, int64 [count, length]: real text with needles, each asked for later in the row.
+class NeedleRows(Dataset):
+    """Training rows, int64 [length]: real text with needles, each asked for later in the row.
 
     From one needle to one per 64 tokens, log-uniform: one is what `needle_prompt` asks for, and many of them teach it,
     since of a row with one needle six tokens or so say anything about retrieval. A tenth of the rows begins with a
-    needle, as prompts of depth 0 do: no token stands before it, which no other place is like.
+    needle, as prompts of depth 0 do: no token stands before it, which no other place is like. A row depends on the
+    seed and its number alone, whichever process makes it.
     """
-    rng = np.random.default_rng(seed)
-    rows, most = torch.empty(count, length, dtype=torch.int64), max(4, length // 64)
-    for row in rows:
-        pieces, tasks = [], needles(tokenizer, rng, round(most ** rng.random()))
-        for index, (statement, question, value, end) in enumerate(tasks):
+
+    def __init__(self, tokenizer, text, count, length, seed):
+        """`count` rows from the token ids `text`."""
+        self.tokenizer, self.text, self.count, self.length, self.seed = tokenizer, text, count, length, seed
+
+    def __len__(self):
+        """Rows in all."""
+        return self.count
+
+    def __getitem__(self, index):
+        """Row `index`; raises IndexError past the last."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"row {index} of {self.count}")
+        rng = np.random.default_rng([self.seed, index])
+        most, pieces = max(4, self.length // 64), []
+        tasks = needles(self.tokenizer, rng, round(most ** rng.random()))
+        for number, (statement, question, value, end) in enumerate(tasks):
             first, second = sorted(rng.random(2))
-            if index == 0 and rng.random() < 0.1:
+            if number == 0 and rng.random() < 0.1:
                 first = 0.0
-            pieces += [(first, statement), (1.0 if index == 0 else second, question + value + end)]
-            if sum(len(piece) for _, piece in pieces) > length // 2:
+            pieces += [(first, statement), (1.0 if number == 0 else second, question + value + end)]
+            if sum(len(piece) for _, piece in pieces) > self.length // 2:
                 del pieces[-2:]
                 break
-        room = length - sum(len(piece) for _, piece in pieces)
-        begin = int(rng.integers(0, len(text) - room + 1))
-        hay, ids, done = text[begin : begin + room].tolist(), [], 0
+        room = self.length - sum(len(piece) for _, piece in pieces)
+        begin = int(rng.integers(0, len(self.text) - room + 1))
+        hay, ids, done = self.text[begin : begin + room].tolist(), [], 0
         for place, piece in sorted(pieces, key=lambda item: item[0]):
             ids += hay[done : round(place * room)] + piece
             done = round(place * room)
-        row[:] = torch.tensor(ids + hay[done:])
-    return rows
+        return torch.from_numpy(np.array(ids + hay[done:], dtype=np.int64))
 
 
 @torch.no_grad()

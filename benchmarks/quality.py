@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,17 +117,18 @@ class Batches:
     """Training batches, equal for every model: `batch(seed, step)` is int64 [batch_size, length] on the device.
 
     Rows are windows of the token stream in an order drawn per seed and epoch; a share `needle_mix` of each batch is
-    needle tasks instead. `epochs` says how often the stream is passed.
+    needle tasks instead, the same ones for every seed, which worker processes make as the steps 0, 1, ... ask for
+    them. `epochs` says how often the stream is passed.
     """
 
     def __init__(self, args, tokenizer, train, device):
-        """Put the rows of `train` (int32 token ids) and the needle tasks on the device."""
+        """Put the rows of `train` (int32 token ids) on the device."""
         self.rows = torch.from_numpy(train[: len(train) // args.length * args.length]).view(-1, args.length).to(device)
         self.needles = round(args.needle_mix * args.batch_size)
-        self.needle_rows = None
         if self.needles:
-            count = self.needles * args.steps
-            self.needle_rows = evaluate.needle_rows(tokenizer, train, count, args.length, 0).to(device)
+            rows = evaluate.NeedleRows(tokenizer, train, self.needles * args.steps, args.length, 0)
+            workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
+            self.needle_loader = DataLoader(rows, batch_size=self.needles, num_workers=workers)
         self.plain = args.batch_size - self.needles
         self.epochs = args.steps * self.plain / len(self.rows)
         self.order = (None, None)
@@ -143,7 +145,9 @@ class Batches:
         index = [int(self._row_order(seed, place // len(self.rows))[place % len(self.rows)]) for place in places]
         ids = self.rows[torch.tensor(index, device=self.rows.device, dtype=torch.int64)].long()
         if self.needles:
-            ids = torch.cat([ids, self.needle_rows[step * self.needles : (step + 1) * self.needles]])
+            if step == 0:
+                self.needle_batches = iter(self.needle_loader)
+            ids = torch.cat([ids, next(self.needle_batches).to(ids.device)])
         return ids
 
 

@@ -119,7 +119,11 @@ def section_text(name, folder):
     document = json.loads(path.read_text())
     versions = [f"{name} {version}" for name, version in document["versions"].items() if name in ("torch", "triton")]
     source = ", ".join([document["device"], document["date"].split()[0], *versions])
-    return "\n".join([f"{source}: `{document['command']}`", "", *table(SECTIONS[name], document["rows"]), "", ""])
+    gathered = len(document.get("commands", []))
+    command = f"`{document['command']}`"
+    if gathered > 1:
+        command = f"{gathered} commands, all in `commands` of `{path.name}`, the last {command}"
+    return "\n".join([f"{source}: {command}", "", *table(SECTIONS[name], document["rows"]), "", ""])
 
 
 def report(text, folder):

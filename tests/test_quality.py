@@ -160,10 +160,23 @@ def test_needles_are_where_they_should_be(folder):
         assert len(ids) == 256 and text.endswith(f'assert SECRET["{key}"] == "') and len(answer) == 6
         assert f'SECRET["{key}"] = "{answer}"\n' in text
         assert text.index("SECRET") == pytest.approx(depth * text.index("\nassert SECRET"), abs=160)
-    rows = evaluate.needle_rows(tokenizer, train, 20, 1024, 0)
-    assert rows.shape == (20, 1024)
+    rows = evaluate.NeedleRows(tokenizer, train, 40, 1024, 0)
+    assert len(rows) == 40 and all(row.shape == (1024,) for row in rows) and torch.equal(rows[7], rows[7])
+    assert any(tokenizer.decode(row.tolist()).startswith("\nSECRET[") for row in rows)
     asked = [tokenizer.decode(row.tolist()).count("assert SECRET[") for row in rows]
     assert min(asked) == 1 and 4 < max(asked) <= 1024 // 64
+
+
+def test_needle_rows_are_the_same_for_every_seed(folder):
+    args = arguments(folder)
+    quality.check_arguments(args)
+    tokenizer, train, _ = quality.prepare_data(args)
+    args.needle_mix = 0.5
+    batches = quality.Batches(args, tokenizer, train, torch.device("cpu"))
+    first, second = ([batches.batch(seed, step) for step in range(3)] for seed in (0, 1))
+    for step, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert a.shape == (4, 64) and not torch.equal(a[:2], b[:2])
+        assert torch.equal(a[2:], b[2:]) and torch.equal(a[2], batches.needle_loader.dataset[2 * step])
 
 
 def arguments(folder):

@@ -114,6 +114,14 @@ def test_a_section_names_its_source_and_holds_the_table(files, name):
     assert not empty and lines == [*WANTED[name], ""]
 
 
+def test_a_gathered_file_names_where_its_commands_stand(files):
+    document = json.loads((files / "quality.json").read_text()) | {"commands": ["python a.py", "python b.py"]}
+    (files / "quality.json").write_text(json.dumps(document))
+    run(files)
+    source = between(files, "quality").splitlines()[0]
+    assert source.endswith(": 2 commands, all in `commands` of `quality.json`, the last `python measure.py quality`")
+
+
 def test_a_missing_file_leaves_the_command_that_writes_it(files):
     run(files)
     assert between(files, "mqar") == "not measured yet: `python evaluate.py --task mqar`\n"
