@@ -97,11 +97,6 @@ def fit_byte_pairs(texts, vocab_size, special_tokens):
     return tokenizer
 
 
-def encode(tokenizer, text):
-    """Token ids of a text, without special tokens."""
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 def encode_documents(tokenizer, texts, limit=None):
     """One stream of token ids (int32), documents separated by the end-of-text token, at most `limit` tokens."""
     if tokenizer.eos_token_id is None:

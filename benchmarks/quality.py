@@ -114,22 +114,23 @@ def prepare_data(args):
 
 
 class Batches:
-    """Training batches, equal for every model: `batch(seed, step)` is int64 [batch_size, length] on the device.
+    """Training batches, equal for every model: `of(seed)` yields int64 [batch_size, length] on the device per step.
 
     Rows are windows of the token stream in an order drawn per seed and epoch; a share `needle_mix` of each batch is
-    needle tasks instead, the same ones for every seed, which worker processes make as the steps 0, 1, ... ask for
-    them. `epochs` says how often the stream is passed.
+    needle tasks instead, the same ones for every seed, which worker processes make while training runs. `epochs` says
+    how often the stream is passed.
     """
 
     def __init__(self, args, tokenizer, train, device):
         """Put the rows of `train` (int32 token ids) on the device."""
         self.rows = torch.from_numpy(train[: len(train) // args.length * args.length]).view(-1, args.length).to(device)
-        self.needles = round(args.needle_mix * args.batch_size)
-        if self.needles:
-            rows = evaluate.NeedleRows(tokenizer, train, self.needles * args.steps, args.length, 0)
+        self.steps, needles = args.steps, round(args.needle_mix * args.batch_size)
+        self.needle_loader = None
+        if needles:
+            rows = evaluate.NeedleRows(tokenizer, train, needles * args.steps, args.length, 0)
             workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
-            self.needle_loader = DataLoader(rows, batch_size=self.needles, num_workers=workers)
-        self.plain = args.batch_size - self.needles
+            self.needle_loader = DataLoader(rows, batch_size=needles, num_workers=workers)
+        self.plain = args.batch_size - needles
         self.epochs = args.steps * self.plain / len(self.rows)
         self.order = (None, None)
 
@@ -139,16 +140,17 @@ class Batches:
             self.order = ((seed, epoch), torch.randperm(len(self.rows), generator=generator))
         return self.order[1]
 
-    def batch(self, seed, step):
-        """The token ids of one training step."""
+    def _plain_rows(self, seed, step):
         places = range(step * self.plain, (step + 1) * self.plain)
         index = [int(self._row_order(seed, place // len(self.rows))[place % len(self.rows)]) for place in places]
-        ids = self.rows[torch.tensor(index, device=self.rows.device, dtype=torch.int64)].long()
-        if self.needles:
-            if step == 0:
-                self.needle_batches = iter(self.needle_loader)
-            ids = torch.cat([ids, next(self.needle_batches).to(ids.device)])
-        return ids
+        return self.rows[torch.tensor(index, device=self.rows.device, dtype=torch.int64)].long()
+
+    def of(self, seed):
+        """Yield the token ids of every training step, in order."""
+        needle_rows = None if self.needle_loader is None else iter(self.needle_loader)
+        for step in range(self.steps):
+            ids = self._plain_rows(seed, step)
+            yield ids if needle_rows is None else torch.cat([ids, next(needle_rows).to(ids.device)])
 
 
 def sizes_of(args, case):
@@ -243,8 +245,7 @@ def train(model, loss_function, batches, seed, args):
     optimizer = evaluate.make_optimizer(model, args.lr)
     log = TrainingLog(min(args.log_every, args.steps), args.batch_size * args.length)
     model.train()
-    for step in range(args.steps):
-        ids = batches.batch(seed, step)
+    for step, ids in enumerate(batches.of(seed)):
         evaluate.set_progress(model, step, args.steps)
         with evaluate.low_precision(args.device):
             outputs = model.base_model(input_ids=ids, use_cache=False)

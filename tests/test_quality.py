@@ -173,7 +173,8 @@ def test_needle_rows_are_the_same_for_every_seed(folder):
     tokenizer, train, _ = quality.prepare_data(args)
     args.needle_mix = 0.5
     batches = quality.Batches(args, tokenizer, train, torch.device("cpu"))
-    first, second = ([batches.batch(seed, step) for step in range(3)] for seed in (0, 1))
+    first, second = (list(batches.of(seed)) for seed in (0, 1))
+    assert len(first) == args.steps
     for step, (a, b) in enumerate(zip(first, second, strict=True)):
         assert a.shape == (4, 64) and not torch.equal(a[:2], b[:2])
         assert torch.equal(a[2:], b[2:]) and torch.equal(a[2], batches.needle_loader.dataset[2 * step])
@@ -190,7 +191,7 @@ def test_greedy_is_the_same_with_any_prefill_chunk(folder):
     model, tokenizer = evaluate.load(args)
     ids = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
     assert torch.equal(evaluate.greedy(model, ids, 5, 40), evaluate.greedy(model, ids, 5, 7))
-    assert evaluate.encode(tokenizer, "def f():")
+    assert tokenizer("def f():", add_special_tokens=False)["input_ids"]
 
 
 def test_mqar_batches_follow_the_protocol():
