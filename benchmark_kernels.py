@@ -296,7 +296,7 @@ def attend_decode_operation(args, kernels, B, T):
     rates = [torch.randn(H, device=args.device) - 2 for _ in range(2)]
     seen_B = torch.full((B,), T, device=args.device)
     fixed = [heads[0] / E**0.5, heads[1], *heads, torch.randn(B, 1, 2 * H, device=args.device), *rates]
-    fixed += [torch.ones(E, device=args.device), 1e-6, seen_B[:, None], -seen_B[:, None], None, seen_B]
+    fixed += [1 / 128, torch.ones(E, device=args.device), 1e-6, seen_B[:, None], -seen_B[:, None], None, seen_B]
     fixed += [torch.rand(B, 1, device=args.device), torch.zeros((), device=args.device), 0.05, True]
     store = [torch.randn(B, H, E, E, device=args.device)]
     store += [torch.randn(B, n, G, E, device=args.device, dtype=args.dtype) for n in (W, W, P + 1, P + 1)]

@@ -298,6 +298,11 @@ class ReflexiveStream(nn.Module):
             init.zeros_(self.decay_log_rate)
             init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
 
+    def decay_parameters(self):
+        """What `log_decay_ref` needs beside its input."""
+        horizon = self.config.linear_attention_horizon
+        return self.decay_log_rate, self.decay_bias, 1.0 / horizon if horizon else 0.0
+
     def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None, head_BTX=None):
         """Sum of both attentions, [B, T, H, E]; `head_BTX` is what `head_proj` gives, if that is there."""
         single = layer_cache is not None and h_BTD.shape[1] == 1
@@ -339,7 +344,7 @@ class ReflexiveStream(nn.Module):
         if gated:
             head_BTX = self.head_proj(h_BTD) if head_BTX is None else head_BTX
             decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
-            log_decay_BTH = log_decay_ref(decay_BTH, self.decay_log_rate, self.decay_bias)
+            log_decay_BTH = log_decay_ref(decay_BTH, *self.decay_parameters())
         else:
             v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
             log_decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
@@ -529,7 +534,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
     def _attend(self, heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend):
         """Both streams of a single token, [B, 1, H, E]; extends the cache."""
         reflexive = self.reflexive
-        parameters = (reflexive.decay_log_rate, reflexive.decay_bias, reflexive.norm.weight)
+        parameters = (*reflexive.decay_parameters(), reflexive.norm.weight)
         router = (None, None, 0.0, False) if score_BT is None else self.router.single(score_BT, router_bias)
         store = layer_cache.store(0 if score_BT is None else 1)
         state, ring = layer_cache.linear_state, (layer_cache.window_keys, layer_cache.window_values)

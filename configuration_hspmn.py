@@ -102,6 +102,9 @@ class HSPMNConfig(PreTrainedConfig):
     """Learned key/value pairs that every softmax may attend to, at least 0."""
     linear_attention: str = "gated"
     """"gated" (data-dependent decay, normalised q/k, gated RMSNorm) or "elu" (elu(x)+1 with a running normaliser)."""
+    linear_attention_horizon: int = 0
+    """Tokens over which every state of the gated linear attention fades to 1 / e or less; 0 sets no bound. Unbounded,
+    a state may learn to hold whole training rows, and both recall and the routed shares fail beyond their length."""
     conv_kernel_size: int = 4
     """Taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out."""
     backend: str = "auto"
@@ -128,7 +131,9 @@ class HSPMNConfig(PreTrainedConfig):
         least = dict.fromkeys(
             ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1
         ) | dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "conv_kernel_size"), 1)
-        least |= dict.fromkeys(("routed_intermediate_size", "sliding_window", "num_sink_tokens"), 0)
+        least |= dict.fromkeys(
+            ("routed_intermediate_size", "sliding_window", "num_sink_tokens", "linear_attention_horizon"), 0
+        )
         for field, minimum in least.items():
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):

@@ -37,7 +37,7 @@ def softplus(x):
 
 @triton.jit
 def advance_state(
-    q_linear, k_linear, v, head, log_rate, rate_bias, start, length, state, linear, b, h, column,
+    q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, b, h, column,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, HAS_LENGTH: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns from `column` of the state of row b and head h, and of what the linear attention gives."""
@@ -48,7 +48,7 @@ def advance_state(
     held = tl.load(state + at)
     opens = tl.load(start + b) >= 0  # a document
     decay = softplus(tl.load(head + b * 2 * H + h).to(tl.float32) + tl.load(rate_bias + h).to(tl.float32))
-    decay = tl.exp(-tl.exp(tl.load(log_rate + h).to(tl.float32)) * decay)
+    decay = tl.exp(-tl.exp(tl.load(log_rate + h).to(tl.float32)) * decay - least_decay)
     k_feature = tl.load(k_linear + (b * G + g) * E + e).to(tl.float32)
     v_part = tl.load(v + (b * G + g) * E + f).to(tl.float32)
     q_feature = tl.load(q_linear + (b * H + h) * E + e).to(tl.float32)
@@ -159,7 +159,7 @@ def attend_store(
 
 @triton.jit(do_not_specialize=["B", "P"])
 def attend_decode_kernel(
-    q_linear, k_linear, q, k, v, head, log_rate, rate_bias, position, start, length, seen, score, bias,
+    q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
     state, ring_k, ring_v, keys, values, positions, count, document_slot, linear, part, part_lse, plan, B, P,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, ALWAYS: tl.constexpr,
     HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
@@ -186,8 +186,8 @@ def attend_decode_kernel(
         tl.extra.cuda.gdc_wait()
     if states >= 0:
         advance_state(
-            q_linear, k_linear, v, head, log_rate, rate_bias, start, length, state, linear, state_row, h, column,
-            H, G, E, COLUMNS, HAS_LENGTH,
+            q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, state_row, h,
+            column, H, G, E, COLUMNS, HAS_LENGTH,
         )  # fmt: skip
     elif windows >= 0:
         real = row >= 0
@@ -280,6 +280,7 @@ def _attend_decode(
     head_BTX: torch.Tensor,
     decay_log_rate_H: torch.Tensor,
     decay_bias_H: torch.Tensor,
+    least_decay: float,
     norm_E: torch.Tensor,
     eps: float,
     position_BT: torch.Tensor,
@@ -318,8 +319,8 @@ def _attend_decode(
     plan = count_B.new_empty(B, 3)
     programs = G * splits + B * G + B * H * (E // config["COLUMNS"])
     attend_decode_kernel[(programs,)](
-        *heads, *rates, *place, score_BT, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, *store, linear_BHE, part,
-        part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, ALWAYS=always,
+        *heads, *rates, least_decay, *place, score_BT, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, *store,
+        linear_BHE, part, part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, ALWAYS=always,
         HAS_LENGTH=length_B is not None, BATCH=triton.next_power_of_2(B), **config, **options,
     )  # fmt: skip
     merge_decode_kernel[(B * H,)](
@@ -332,17 +333,17 @@ def _attend_decode(
 
 @_attend_decode.register_fake
 def _(
-    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, norm_E, eps,
-    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE, ring_v_BWGE,
-    keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
+    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
+    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
     return q_BTHE.new_empty(q_BTHE.shape)
 
 
 def attend_decode(
-    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, norm_E, eps,
-    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE, ring_v_BWGE,
-    keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
+    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
+    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
     """`attend_decode_ref` that advances state, ring, sparse store and counts, all IN PLACE.
 
@@ -372,9 +373,9 @@ def attend_decode(
                            ("document_slot", document_slot_B, (B,))):  # fmt: skip
         check_in_place(name, x, shape, (torch.int32,))
     return _attend_decode(
-        q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, norm_E, eps,
-        position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
-        ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+        q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
+        norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE,
+        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
     )  # fmt: skip
 
 

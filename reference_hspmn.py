@@ -384,30 +384,33 @@ def push_window_ref(k_BTGE, v_BTGE, ring_k_BWGE, ring_v_BWGE, seen_B, length_B):
     return slot_B
 
 
-def log_decay_ref(decay_BTH, log_rate_H, bias_H):
-    """Log-decay per token and head, -exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0."""
-    return -wide(log_rate_H).exp() * F.softplus(wide(decay_BTH) + wide(bias_H))
+def log_decay_ref(decay_BTH, log_rate_H, bias_H, least=0.0):
+    """Log-decay per token and head, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
+
+    least: nats per token that every head forgets at least, so that no state remembers without end.
+    """
+    return -wide(log_rate_H).exp() * F.softplus(wide(decay_BTH) + wide(bias_H)) - least
 
 
 def attend_decode_ref(
-    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, norm_E, eps,
-    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE, ring_v_BWGE,
-    keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
+    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
+    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
     """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
 
     q_linear, k_linear, q, k, v: what `split_heads_ref` returns. head_BTX: the H inputs of `log_decay_ref`, then the H
-    gates of `gated_norm_ref`. start_BT: at most 0. length_B: 1, or 0 where a row's token is padding, which is not
-    routed and whose output means nothing; None for no padding. seen_B: real tokens before this one. score_BT, bias,
-    noise_floor: the router's, see `route_ref`, with score None for a layer without one; always: it routes every token.
-    ring_*: the window as in `window_decode_ref`. keys, values [B, P + 1, G, E] and positions [B, P + 1]: the sparse
-    store, whose last slot takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the
-    row's document. Ring, store and counts are updated IN PLACE. A routed token without a free slot is counted and
-    otherwise treated as one that is not routed.
+    gates of `gated_norm_ref`. least_decay: the `least` of the former. start_BT: at most 0. length_B: 1, or 0 where a
+    row's token is padding, which is not routed and whose output means nothing; None for no padding. seen_B: real
+    tokens before this one. score_BT, bias, noise_floor: the router's, see `route_ref`, with score None for a layer
+    without one; always: it routes every token. ring_*: the window as in `window_decode_ref`. keys, values
+    [B, P + 1, G, E] and positions [B, P + 1]: the sparse store, whose last slot takes discarded writes; count_B: its
+    used slots; document_slot_B: the first slot of the row's document. Ring, store and counts are updated IN PLACE. A
+    routed token without a free slot is counted and otherwise treated as one that is not routed.
     Returns the sum [B, 1, H, E] in q's dtype and the advanced state.
     """
     decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
-    log_decay_BTH = log_decay_ref(decay_BTH, decay_log_rate_H, decay_bias_H)
+    log_decay_BTH = log_decay_ref(decay_BTH, decay_log_rate_H, decay_bias_H, least_decay)
     linear_BTHE, state_BHEE = linear_attention_recurrent_ref(
         q_linear_BTHE, k_linear_BTGE, v_BTGE, log_decay_BTH, start_BT, length_B, state_BHEE
     )

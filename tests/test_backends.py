@@ -16,7 +16,7 @@ VARIANTS = {
     "elu": {"linear_attention": "elu"},
     "sinks": {"num_sink_tokens": 2},
     "routed_mlp": {"routed_intermediate_size": 24},
-    "dense_layer": {"sparsity_k": [1.0, 0.0, 0.3]},
+    "dense_layer": {"sparsity_k": [1.0, 0.0, 0.3], "linear_attention_horizon": 6},
     "bare": {"sliding_window": 0, "conv_kernel_size": 1, "sparsity_k": 0.3},
 }
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")

@@ -9,12 +9,13 @@ from hspmn.configuration_hspmn import HSPMNConfig
 from hspmn.modeling_hspmn import HSPMNBlock, HSPMNForCausalLM, HSPMNModel
 
 CHECKOUT = Path(configuration_hspmn.__file__).parent
+COUNTS = ("routed_intermediate_size", "sliding_window", "num_sink_tokens", "linear_attention_horizon")
 INVALID = [
     *((field, 0) for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
     *((field, 0) for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "conv_kernel_size")),
     ("max_position_embeddings", 0),
-    *((field, -1) for field in ("routed_intermediate_size", "sliding_window", "num_sink_tokens")),
-    *((field, 2.5) for field in ("hidden_size", "num_hidden_layers", "sliding_window", "conv_kernel_size")),
+    *((field, -1) for field in COUNTS),
+    *((field, 2.5) for field in ("hidden_size", "num_hidden_layers", "conv_kernel_size", *COUNTS)),
     *((field, "4") for field in ("hidden_size", "router_bias_rate", "sparsity_k", "use_cache")),
     ("hidden_size", True),
     ("num_key_value_heads", 3),
@@ -37,7 +38,7 @@ EDGES = [
     *((field, 0.0) for field in ("router_bias_rate", "sparsity_anneal_fraction")),
     ("sparsity_anneal_fraction", 1.0),
     ("capacity_factor", 1.0),
-    *((field, 0) for field in ("routed_intermediate_size", "sliding_window", "num_sink_tokens", "pad_token_id")),
+    *((field, 0) for field in (*COUNTS, "pad_token_id")),
     ("conv_kernel_size", 1),
     ("eos_token_id", [0, 16383]),
 ]

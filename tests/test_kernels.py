@@ -226,7 +226,7 @@ def decoded(H, G, E, window, P, dtype):
     inputs |= zip(("q_linear", "k_linear", "q", "k", "v"), tensors, strict=True)
     inputs["head"] = torch.randn(B, 1, 2 * H, device=DEVICE)
     inputs |= {"log_rate": torch.randn(H, device=DEVICE) - 2, "rate_bias": torch.randn(H, device=DEVICE) * 4}
-    inputs |= {"norm": torch.rand(E, device=DEVICE), "eps": 1e-6}
+    inputs |= {"least_decay": 0.125, "norm": torch.rand(E, device=DEVICE), "eps": 1e-6}
     inputs["position"] = torch.arange(1000, 1005, device=DEVICE)[:, None]
     inputs["start"] = torch.tensor([[-500], [-3], [0], [-1], [-9]], device=DEVICE)
     inputs |= {"length": None, "seen": torch.tensor([500, 77, 5, 2, 9], device=DEVICE)}

@@ -189,7 +189,7 @@ def build_all(target):
         rings, slots = (k[:, :128].contiguous(), v[:, :128].contiguous()), torch.zeros(B, T, dtype=torch.int32)
         place, cache = (begin, begin), (state, *rings, k, v, slots, count, count)
         for held, router in ((None, (gate[:, :1], rates[:1], 0.05, False)), (length, (None, None, 0.0, False))):
-            parameters = (torch.zeros(B, 1, 2 * H), rates, rates, norm, 1e-6)
+            parameters = (torch.zeros(B, 1, 2 * H), rates, rates, 0.01, norm, 1e-6)
             kernels.attend_decode(*one, *parameters, *place, held, last, *router, *cache)
             kernels.place_decode(table[:, :1], table[:, :1], begin, begin, held)
             history = x[:, :3].contiguous()

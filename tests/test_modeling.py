@@ -30,6 +30,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}  # logits have a deviation of about 1
 VARIANTS = {
     "gated": {},
     "elu": {"linear_attention": "elu"},
+    "horizon": {"linear_attention_horizon": 6},
     "sinks": {"num_sink_tokens": 2},
     "routed_mlp": {"routed_intermediate_size": 24},
     "dense_layer": {"sparsity_k": [1.0, 0.0, 0.3]},

@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from hspmn import reference_hspmn
+from hspmn.block_hspmn import ReflexiveStream
 from hspmn.operations_hspmn import take_rows
 from hspmn.reference_hspmn import (
     add_sinks_ref,
@@ -14,6 +15,7 @@ from hspmn.reference_hspmn import (
     linear_attention_recurrent_ref,
     linear_attention_ref,
     local_attention_ref,
+    log_decay_ref,
     merge_ref,
     reflexive_merge_ref,
     route_ref,
@@ -169,6 +171,16 @@ def test_recurrence_is_a_sum_of_decayed_outer_products():
         total = sum(log_decay[0, s + 1 :, head].sum().exp() * torch.outer(k[0, s, 0], v[0, s, 0]) for s in range(6))
         torch.testing.assert_close(state[0, head], total, **EXACT)
         torch.testing.assert_close(out[0, 5, head], q[0, 5, head] @ total, **EXACT)
+
+
+def test_every_state_forgets_within_the_horizon(tiny_config):
+    stream = ReflexiveStream(tiny_config(linear_attention_horizon=8))
+    decay_BTH = 10 * normal(1, 50, 4)
+    assert (log_decay_ref(decay_BTH, *stream.decay_parameters()) <= -1 / 8).all()
+    with torch.no_grad():
+        stream.decay_log_rate.fill_(-200.0)  # the slowest that training could reach
+    slowest = log_decay_ref(decay_BTH, *stream.decay_parameters())
+    torch.testing.assert_close(slowest, torch.full_like(slowest, -1 / 8), **EXACT)
 
 
 def test_document_start_forgets_the_state_and_everything_before():
