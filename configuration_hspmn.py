@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 ROUTER_MODES = ("threshold", "topk")
 LINEAR_ATTENTIONS = ("gated", "elu")
 BACKENDS = ("auto", "reference", "flex", "triton")
+CONCENTRATED_SHARE, ROUTING_PERIOD = 0.2, 4  # of `sparsity_k=None`: the average share, and every which layer routes
 
 
 def raises_value_error(method):
@@ -76,9 +77,10 @@ class HSPMNConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     """End-of-text id or ids."""
 
-    sparsity_k: float | int | list[float | int] = 0.2
+    sparsity_k: float | int | list[float | int] | None = 0.2
     """Target share of tokens routed to the contextual stream, 0.0 to 1.0; a list gives one per layer. 1.0 makes a
-    full-attention layer, 0.0 a purely reflexive one."""
+    full-attention layer, 0.0 a purely reflexive one. None puts an average of 0.2 into every fourth layer and the last:
+    as many bytes of keys and values, and a pair of tokens meets in one layer more often, for more compute."""
     router_mode: str = "threshold"
     """"threshold" (causal) or "topk" (exactly k per row, looks at the future; training and scoring only)."""
     router_noise_floor: float = 0.05
@@ -122,9 +124,13 @@ class HSPMNConfig(PreTrainedConfig):
     @property
     def layer_sparsity(self) -> list[float]:
         """Target share of routed tokens of each layer, L values in [0, 1]."""
+        L = self.num_hidden_layers
         if isinstance(self.sparsity_k, list):
             return [float(share) for share in self.sparsity_k]
-        return [float(self.sparsity_k)] * self.num_hidden_layers
+        if self.sparsity_k is not None:
+            return [float(self.sparsity_k)] * L
+        routing = [i % ROUTING_PERIOD == ROUTING_PERIOD - 1 or i == L - 1 for i in range(L)]
+        return [round(CONCENTRATED_SHARE * L / sum(routing), 6) if routes else 0.0 for routes in routing]
 
     def validate_sizes(self):
         """Sizes are whole numbers from their least value on."""
@@ -159,6 +165,8 @@ class HSPMNConfig(PreTrainedConfig):
 
     def validate_sparsity(self):
         """Every routed share lies in [0, 1] and a list has one entry per layer."""
+        if self.sparsity_k is None:
+            return
         shares = self.sparsity_k if isinstance(self.sparsity_k, list) else [self.sparsity_k]
         for share in shares:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:

@@ -33,7 +33,7 @@ INVALID = [
     ("rope_parameters", {"rope_type": "spiral", "rope_theta": 10000.0}),
 ]
 EDGES = [
-    *(("sparsity_k", value) for value in (0, 1, 0.0, 1.0, [0.0, 1.0] * 4, [0, 1] * 4)),
+    *(("sparsity_k", value) for value in (None, 0, 1, 0.0, 1.0, [0.0, 1.0] * 4, [0, 1] * 4)),
     *(("router_noise_floor", value) for value in (0.0, 0.99)),
     *((field, 0.0) for field in ("router_bias_rate", "sparsity_anneal_fraction")),
     ("sparsity_anneal_fraction", 1.0),
@@ -90,6 +90,15 @@ def test_omitted_fields_follow_the_others():
 def test_layer_sparsity_is_one_share_per_layer():
     assert HSPMNConfig(num_hidden_layers=3, sparsity_k=0.2).layer_sparsity == [0.2, 0.2, 0.2]
     assert HSPMNConfig(num_hidden_layers=3, sparsity_k=[1, 0.0, 0.3]).layer_sparsity == [1.0, 0.0, 0.3]
+
+
+@pytest.mark.parametrize("layers", [*range(1, 10), 24])
+def test_concentrated_share_has_the_average_of_the_even_one(layers):
+    shares = HSPMNConfig(num_hidden_layers=layers, sparsity_k=None).layer_sparsity
+    assert len(shares) == layers and sum(shares) == pytest.approx(0.2 * layers)
+    routing = [share for share in shares if share]
+    assert len(routing) == -(-layers // 4) and len(set(routing)) == 1 and shares[-1] == routing[0] <= 0.8
+    assert all(shares[3::4])
 
 
 def test_sparsity_list_survives_saving(tmp_path):

@@ -36,6 +36,7 @@ VARIANTS = {
     "dense_layer": {"sparsity_k": [1.0, 0.0, 0.3]},
     "all_dense": {"sparsity_k": 1.0, "num_key_value_heads": 4},
     "reflexive": {"sparsity_k": 0.0},
+    "concentrated": {"sparsity_k": None},
     "bare": {"sliding_window": 0, "conv_kernel_size": 1, "linear_attention": "elu", "sparsity_k": 0.3},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
