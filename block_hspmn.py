@@ -506,9 +506,11 @@ class HSPMNBlock(GradientCheckpointingLayer):
         )
         if not usable:
             return self.input_layernorm(x_BTD), None, None
-        norm, head_weight = self.input_layernorm, self.reflexive.head_proj.weight
-        score_weight = None if self.router is None else self.router.weight
-        return norm_heads(x_BTD, norm.weight, norm.eps, head_weight, score_weight, backend)
+        norm, weights = self.input_layernorm, (self.reflexive.head_proj.weight, self._score_weight())
+        return norm_heads(x_BTD, norm.weight, norm.eps, *weights, backend)
+
+    def _score_weight(self):
+        return None if self.router is None else self.router.weight
 
     def _streams_are_plain(self):
         """Whether both streams of a single token may be one operation, which does not call their modules."""
@@ -547,8 +549,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
     def _decode(self, x_BTD, stream, layer_cache, router_bias, backend):
         """`_run` of a single token of few rows: every product in one launch with what stands before or after it."""
         norm, projection = self.input_layernorm, self.projection
-        score_weight = None if self.router is None else self.router.weight
-        weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, score_weight)
+        weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, self._score_weight())
         x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, backend)
         heads = projection.split(x_BTC, stream, layer_cache, backend)
         merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)

@@ -178,7 +178,7 @@ def _norm_heads(
 
 
 def _normed_heads(x_BTD, X):
-    """The outputs of `norm_heads`, not yet written."""
+    """The outputs of `norm_heads`, not yet written; the score stays so without a weight of it."""
     B, T, D = x_BTD.shape
     return x_BTD.new_empty(B, T, D), x_BTD.new_empty(B, T, X), x_BTD.new_empty(B, T, dtype=torch.float32)
 
@@ -192,8 +192,7 @@ def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D=None):
     """`norm_heads_ref` in one pass over memory.
 
     x_BTD: float32, bfloat16 or float16. head_weight_XD: in x's dtype, at most `MOST_HEAD_ROWS` rows. norm_D,
-    score_weight_D: any float dtype; without the latter the score is not written. Raises ValueError on shapes or dtypes
-    the kernel does not take.
+    score_weight_D: any float dtype. Raises ValueError on shapes or dtypes the kernel does not take.
     """
     D = x_BTD.shape[-1]
     if x_BTD.dtype not in DTYPES or head_weight_XD.dtype != x_BTD.dtype:
@@ -205,7 +204,8 @@ def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D=None):
         wanted = f"[1 to {MOST_HEAD_ROWS}, {D}]"
         raise ValueError(f"head_weight must be {wanted}, as x has it, got {tuple(head_weight_XD.shape)}")
     check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
-    return _norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+    h_BTD, head_BTX, score_BT = _norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+    return h_BTD, head_BTX, None if score_weight_D is None else score_BT
 
 
 @operation("compact")

@@ -343,12 +343,13 @@ def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
 
     x_BTD: [B, 1, D] of float32, bfloat16 or float16, at most 16 rows. qkv_weight, head_weight: in x's dtype. norm_D:
     any float dtype. score_weight_D: any float dtype, or None for a layer without a router.
-    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] in float32, and score [B, 1] in float32, not written if there is
-    no weight of it. Sums are float32. Raises ValueError on shapes or dtypes the kernel does not take.
+    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] in float32, and score [B, 1] in float32, None without a
+    weight of it. Sums are float32. Raises ValueError on shapes or dtypes the kernel does not take.
     """
     _check_rows("project_decode", x_BTD, qkv_weight=qkv_weight_CD, head_weight=head_weight_XD)
     check_vectors(x_BTD, norm=norm_D, score_weight=score_weight_D)
-    return _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
+    qkv_BTC, head_BTX, score_BT = _project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
+    return qkv_BTC, head_BTX, None if score_weight_D is None else score_BT
 
 
 def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):

@@ -119,8 +119,7 @@ def route(h_BTD, weight_D, bias, noise_floor, backend):
 def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D, backend):
     """See `norm_heads_ref`; more rows of `head_weight` than the kernel takes go to separate products."""
     normed = norm_heads_ref if backend != "triton" or head_weight_XD.shape[0] > MOST_HEAD_ROWS else norm_heads_kernel
-    *outputs, score_BT = normed(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
-    return *outputs, None if score_weight_D is None else score_BT
+    return normed(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
 
 
 def compact(mask_BT, capacity, backend):
@@ -279,8 +278,7 @@ def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, 
 def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, backend):
     """See `project_decode_ref`."""
     project = project_decode_kernel if backend == "triton" else project_decode_ref
-    *outputs, score_BT = project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-    return *outputs, None if score_weight_D is None else score_BT
+    return project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
 
 
 def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, backend):

@@ -317,6 +317,7 @@ def test_norm_heads(B, T, X, D, scored, dtype, poison):
     got = kernels_hspmn.norm_heads(*inputs)
     for name, i in (("h", 0), ("head", 1)) + (("score", 2),) * scored:
         assert_as_accurate(name, got[i], eager[i], exact[i])
+    assert scored or got[2] is eager[2] is None
 
 
 @pytest.mark.parametrize("rows", [256, 258])
@@ -362,6 +363,8 @@ def test_project_decode(B, N, K, scored, dtype, poison):
     assert_as_accurate("head", got[1].to(dtype), eager[1].to(dtype), exact[1])
     if scored:
         assert_as_accurate("score", got[2], eager[2], exact[2])
+    else:
+        assert got[2] is eager[2] is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
