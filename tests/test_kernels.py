@@ -629,7 +629,7 @@ def test_errors_name_what_is_wrong():
     one, ring, step = [x[:, :1].contiguous() for x in (q, k, v)], torch.zeros(1, 3, 2, 16, device=DEVICE), decay[:, :1]
     place, router = (count[:, None], count[:, None], None, count), (step[..., 0], count, 0.05, False)
     store = (ring, ring, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE), count, count)
-    fixed = (one[0], one[1], *one, torch.zeros(1, 1, 8, device=DEVICE), *decay[0, :2], q[0, 0, 0], 1e-6, *place)
+    fixed = (one[0], one[1], *one, torch.zeros(1, 1, 8, device=DEVICE), *decay[0, :2], 0.0, q[0, 0, 0], 1e-6, *place)
     with pytest.raises(ValueError, match="state must be contiguous torch.float32"):
         kernels_hspmn.attend_decode(*fixed, *router, state.half(), ring, ring, *store)
     with pytest.raises(ValueError, match="ring_v must be contiguous"):
