@@ -384,7 +384,7 @@ def push_window_ref(k_BTGE, v_BTGE, ring_k_BWGE, ring_v_BWGE, seen_B, length_B):
     return slot_B
 
 
-def log_decay_ref(decay_BTH, log_rate_H, bias_H, least=0.0):
+def log_decay_ref(decay_BTH, log_rate_H, bias_H, least):
     """Log-decay per token and head, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
 
     least: nats per token that every head forgets at least, so that no state remembers without end.
