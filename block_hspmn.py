@@ -288,20 +288,33 @@ class ReflexiveStream(nn.Module):
             self.decay_log_rate = nn.Parameter(torch.empty(H))
             self.decay_bias = nn.Parameter(torch.empty(H))
             self.norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.register_buffer("bound", torch.empty((), dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self):
         """Heads remember over time scales from about 1 to 1000 tokens, evenly spread in the logarithm."""
+        init.constant_(self.bound, 1.0)
         if self.config.linear_attention == "gated":
             H = self.config.num_attention_heads
             rate = torch.exp(torch.linspace(math.log(1e-3), math.log(0.7), H))  # log-decay per token at zero input
             init.zeros_(self.decay_log_rate)
             init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
 
+    @torch.no_grad()
+    def set_progress(self, progress):
+        """Tighten the bound of a state in training: none at progress 0, `linear_attention_horizon` at progress 1.
+
+        It follows the cube: recall is learned through the states first, and taken over by the contextual stream.
+        """
+        self.bound.fill_(progress**3)
+
     def decay_parameters(self):
-        """What `log_decay_ref` needs beside its input."""
+        """What `log_decay_ref` needs beside its input; outside training always with the whole bound."""
         horizon = self.config.linear_attention_horizon
-        return self.decay_log_rate, self.decay_bias, 1.0 / horizon if horizon else 0.0
+        least = 1.0 / horizon if horizon else 0.0
+        if horizon and self.training:
+            least = self.bound.float() * least
+        return self.decay_log_rate, self.decay_bias, least
 
     def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None, head_BTX=None):
         """Sum of both attentions, [B, T, H, E]; `head_BTX` is what `head_proj` gives, if that is there."""

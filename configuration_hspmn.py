@@ -95,7 +95,8 @@ class HSPMNConfig(PreTrainedConfig):
     """Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
     score of a token that does not matter: without it the router does not find those that associative recall needs."""
     sparsity_anneal_fraction: float = 0.6
-    """Share of the training steps over which the target falls from 1.0 to `sparsity_k`, 0.0 (none) to 1.0."""
+    """Share of the training steps over which the target falls from 1.0 to `sparsity_k` and states are bounded more and
+    more, up to `linear_attention_horizon`; 0.0 (none) to 1.0."""
     capacity_factor: float = 2.0
     """Routed slots held in training, as a multiple of the target share, at least 1.0; more tokens overflow."""
     sliding_window: int = 128

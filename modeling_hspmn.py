@@ -93,16 +93,18 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         return [module for module in self.modules() if isinstance(module, HSPMNRouter)]
 
     def set_sparsity_progress(self, progress):
-        """Move every layer's target share along its annealing.
+        """Move every layer's target share, and the bound on its linear states, along their annealing.
 
-        progress: 0.0 routes every token, 1.0 routes `config.sparsity_k`, linear between. Call it before each
-        training step (arXiv 2404.02258 trains at a fixed share; from scratch the router then has no signal).
+        progress: 0.0 routes every token, 1.0 routes `config.sparsity_k`, linear between, while states are bounded by
+        `config.linear_attention_horizon` over progress cubed. Call it before each training step (arXiv 2404.02258
+        trains at a fixed share; from scratch the router then has no signal). Nothing outside training depends on it.
         Raises ValueError outside [0, 1].
         """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
-        for router in self._routers():
-            router.set_progress(progress)
+        for module in self.modules():
+            if isinstance(module, HSPMNRouter | ReflexiveStream):
+                module.set_progress(progress)
 
     @property
     def router_targets(self):

@@ -522,7 +522,8 @@ def make_tokenizer(model_args, data_args, training_args, documents):
 
 
 class AnnealingCallback(TrainerCallback):
-    """Every router's target falls from 1.0 to `sparsity_k` over the first `sparsity_anneal_fraction` of the steps."""
+    """Over the first `sparsity_anneal_fraction` of the steps every router's target falls from 1.0 to `sparsity_k`, and
+    states are bounded more and more."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Called before each step; a resumed run continues where it stood."""

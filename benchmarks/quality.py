@@ -10,11 +10,11 @@ Models, with the same data order, optimiser, steps and number of parameters:
                   its training loss after 700 steps was 2.62, from 0.04 2.42, that of linear_full4 2.19 and 2.33
                   (one seed, H100, 2026-11-24)
     linear_full4  gated linear attention in every layer, full causal attention beside it in every fourth; HSPMN's
-                  blocks with sparsity_k of 0 or 1 and no local window
+                  blocks with sparsity_k of 0 or 1, no local window and no bound on what a state remembers
     hspmn         HSPMN as configured: the target share annealed from 1 to `sparsity_k`
     hspmn_random  the same with every router frozen at its random start; its bias still balances the load
     hspmn_fixed   the same without annealing
-    reflexive     no contextual stream at all
+    reflexive     no contextual stream at all, no such bound either
 Text is Python source found on the machine, split by the hash of each file. The results file `<name>.json` keeps every
 (model, seed) pair; later runs of the same code and settings append to it, and so may several processes at once, each
 with models or seeds of its own. Throughput is the median over intervals of

@@ -6,7 +6,7 @@ from hspmn.operations_hspmn import FLEX_BLOCK, _block_mask
 from torch._dynamo.utils import counters
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-SIZES = {"num_hidden_layers": 2, "sparsity_k": [0.4, 0.0]}
+SIZES = {"num_hidden_layers": 2, "sparsity_k": [0.4, 0.0], "linear_attention_horizon": 6}
 ONE_LAYER = {"num_hidden_layers": 1, "sparsity_k": 0.4}  # a code generator takes its time for every layer
 
 

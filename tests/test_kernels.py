@@ -308,7 +308,7 @@ def test_place_decode_is_dense_and_the_same():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scored", [True, False])
-@pytest.mark.parametrize("B, T, X, D", [(2, 19, 4, 40), (1, 1, 32, 300)] + [(4, 1000, 32, 2048)] * CUDA, ids=str)
+@pytest.mark.parametrize("B, T, X, D", [(2, 19, 4, 40), (1, 9, 32, 300)] + [(4, 1000, 32, 2048)] * CUDA, ids=str)
 def test_norm_heads(B, T, X, D, scored, dtype, poison):
     x, norm = 3 * torch.randn(B, T, D, device=DEVICE).to(dtype), torch.rand(D, device=DEVICE) + 0.5
     score_weight = torch.randn(D, device=DEVICE) / D**0.5 if scored else None

@@ -183,6 +183,16 @@ def test_every_state_forgets_within_the_horizon(tiny_config):
     torch.testing.assert_close(slowest, torch.full_like(slowest, -1 / 8), **EXACT)
 
 
+def test_the_bound_on_states_tightens_in_training_alone(tiny_config):
+    stream, decay_BTH = ReflexiveStream(tiny_config(linear_attention_horizon=8)).double(), normal(1, 5, 4)
+    bounded = log_decay_ref(decay_BTH, *stream.decay_parameters())
+    for progress, least in ((0.0, 0.0), (0.5, 1 / 64), (1.0, 1 / 8)):
+        stream.set_progress(progress)
+        got = log_decay_ref(decay_BTH, *stream.train().decay_parameters())
+        torch.testing.assert_close(got, bounded + 1 / 8 - least, **EXACT)
+        assert torch.equal(log_decay_ref(decay_BTH, *stream.eval().decay_parameters()), bounded)
+
+
 def test_document_start_forgets_the_state_and_everything_before():
     q, k, v = query_key_value(1, 12, 1, 1, 4)
     log_decay, state = -normal(1, 12, 1).square(), normal(1, 1, 4, 4)
