@@ -547,9 +547,12 @@ class LogCallback(ProgressCallback):
         """One line per training log."""
         if not state.is_world_process_zero or self.training_bar is None or "loss" not in logs:
             return
-        loads = " ".join(f"{value:.2f}" for name, value in logs.items() if name.startswith("load/"))
+        loads, targets = (
+            [f"{value:.2f}" for name, value in logs.items() if name.startswith(kind)] for kind in ("load/", "target/")
+        )
+        targets = targets[:1] if len(set(targets)) == 1 else targets
         line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        self.training_bar.write(f"{line}  load {loads}  target {logs['load_target']:.2f}")
+        self.training_bar.write(f"{line}  load {' '.join(loads)}  target {' '.join(targets)}")
 
 
 class HSPMNTrainer(Trainer):
@@ -577,13 +580,13 @@ class HSPMNTrainer(Trainer):
         return output
 
     def log(self, logs, start_time=None):
-        """Adds `load/<layer>` to training logs and warns of layers far from their target."""
+        """Adds `load/<layer>` and `target/<layer>` to training logs and warns of layers far from their target."""
         if "loss" in logs and self.last_load is not None:
             loads = self.last_load.tolist()
             progress = AnnealingCallback.progress(self.model.config, self.state)
             targets = [1.0 + (share - 1.0) * progress if share else 0.0 for share in self.model.config.layer_sparsity]
             logs = logs | {f"load/{layer}": load for layer, load in enumerate(loads)}
-            logs["load_target"] = sum(targets) / len(targets)
+            logs |= {f"target/{layer}": target for layer, target in enumerate(targets)}
             for layer, (load, target) in enumerate(zip(loads, targets, strict=True)):
                 if not LOAD_WARNING[0] * target <= load <= LOAD_WARNING[1] * target:
                     logger.warning(

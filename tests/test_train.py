@@ -87,11 +87,15 @@ def test_resumed_run_equals_uninterrupted_run(run, corpus, tmp_path):
         assert torch.equal(weight, resumed[name]), name
 
 
-def test_annealing_is_logged_and_ends_at_the_target(run):
+def test_annealing_of_every_layer_is_logged_and_ends_at_its_share(run):
     folder, _ = run
     state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
-    targets = [log["load_target"] for log in state["log_history"] if "loss" in log]
-    assert targets[0] > targets[1] > targets[3] > targets[-1] == pytest.approx(0.2)
+    shares = AutoConfig.from_pretrained(folder, trust_remote_code=True).layer_sparsity
+    assert any(shares)
+    for layer, share in enumerate(shares):
+        targets = [log[f"target/{layer}"] for log in state["log_history"] if "loss" in log]
+        assert targets[-1] == pytest.approx(share)
+        assert targets[0] > targets[1] > targets[3] > targets[-1] if share else not any(targets)
 
 
 def test_fine_tuning_goes_on_from_the_saved_model(run, corpus, tmp_path):
