@@ -47,6 +47,9 @@ from .reference_hspmn import (
     window_decode_ref,
 )
 
+QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
+QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
+
 
 class Stream(NamedTuple):
     """Where the tokens of one call stand, shared by all blocks. Rows are right-padded: real tokens come first.
@@ -239,9 +242,26 @@ class SharedProjection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """The convolution starts close to the identity."""
+        """A fresh query already matches the keys of tokens like its own, in every second key head their successors'.
+
+        Queries share a part of their weights with their key head, a mimetic initialisation (arXiv 2305.09828; of
+        recurrent states arXiv 2410.11135), their norms start above 1, and the convolution starts close to the identity
+        or, on the keys of the first, third, ... head, to a shift by one token. So the recall of a repeated pair has a
+        gradient from the first step; from independent weights it was learned after hundreds of steps or not at all.
+        """
+        H, G, E = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        weight = self.qkv_proj.weight.detach().clone()
+        q_GXED, k_GXED = weight[: H * E].view(G, H // G, E, -1), weight[H * E : (H + G) * E].view(G, 1, E, -1)
+        matched = QUERY_KEY_MATCH * k_GXED + math.sqrt(1 - QUERY_KEY_MATCH**2) * q_GXED
+        weight[: H * E] = matched.flatten(0, 2)
+        init.copy_(self.qkv_proj.weight, weight)
+        for norm in (self.q_norm, self.k_norm):
+            init.constant_(norm.weight, QUERY_KEY_GAIN)
         taps = torch.randn(self.conv_weight.shape) * 0.1
         taps[:, -1] += 1.0
+        if self.config.conv_kernel_size > 1:
+            keys_GEL = taps[H * E : (H + G) * E].view(G, E, -1)
+            keys_GEL[::2, :, -2:] = keys_GEL[::2, :, -2:].flip(-1)
         init.copy_(self.conv_weight, taps)
 
     def forward(self, h_BTD, stream, layer_cache, backend):

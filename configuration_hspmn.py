@@ -77,10 +77,11 @@ class HSPMNConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     """End-of-text id or ids."""
 
-    sparsity_k: float | int | list[float | int] | None = 0.2
+    sparsity_k: float | int | list[float | int] | None = None
     """Target share of tokens routed to the contextual stream, 0.0 to 1.0; a list gives one per layer. 1.0 makes a
     full-attention layer, 0.0 a purely reflexive one. None puts an average of 0.2 into every fourth layer and the last:
-    as many bytes of keys and values, and a pair of tokens meets in one layer more often, for more compute."""
+    as many bytes of keys and values as 0.2 everywhere, and two tokens that belong together meet in one layer more
+    often, for more compute."""
     router_mode: str = "threshold"
     """"threshold" (causal) or "topk" (exactly k per row, looks at the future; training and scoring only)."""
     router_noise_floor: float = 0.05
@@ -105,7 +106,7 @@ class HSPMNConfig(PreTrainedConfig):
     """Learned key/value pairs that every softmax may attend to, at least 0."""
     linear_attention: str = "gated"
     """"gated" (data-dependent decay, normalised q/k, gated RMSNorm) or "elu" (elu(x)+1 with a running normaliser)."""
-    linear_attention_horizon: int = 0
+    linear_attention_horizon: int = 128
     """Tokens over which every state of the gated linear attention fades to 1 / e or less; 0 sets no bound. Unbounded,
     a state may learn to hold whole training rows, and both recall and the routed shares fail beyond their length."""
     conv_kernel_size: int = 4

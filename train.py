@@ -73,7 +73,9 @@ class ModelArguments:
     num_key_value_heads: int | None = HfArg(default=None, help="key/value heads (new: 2)")
     intermediate_size: int | None = HfArg(default=None, help="SwiGLU width (new: 8/3 hidden_size, rounded up)")
     sparsity_k: list[float] = HfArg(
-        default_factory=list, help="share of tokens routed to full attention, one or one per layer (new: 0.2)"
+        default_factory=list,
+        help="share of tokens routed to full attention, one or one per layer (new: 0.2 on average, in every fourth "
+        "layer and the last)",
     )
     config_overrides: list[str] = HfArg(
         default_factory=list, help="other HSPMNConfig fields as key=value, values in JSON: sliding_window=64"

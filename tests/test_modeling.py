@@ -715,6 +715,17 @@ def test_forward_names_its_inputs(kind):
     assert names >= {"past_key_values", "use_cache"} or "Classification" in kind.__name__
 
 
+def test_fresh_queries_match_successors_in_one_key_head_and_equal_tokens_in_the_other(tiny_model):
+    model, T = tiny_model(hidden_size=256, head_dim=32, num_hidden_layers=1, sparsity_k=1.0), 40
+    h = torch.randn(1, T, 256, generator=torch.Generator().manual_seed(0))
+    h[:, 30] = h[:, 5]
+    upright = Stream(torch.arange(T)[None], torch.ones(1, T, 32), torch.zeros(1, T, 32))
+    heads = model.model.layers[0].projection(h, upright, None, "reference")
+    q_GXE, k_SGE = heads.q_BTHE[0, 30].unflatten(0, (2, 2)), heads.k_BTGE[0, :30]
+    weights = (torch.einsum("gxe,sge->gxs", q_GXE, k_SGE) / 32**0.5).softmax(-1)
+    assert weights.argmax(-1).tolist() == [[6, 6], [5, 5]] and (weights.amax(-1) > 0.5).all()
+
+
 # Costs
 
 
