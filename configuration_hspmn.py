@@ -95,9 +95,9 @@ class HSPMNConfig(PreTrainedConfig):
     router_load_entropy_coef: float = 0.1
     """Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
     score of a token that does not matter: without it the router does not find those that associative recall needs."""
-    sparsity_anneal_fraction: float = 0.6
+    sparsity_anneal_fraction: float = 0.0
     """Share of the training steps over which the target falls from 1.0 to `sparsity_k` and states are bounded more and
-    more, up to `linear_attention_horizon`; 0.0 (none) to 1.0."""
+    more, up to `linear_attention_horizon`; 0.0 (both stand from the first step) to 1.0."""
     capacity_factor: float = 2.0
     """Routed slots held in training, as a multiple of the target share, at least 1.0; more tokens overflow."""
     sliding_window: int = 128

@@ -132,13 +132,13 @@ def comparison_overrides(case, layers):
     It and the reflexive model keep their distant past in linear states, so no bound is put on what these remember.
     """
     full = [1.0 if i % 4 == 3 or (layers < 4 and i == layers - 1) else 0.0 for i in range(layers)]
-    unbounded = {"linear_attention_horizon": 0, "sparsity_anneal_fraction": 0.0}
+    unbounded = {"linear_attention_horizon": 0}
     cases = {
         "dense": None,
         "linear_full4": {"sparsity_k": full, "sliding_window": 0} | unbounded,
         "hspmn": {},
         "hspmn_random": {},
-        "hspmn_fixed": {"sparsity_anneal_fraction": 0.0},
+        "hspmn_annealed": {"sparsity_anneal_fraction": 0.6},
         "reflexive": {"sparsity_k": 0.0} | unbounded,
     }
     if case not in cases:

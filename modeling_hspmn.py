@@ -96,8 +96,8 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         """Move every layer's target share, and the bound on its linear states, along their annealing.
 
         progress: 0.0 routes every token, 1.0 routes `config.sparsity_k`, linear between, while states are bounded by
-        `config.linear_attention_horizon` over progress cubed. Call it before each training step (arXiv 2404.02258
-        trains at a fixed share; from scratch the router then has no signal). Nothing outside training depends on it.
+        `config.linear_attention_horizon` over progress cubed. Call it before each training step where
+        `config.sparsity_anneal_fraction` is above 0. Nothing outside training depends on it.
         Raises ValueError outside [0, 1].
         """
         if not 0.0 <= progress <= 1.0:

@@ -3,23 +3,23 @@
     python benchmarks/quality.py                                        all six models, three seeds, one GPU
     python benchmarks/quality.py --models dense hspmn --seeds 0 1       some of it; finished pairs are kept
     python benchmarks/quality.py --name ablations --models hspmn --seeds 0 --variants window64:sliding_window=64
+    python benchmarks/quality.py --models --variants even_random@hspmn_random:sparsity_k=0.2
     python benchmarks/quality.py --tiny                                 everything, in seconds, on a CPU
 
 Models, with the same data order, optimiser, steps and number of parameters:
-    dense         LlamaForCausalLM of transformers with SDPA, from weights of twice the others' deviation: from 0.02
-                  its training loss after 700 steps was 2.62, from 0.04 2.42, that of linear_full4 2.19 and 2.33
-                  (one seed, H100, 2026-11-24)
-    linear_full4  gated linear attention in every layer, full causal attention beside it in every fourth; HSPMN's
-                  blocks with sparsity_k of 0 or 1, no local window and no bound on what a state remembers
-    hspmn         HSPMN as configured: the target share annealed from 1 to `sparsity_k`
-    hspmn_random  the same with every router frozen at its random start; its bias still balances the load
-    hspmn_fixed   the same without annealing
-    reflexive     no contextual stream at all, no such bound either
+    dense           LlamaForCausalLM of transformers with SDPA, from weights of twice the others' deviation: from 0.02
+                    its training loss after 700 steps was 2.62, from 0.04 2.42, that of linear_full4 2.19 and 2.33
+                    (one seed, H100, 2026-11-24)
+    linear_full4    gated linear attention in every layer, full causal attention beside it in every fourth; HSPMN's
+                    blocks with sparsity_k of 0 or 1, no local window and no bound on what a state remembers
+    hspmn           HSPMN as configured: the target share is `sparsity_k` from the first step on
+    hspmn_random    the same with every router frozen at its random start; its bias still balances the load
+    hspmn_annealed  the target falls from 1 to `sparsity_k` over the first 60 % of the steps, states are bounded alike
+    reflexive       no contextual stream at all, no such bound either
 Text is Python source found on the machine, split by the hash of each file. The results file `<name>.json` keeps every
 (model, seed) pair; later runs of the same code and settings append to it, and so may several processes at once, each
-with models or seeds of its own. Throughput is the median over intervals of
-`--log_every` steps, which leaves out those that compile; `final_tok_s` is that of the last fifth of the steps, when
-annealing is over.
+with models or seeds of its own. Throughput is the median over intervals of `--log_every` steps, which leaves out those
+that compile; `final_tok_s` is that of the last fifth of the steps, when annealing is over.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_fixed", "reflexive")
+MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "initializer_range"),
@@ -444,25 +444,32 @@ def plot_curves(path):
 
 
 def parse_variants(items):
-    """Names and overrides of ablations from texts such as "window64:sliding_window=64,num_sink_tokens=4"."""
-    variants = {}
+    """(name, model, overrides) of ablations from texts such as "window64:sliding_window=64,num_sink_tokens=4"."""
+    variants = []
     for item in items:
-        name, colon, fields = item.partition(":")
+        head, colon, fields = item.partition(":")
+        name, _, model = head.partition("@")
         if not (name and colon) or name in MODELS:
             raise ValueError(f"--variants {item}: expected NAME:KEY=VALUE,... with a NAME that no model has")
-        variants[name] = evaluate.parse_overrides(re.split(r",(?=\w+=)", fields))
+        check_model("--variants", model := model or "hspmn", MODELS[1:])
+        variants.append((name, model, evaluate.parse_overrides(re.split(r",(?=\w+=)", fields))))
     return variants
+
+
+def check_model(option, name, known):
+    """Raises ValueError for a model that is not among the known ones."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1) or known
+        raise ValueError(f"{option} {name}: no such model; use {', '.join(close)}")
 
 
 def list_cases(args):
     """(name, model of the comparison it is built like, overrides) of everything to run, in order."""
-    unknown = [name for name in args.models if name not in MODELS]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], MODELS, 1) or MODELS
-        raise ValueError(f"--models {unknown[0]}: no such model; use {', '.join(close)}")
+    for name in args.models:
+        check_model("--models", name, MODELS)
     shared = evaluate.parse_overrides(args.set)
     cases = [(name, name, {} if name == "dense" else shared) for name in args.models]
-    return cases + [(name, "hspmn", shared | own) for name, own in parse_variants(args.variants).items()]
+    return cases + [(name, model, shared | own) for name, model, own in parse_variants(args.variants)]
 
 
 def make_cases(args):
@@ -530,7 +537,8 @@ def make_parser():
     add("--models", nargs="*", default=list(MODELS), help=f"among {', '.join(MODELS)}")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig for all models but dense")
-    add("--variants", nargs="*", default=[], metavar="NAME:KEY=VALUE,...", help="hspmn with other fields")
+    variants = "NAME[@MODEL]:KEY=VALUE,..."
+    add("--variants", nargs="*", default=[], metavar=variants, help="hspmn, or MODEL, with other fields")
     add("--name", default="quality", help="name of the results file")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file and plot")
     add("--resume", type=Path, help="results file to continue where --output has none yet")

@@ -21,7 +21,7 @@ evaluate = quality.evaluate
 def folder(tmp_path_factory):
     """A finished tiny comparison of all models, with a checkpoint of one of them."""
     folder = tmp_path_factory.mktemp("quality")
-    assert run(folder, "--save", "hspmn_fixed") == 0
+    assert run(folder, "--save", "hspmn") == 0
     return folder
 
 
@@ -43,7 +43,7 @@ def test_results_have_the_documented_form(folder):
             assert np.isfinite(values[case, metric])
         assert 1 - quality.PARAMETER_TOLERANCE <= values[case, "params"] / values["dense", "params"]
         assert values[case, "params"] / values["dense", "params"] <= 1 + quality.PARAMETER_TOLERANCE
-    for case in ("hspmn", "hspmn_random", "hspmn_fixed"):
+    for case in ("hspmn", "hspmn_random", "hspmn_annealed"):
         assert 0 <= values[case, "load_min"] <= values[case, "load_max"]
     assert values["hspmn", "kv_bytes_per_token"] == pytest.approx(0.2 * values["dense", "kv_bytes_per_token"])
     for entry in document["runs"]:
@@ -90,6 +90,12 @@ def test_variants_override_fields_and_are_recorded(folder):
     assert entry["overrides"] == {"sparsity_k": [0.5, 0.1], "sliding_window": 16}
 
 
+def test_a_variant_may_be_built_like_another_model(folder):
+    args = arguments(folder, "--models", "--variants", "even_random@hspmn_random:sparsity_k=0.2")
+    ((name, model, overrides),) = quality.list_cases(args)
+    assert (name, model, overrides) == ("even_random", "hspmn_random", {"sparsity_k": 0.2})
+
+
 def test_the_time_budget_stops_before_a_pair(folder, capsys):
     count = len(read(folder)["runs"])
     run(folder, "--models", "reflexive", "--seeds", "7", "--time_budget", "0.001")
@@ -104,6 +110,8 @@ def test_the_time_budget_stops_before_a_pair(folder, capsys):
         (["--set", "sliding_windw=16"], "no such field"),
         (["--set", "sliding_window"], "expected KEY=VALUE"),
         (["--variants", "hspmn:sliding_window=16"], "expected NAME"),
+        (["--variants", "other@hspnm:sliding_window=16"], "use hspmn"),
+        (["--variants", "other@dense:sliding_window=16"], "no such model"),
         (["--models", "hspmn", "--set", "intermediate_size=256"], "parameters"),
         (["--needle_mix", "1.5"], "--needle_mix"),
         (["--vocab_size", "100"], "--vocab_size"),
@@ -180,14 +188,14 @@ def test_needle_rows_are_the_same_for_every_seed(folder):
         assert torch.equal(a[2:], b[2:]) and torch.equal(a[2], batches.needle_loader.dataset[2 * step])
 
 
-def arguments(folder):
+def arguments(folder, *others):
     parser = quality.make_parser()
     parser.set_defaults(**quality.TINY)
-    return parser.parse_args(["--data_cache", str(folder / "data")])
+    return parser.parse_args(["--data_cache", str(folder / "data"), *others])
 
 
 def test_greedy_is_the_same_with_any_prefill_chunk(folder):
-    args = evaluate.make_parser().parse_args(["--task", "loss", str(folder / "checkpoints/hspmn_fixed-s0")])
+    args = evaluate.make_parser().parse_args(["--task", "loss", str(folder / "checkpoints/hspmn-s0")])
     model, tokenizer = evaluate.load(args)
     ids = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
     assert torch.equal(evaluate.greedy(model, ids, 5, 40), evaluate.greedy(model, ids, 5, 7))
@@ -208,7 +216,7 @@ def test_mqar_batches_follow_the_protocol():
 
 
 def test_tasks_write_their_results(folder):
-    checkpoint, out = str(folder / "checkpoints/hspmn_fixed-s0"), ["--tiny", "--output", str(folder)]
+    checkpoint, out = str(folder / "checkpoints/hspmn-s0"), ["--tiny", "--output", str(folder)]
     assert evaluate.main(["--task", "mqar", *out, "--steps", "2"]) == 0
     cases = {row["case"] for row in read(folder, "mqar")["rows"]}
     assert cases == {"dense/T64_P4", "hspmn/T64_P4", "reflexive/T64_P4"}
@@ -220,7 +228,7 @@ def test_tasks_write_their_results(folder):
 
 
 def test_verify_passes_a_good_model_and_names_what_is_broken(folder, tmp_path):
-    checkpoint = folder / "checkpoints/hspmn_fixed-s0"
+    checkpoint = folder / "checkpoints/hspmn-s0"
     command = [sys.executable, str(ROOT / "evaluate.py"), "--tiny", "--task", "verify", str(checkpoint)]
     lines = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
     assert sum(line.startswith("pass  contract") for line in lines if "contract 7" not in line) == 5

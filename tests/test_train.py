@@ -33,7 +33,8 @@ def corpus(tmp_path_factory):
 
 
 def run_arguments(corpus, folder):
-    return [*TINY, "--dataset", str(corpus), "--output_dir", str(folder), "--steps", "8", "--save_steps", "4"]
+    arguments = [*TINY, "--dataset", str(corpus), "--output_dir", str(folder), "--steps", "8", "--save_steps", "4"]
+    return [*arguments, "--config_overrides", "sliding_window=8", "sparsity_anneal_fraction=0.6"]
 
 
 @pytest.fixture(scope="module")
