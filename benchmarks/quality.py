@@ -443,24 +443,25 @@ def plot_curves(path):
     figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
 
 
-def parse_variants(items):
-    """(name, model, overrides) of ablations from texts such as "window64:sliding_window=64,num_sink_tokens=4"."""
-    variants = []
-    for item in items:
-        head, colon, fields = item.partition(":")
-        name, _, model = head.partition("@")
-        if not (name and colon) or name in MODELS:
-            raise ValueError(f"--variants {item}: expected NAME:KEY=VALUE,... with a NAME that no model has")
-        check_model("--variants", model := model or "hspmn", MODELS[1:])
-        variants.append((name, model, evaluate.parse_overrides(re.split(r",(?=\w+=)", fields))))
-    return variants
-
-
 def check_model(option, name, known):
     """Raises ValueError for a model that is not among the known ones."""
     if name not in known:
         close = difflib.get_close_matches(name, known, 1) or known
         raise ValueError(f"{option} {name}: no such model; use {', '.join(close)}")
+
+
+def parse_variants(items):
+    """Models and overrides of ablations by name, from texts such as "window64:sliding_window=64,num_sink_tokens=4"."""
+    variants = {}
+    for item in items:
+        head, colon, fields = item.partition(":")
+        name, at, model = head.partition("@")
+        if not (name and colon) or name in MODELS:
+            raise ValueError(f"--variants {item}: expected NAME:KEY=VALUE,... with a NAME that no model has")
+        if at:
+            check_model("--variants", model, MODELS[1:])  # not dense, which has no such fields
+        variants[name] = (model or "hspmn", evaluate.parse_overrides(re.split(r",(?=\w+=)", fields)))
+    return variants
 
 
 def list_cases(args):
@@ -469,7 +470,7 @@ def list_cases(args):
         check_model("--models", name, MODELS)
     shared = evaluate.parse_overrides(args.set)
     cases = [(name, name, {} if name == "dense" else shared) for name in args.models]
-    return cases + [(name, model, shared | own) for name, model, own in parse_variants(args.variants)]
+    return cases + [(name, model, shared | own) for name, (model, own) in parse_variants(args.variants).items()]
 
 
 def make_cases(args):

@@ -90,9 +90,9 @@ def test_variants_override_fields_and_are_recorded(folder):
     assert entry["overrides"] == {"sparsity_k": [0.5, 0.1], "sliding_window": 16}
 
 
-def test_a_variant_may_be_built_like_another_model(folder):
-    args = arguments(folder, "--models", "--variants", "even_random@hspmn_random:sparsity_k=0.2")
-    ((name, model, overrides),) = quality.list_cases(args)
+def test_a_variant_may_be_built_like_another_model_and_a_name_runs_once(folder):
+    variants = [f"even_random@hspmn_random:sparsity_k={share}" for share in (0.1, 0.2)]
+    ((name, model, overrides),) = quality.list_cases(arguments(folder, "--models", "--variants", *variants))
     assert (name, model, overrides) == ("even_random", "hspmn_random", {"sparsity_k": 0.2})
 
 
@@ -112,6 +112,7 @@ def test_the_time_budget_stops_before_a_pair(folder, capsys):
         (["--variants", "hspmn:sliding_window=16"], "expected NAME"),
         (["--variants", "other@hspnm:sliding_window=16"], "use hspmn"),
         (["--variants", "other@dense:sliding_window=16"], "no such model"),
+        (["--variants", "other@:sliding_window=16"], "no such model"),
         (["--models", "hspmn", "--set", "intermediate_size=256"], "parameters"),
         (["--needle_mix", "1.5"], "--needle_mix"),
         (["--vocab_size", "100"], "--vocab_size"),

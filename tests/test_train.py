@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 CHECKOUT = Path(train.__file__).parent
 TINY = [
     *("--dim", "32", "--layers", "2", "--head_dim", "16", "--seq_len", "32", "--batch", "4", "--vocab_size", "300"),
-    *("--validation_blocks", "8", "--logging_steps", "1", "--use_cpu", "--config_overrides", "sliding_window=8"),
+    *("--validation_blocks", "8", "--logging_steps", "1", "--use_cpu"),
+    *("--config_overrides", "sliding_window=8", "sparsity_anneal_fraction=0.6"),
 ]
 
 
@@ -33,8 +34,7 @@ def corpus(tmp_path_factory):
 
 
 def run_arguments(corpus, folder):
-    arguments = [*TINY, "--dataset", str(corpus), "--output_dir", str(folder), "--steps", "8", "--save_steps", "4"]
-    return [*arguments, "--config_overrides", "sliding_window=8", "sparsity_anneal_fraction=0.6"]
+    return [*TINY, "--dataset", str(corpus), "--output_dir", str(folder), "--steps", "8", "--save_steps", "4"]
 
 
 @pytest.fixture(scope="module")
