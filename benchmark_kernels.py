@@ -297,7 +297,7 @@ def attend_decode_operation(args, kernels, B, T):
     seen_B = torch.full((B,), T, device=args.device)
     fixed = [heads[0] / E**0.5, heads[1], *heads, torch.randn(B, 1, 2 * H, device=args.device), *rates]
     fixed += [1 / 128, torch.ones(E, device=args.device), 1e-6, seen_B[:, None], -seen_B[:, None], None, seen_B]
-    fixed += [torch.rand(B, 1, device=args.device), torch.zeros((), device=args.device), 0.05, True]
+    fixed += [torch.rand(B, 1, device=args.device), torch.zeros((), device=args.device), 0.05, T + 1]
     store = [torch.randn(B, H, E, E, device=args.device)]
     store += [torch.randn(B, n, G, E, device=args.device, dtype=args.dtype) for n in (W, W, P + 1, P + 1)]
     store += [torch.zeros(B, P + 1, **integers), torch.full((B,), P - 1, **integers), torch.zeros(B, **integers)]

@@ -47,6 +47,7 @@ from .reference_hspmn import (
     window_decode_ref,
 )
 
+EVERY_TOKEN = 2**31 - 1
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
 
@@ -146,27 +147,29 @@ class HSPMNRouter(nn.Module):
         # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
         return min(tokens, math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6)))
 
-    def forward(self, h_BTD, length_B=None, bias=None, backend="reference"):
+    def forward(self, h_BTD, length_B=None, bias=None, backend="reference", start_BT=None):
         """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`.
 
-        bias: the value to decide with, None for the present one. backend: see `pick_backend`.
+        bias: the value to decide with, None for the present one. backend: see `pick_backend`. start_BT: where each
+        token's document starts, as in `Stream`.
         """
         bias = self.bias if bias is None else bias
         decisions = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
-        return self._assign(*decisions, length_B, backend)
+        return self._assign(*decisions, length_B, backend, start_BT)
 
-    def decided(self, score_BT, length_B=None, bias=None, backend="reference"):
+    def decided(self, score_BT, length_B=None, bias=None, backend="reference", start_BT=None):
         """The `Route` of scores made elsewhere; compiled code drops what nobody reads of it."""
         bias = self.bias if bias is None else bias
         decisions = decide_ref(score_BT, bias, self.config.router_noise_floor)
-        return self._assign(score_BT, *decisions, length_B, backend)
+        return self._assign(score_BT, *decisions, length_B, backend, start_BT)
 
     def single(self, score_BT, bias=None):
-        """What `attend_decode` needs of the router: score, bias, noise floor, and whether it sends every token."""
-        always = self.sparsity_k == 1.0 or self.config.router_mode == "topk"
-        return score_BT, self.bias if bias is None else bias, self.config.router_noise_floor, always
+        """What `attend_decode` needs of the router: score, bias, noise floor, and how many first tokens are sent."""
+        every = self.sparsity_k == 1.0 or self.config.router_mode == "topk"
+        initial = EVERY_TOKEN if every else self.config.router_initial_tokens
+        return score_BT, self.bias if bias is None else bias, self.config.router_noise_floor, initial
 
-    def _assign(self, score_BT, gate_BT, wanted_BT, length_B, backend):
+    def _assign(self, score_BT, gate_BT, wanted_BT, length_B, backend, start_BT):
         T = score_BT.shape[1]
         if length_B is None:
             real_BT = torch.ones_like(wanted_BT)
@@ -176,6 +179,9 @@ class HSPMNRouter(nn.Module):
             wanted_BT = self._top_k(score_BT, real_BT)
         elif self.sparsity_k == 1.0:
             wanted_BT = real_BT
+        elif self.config.router_initial_tokens:
+            place_BT = torch.arange(T, device=score_BT.device) - (0 if start_BT is None else start_BT)
+            wanted_BT = wanted_BT | (place_BT < self.config.router_initial_tokens)
         if length_B is not None:
             wanted_BT = wanted_BT & real_BT
 
@@ -518,9 +524,9 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if not single:
             merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks, head_BTX)
         if score_BT is not None:
-            route = self.router.decided(score_BT, stream.length_B, router_bias, backend)
+            route = self.router.decided(score_BT, stream.length_B, router_bias, backend, stream.start_BT)
         elif self.router is not None:
-            route = self.router(h_BTD, stream.length_B, router_bias, backend)
+            route = self.router(h_BTD, stream.length_B, router_bias, backend, stream.start_BT)
         if single:
             head_BTX, score_BT = self.reflexive.head_proj(h_BTD), None if route is None else route.score_BT
             merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
@@ -570,7 +576,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         """Both streams of a single token, [B, 1, H, E]; extends the cache."""
         reflexive = self.reflexive
         parameters = (*reflexive.decay_parameters(), reflexive.norm.weight)
-        router = (None, None, 0.0, False) if score_BT is None else self.router.single(score_BT, router_bias)
+        router = (None, None, 0.0, 0) if score_BT is None else self.router.single(score_BT, router_bias)
         store = layer_cache.store(0 if score_BT is None else 1)
         state, ring = layer_cache.linear_state, (layer_cache.window_keys, layer_cache.window_values)
         merged_BTHE, state = attend_decode(
@@ -587,7 +593,9 @@ class HSPMNBlock(GradientCheckpointingLayer):
         heads = projection.split(x_BTC, stream, layer_cache, backend)
         merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
         x_BTD = linear_add_decode(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight, backend)
-        route = None if self.router is None else self.router.decided(score_BT, stream.length_B, router_bias)
+        route = None
+        if self.router is not None:
+            route = self.router.decided(score_BT, stream.length_B, router_bias, start_BT=stream.start_BT)
         if self.routed_mlp is not None:
             return self._feed_forward(x_BTD, route, backend), route
         norm, mlp = self.post_attention_layernorm, self.mlp

@@ -86,6 +86,9 @@ class HSPMNConfig(PreTrainedConfig):
     """"threshold" (causal) or "topk" (exactly k per row, looks at the future; training and scoring only)."""
     router_noise_floor: float = 0.05
     """Gates below this are set to 0, 0.0 up to 1.0 (excluded)."""
+    router_initial_tokens: int = 0
+    """First tokens of every document that are routed whatever their score, counted in the load. What the window shows
+    as well gains nothing as a query, which is all that a router learns from, but its keys may be asked for later."""
     router_bias_rate: float = 0.05
     """Largest change of the routing bias in one training step, in logits; 0.0 freezes it."""
     router_bias_gain: float = 5.0
@@ -139,9 +142,8 @@ class HSPMNConfig(PreTrainedConfig):
         least = dict.fromkeys(
             ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1
         ) | dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "conv_kernel_size"), 1)
-        least |= dict.fromkeys(
-            ("routed_intermediate_size", "sliding_window", "num_sink_tokens", "linear_attention_horizon"), 0
-        )
+        least |= dict.fromkeys(("routed_intermediate_size", "router_initial_tokens", "sliding_window"), 0)
+        least |= dict.fromkeys(("num_sink_tokens", "linear_attention_horizon"), 0)
         for field, minimum in least.items():
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
@@ -164,6 +166,11 @@ class HSPMNConfig(PreTrainedConfig):
         for field, valid in (choices | {"hidden_act": ("silu",)}).items():
             if getattr(self, field) not in valid:
                 raise ValueError(f"{field} must be one of {', '.join(valid)}, got {getattr(self, field)!r}")
+        if self.router_mode == "topk" and self.router_initial_tokens:
+            raise ValueError(
+                f"router_initial_tokens={self.router_initial_tokens} has no place beside router_mode='topk', which "
+                "routes exactly k tokens; set it to 0, or router_mode='threshold'"
+            )
 
     def validate_sparsity(self):
         """Every routed share lies in [0, 1] and a list has one entry per layer."""

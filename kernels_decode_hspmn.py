@@ -108,7 +108,7 @@ def attend_range(
 def attend_store(
     q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, part, part_lse, plan,
     B, P, g, split,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, ALWAYS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, INITIAL: tl.constexpr,
     HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Part `split` of the sparse attentions of key head g, see `attend_decode_kernel`."""
@@ -117,12 +117,12 @@ def attend_store(
     wanted = inside
     if HAS_LENGTH:
         wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
-    if not ALWAYS:
-        score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
-        wanted = wanted & (score_B + tl.load(bias).to(tl.float32) > 0)
+    begun = tl.load(start + r, mask=inside, other=0)
+    score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
+    wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
     used = tl.load(count + r, mask=inside, other=0)
     opened = tl.load(document_slot + r, mask=inside, other=0)
-    first = tl.where(tl.load(start + r, mask=inside, other=0) < 0, opened, used)
+    first = tl.where(begun < 0, opened, used)
     last = tl.minimum(used, P)
     works = wanted & (last < P)
     if (split == 0) & (g == 0):
@@ -161,18 +161,19 @@ def attend_store(
 def attend_decode_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
     state, ring_k, ring_v, keys, values, positions, count, document_slot, linear, part, part_lse, plan, B, P,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, ALWAYS: tl.constexpr,
-    HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
+    INITIAL: tl.constexpr, HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
 
     The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
     rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
     token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
-    and are read from `k` and `v`; the slot of the ring that is written is not read. ALWAYS: every token is routed.
-    plan: per row, for the kernel after this one, whether the token has a slot, the count and the document's first slot
-    after it. P: slots per row, the spare one not counted. BATCH: a power of two, at least B.
+    and are read from `k` and `v`; the slot of the ring that is written is not read. INITIAL: tokens of a document that
+    are routed whatever their score. plan: per row, for the kernel after this one, whether the token has a slot, the
+    count and the document's first slot after it. P: slots per row, the spare one not counted. BATCH: a power of two,
+    at least B.
     """
     program = tl.program_id(0)
     windows = program - G * SPLITS
@@ -203,7 +204,7 @@ def attend_decode_kernel(
     elif SPLITS > 0:
         attend_store(
             q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, part,
-            part_lse, plan, B, P, g, program // G, H, G, E, SCALE, ALWAYS, HAS_LENGTH, BATCH, ROWS, BLOCK_N, SPLITS,
+            part_lse, plan, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH, BATCH, ROWS, BLOCK_N, SPLITS,
         )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -290,7 +291,7 @@ def _attend_decode(
     score_BT: torch.Tensor | None,
     bias: torch.Tensor | None,
     noise_floor: float,
-    always: bool,
+    initial: int,
     state_BHEE: torch.Tensor,
     ring_k_BWGE: torch.Tensor,
     ring_v_BWGE: torch.Tensor,
@@ -320,7 +321,7 @@ def _attend_decode(
     programs = G * splits + B * G + B * H * (E // config["COLUMNS"])
     attend_decode_kernel[(programs,)](
         *heads, *rates, least_decay, *place, score_BT, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, *store,
-        linear_BHE, part, part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, ALWAYS=always,
+        linear_BHE, part, part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, INITIAL=initial,
         HAS_LENGTH=length_B is not None, BATCH=triton.next_power_of_2(B), **config, **options,
     )  # fmt: skip
     merge_decode_kernel[(B * H,)](
@@ -334,16 +335,16 @@ def _attend_decode(
 @_attend_decode.register_fake
 def _(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
-    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
+    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
     return q_BTHE.new_empty(q_BTHE.shape)
 
 
 def attend_decode(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
-    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
+    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
     """`attend_decode_ref` that advances state, ring, sparse store and counts, all IN PLACE.
 
@@ -374,7 +375,7 @@ def attend_decode(
         check_in_place(name, x, shape, (torch.int32,))
     return _attend_decode(
         q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-        norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE,
+        norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
         ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
     )  # fmt: skip
 

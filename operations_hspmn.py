@@ -267,7 +267,7 @@ def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, 
     """See `attend_decode_ref`; the kernel advances the state in place, and both ring, store and counts.
 
     heads: the five tensors of `split_heads`. parameters: of the decays and the norm. stream: the call's `Stream`.
-    router: score_BT, bias, noise_floor and always. ring: keys and values of the window. store: keys, values,
+    router: score_BT, bias, noise_floor and initial. ring: keys and values of the window. store: keys, values,
     positions, count and document_slot of the cache.
     """
     place = (stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B)

@@ -394,8 +394,8 @@ def log_decay_ref(decay_BTH, log_rate_H, bias_H, least):
 
 def attend_decode_ref(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, always, state_BHEE, ring_k_BWGE,
-    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
+    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
 ):  # fmt: skip
     """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
 
@@ -403,10 +403,11 @@ def attend_decode_ref(
     gates of `gated_norm_ref`. least_decay: the `least` of the former. start_BT: at most 0. length_B: 1, or 0 where a
     row's token is padding, which is not routed and whose output means nothing; None for no padding. seen_B: real
     tokens before this one. score_BT, bias, noise_floor: the router's, see `route_ref`, with score None for a layer
-    without one; always: it routes every token. ring_*: the window as in `window_decode_ref`. keys, values
-    [B, P + 1, G, E] and positions [B, P + 1]: the sparse store, whose last slot takes discarded writes; count_B: its
-    used slots; document_slot_B: the first slot of the row's document. Ring, store and counts are updated IN PLACE. A
-    routed token without a free slot is counted and otherwise treated as one that is not routed.
+    without one; initial: so many first tokens of a document are routed whatever their score. ring_*: the window as in
+    `window_decode_ref`. keys, values [B, P + 1, G, E] and positions [B, P + 1]: the sparse store, whose last slot
+    takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the row's document. Ring, store
+    and counts are updated IN PLACE. A routed token without a free slot is counted and otherwise treated as one that
+    is not routed.
     Returns the sum [B, 1, H, E] in q's dtype and the advanced state.
     """
     decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
@@ -420,7 +421,7 @@ def attend_decode_ref(
     if score_BT is None:
         return merged_BTHE, state_BHEE
     gate_BT, wanted_BT = decide_ref(score_BT, bias, noise_floor)
-    wanted_B = torch.ones_like(wanted_BT[:, 0]) if always else wanted_BT[:, 0]
+    wanted_B = wanted_BT[:, 0] | (start_BT[:, 0] > -initial)
     if length_B is not None:
         wanted_B = wanted_B & (length_B > 0)
     slots = keys_BPGE.shape[1] - 1

@@ -15,7 +15,7 @@ VARIANTS = {
     "gated": {},
     "elu": {"linear_attention": "elu"},
     "sinks": {"num_sink_tokens": 2},
-    "routed_mlp": {"routed_intermediate_size": 24},
+    "routed_mlp": {"routed_intermediate_size": 24, "router_initial_tokens": 5},
     "dense_layer": {"sparsity_k": [1.0, 0.0, 0.3], "linear_attention_horizon": 6},
     "bare": {"sliding_window": 0, "conv_kernel_size": 1, "sparsity_k": 0.3},
 }

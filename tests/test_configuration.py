@@ -9,7 +9,10 @@ from hspmn.configuration_hspmn import HSPMNConfig
 from hspmn.modeling_hspmn import HSPMNBlock, HSPMNForCausalLM, HSPMNModel
 
 CHECKOUT = Path(configuration_hspmn.__file__).parent
-COUNTS = ("routed_intermediate_size", "sliding_window", "num_sink_tokens", "linear_attention_horizon")
+COUNTS = (
+    *("routed_intermediate_size", "router_initial_tokens", "sliding_window", "num_sink_tokens"),
+    "linear_attention_horizon",
+)
 INVALID = [
     *((field, 0) for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
     *((field, 0) for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "conv_kernel_size")),
@@ -74,6 +77,11 @@ def test_override_after_construction_is_refused_by_the_model(tiny_config, kind, 
     setattr(config, field, value)
     with pytest.raises(ValueError, match=field):
         kind(config)
+
+
+def test_first_tokens_have_no_place_beside_exactly_k():
+    with pytest.raises(ValueError, match="router_initial_tokens=4 .*router_mode='threshold'"):
+        HSPMNConfig(router_mode="topk", router_initial_tokens=4)
 
 
 def test_head_count_error_names_the_nearest_valid_value():

@@ -231,7 +231,7 @@ def decoded(H, G, E, window, P, dtype):
     inputs["start"] = torch.tensor([[-500], [-3], [0], [-1], [-9]], device=DEVICE)
     inputs |= {"length": None, "seen": torch.tensor([500, 77, 5, 2, 9], device=DEVICE)}
     inputs |= {"score": torch.tensor([[0.5], [2.0], [-0.2], [-1.0], [0.1]], device=DEVICE)}
-    inputs |= {"bias": torch.tensor(0.3, device=DEVICE), "noise_floor": 0.05, "always": False}
+    inputs |= {"bias": torch.tensor(0.3, device=DEVICE), "noise_floor": 0.05, "initial": 0}
     inputs["state"] = torch.randn(B, H, E, E, device=DEVICE)
     inputs |= {name: torch.randn(B, window, G, E, device=DEVICE).to(dtype) for name in ("ring_k", "ring_v")}
     inputs |= {name: torch.randn(B, P + 1, G, E, device=DEVICE).to(dtype) for name in ("keys", "values")}
@@ -246,7 +246,7 @@ def copied(inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["plain", "padded", "always", "no_router"])
+@pytest.mark.parametrize("case", ["plain", "padded", "initial", "no_router"])
 @pytest.mark.parametrize("H, G, E, window, P, processors", DECODE, ids=str)
 def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monkeypatch):
     monkeypatch.setattr(kernels_decode_hspmn, "processors", lambda device: processors)
@@ -255,14 +255,14 @@ def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monk
         small = {"BLOCK_N": 16, "COLUMNS": 16}
         monkeypatch.setattr(kernels_decode_hspmn, "attend_decode_config", lambda *sizes: config(*sizes) | small)
     inputs, B = decoded(H, G, E, window, P, dtype), 5
-    inputs["head"] = inputs["head"].to(dtype) if case == "always" else inputs["head"]
+    inputs["head"] = inputs["head"].to(dtype) if case == "initial" else inputs["head"]
     if case == "padded":
         inputs["length"] = torch.tensor([1, 1, 1, 0, 1], device=DEVICE)
         inputs["score"][3] = 1.0
     elif case == "no_router":
         inputs["score"] = inputs["bias"] = None
-    elif case == "always":
-        inputs["always"], inputs["score"][3] = True, -4.0  # routed, with a gate below the noise floor
+    elif case == "initial":
+        inputs["initial"], inputs["score"][1::2] = 3, -4.0  # row 3 is routed, with a gate below the noise floor
     eager_inputs, exact_inputs = copied(inputs), dict(zip(inputs, exactly(copied(inputs).values()), strict=True))
     eager = reference_hspmn.attend_decode_ref(*eager_inputs.values())
     exact = reference_hspmn.attend_decode_ref(*exact_inputs.values())
@@ -282,10 +282,10 @@ def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monk
     for name in ("ring_k", "ring_v"):
         assert torch.equal(inputs[name][~hidden], eager_inputs[name][~hidden]), name
         assert inputs[name][hidden].isnan().all(), name
-    kept = {"no_router": [], "always": [0, 1, 2, 3]}.get(case, [0, 1, 2])
+    kept = {"no_router": {}, "initial": {0: P - 1, 2: 2, 3: 2}}.get(case, {0: P - 1, 1: 1, 2: 2})
     for name in ("count", "document_slot"):
         assert torch.equal(inputs[name], eager_inputs[name]), name
-    for row, place in zip(kept, (P - 1, 1, 2, 2), strict=False):
+    for row, place in kept.items():
         for name in ("keys", "values", "positions"):
             assert torch.equal(inputs[name][row, place], eager_inputs[name][row, place]), name
             if name != "positions":
@@ -627,7 +627,7 @@ def test_errors_name_what_is_wrong():
         kernels_hspmn.linear_attention_step(q, k, v, decay, None, None, state)
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     one, ring, step = [x[:, :1].contiguous() for x in (q, k, v)], torch.zeros(1, 3, 2, 16, device=DEVICE), decay[:, :1]
-    place, router = (count[:, None], count[:, None], None, count), (step[..., 0], count, 0.05, False)
+    place, router = (count[:, None], count[:, None], None, count), (step[..., 0], count, 0.05, 0)
     store = (ring, ring, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE), count, count)
     fixed = (one[0], one[1], *one, torch.zeros(1, 1, 8, device=DEVICE), *decay[0, :2], 0.0, q[0, 0, 0], 1e-6, *place)
     with pytest.raises(ValueError, match="state must be contiguous torch.float32"):

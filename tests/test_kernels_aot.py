@@ -188,7 +188,7 @@ def build_all(target):
         begin, last, rates = start[:, :1], length.clone(), decay[0, 0]
         rings, slots = (k[:, :128].contiguous(), v[:, :128].contiguous()), torch.zeros(B, T, dtype=torch.int32)
         place, cache = (begin, begin), (state, *rings, k, v, slots, count, count)
-        for held, router in ((None, (gate[:, :1], rates[:1], 0.05, False)), (length, (None, None, 0.0, False))):
+        for held, router in ((None, (gate[:, :1], rates[:1], 0.05, 0)), (length, (None, None, 0.0, 0))):
             parameters = (torch.zeros(B, 1, 2 * H), rates, rates, 0.01, norm, 1e-6)
             kernels.attend_decode(*one, *parameters, *place, held, last, *router, *cache)
             kernels.place_decode(table[:, :1], table[:, :1], begin, begin, held)

@@ -31,6 +31,7 @@ VARIANTS = {
     "gated": {},
     "elu": {"linear_attention": "elu"},
     "horizon": {"linear_attention_horizon": 6},
+    "initial": {"router_initial_tokens": 6},
     "sinks": {"num_sink_tokens": 2},
     "routed_mlp": {"routed_intermediate_size": 24},
     "dense_layer": {"sparsity_k": [1.0, 0.0, 0.3]},
@@ -371,6 +372,20 @@ def test_scores_decide_the_mask_and_carry_a_gradient_to_the_router(tiny_model):
     assert not outputs.router_mask[1].any()
     outputs.loss.backward()
     assert all(router.weight.grad.abs().max() > 0 for router in routers(model))
+
+
+@pytest.mark.parametrize("cuts", [(), (7, 20), range(1, 24)], ids=["one_shot", "chunked", "tokens"])
+def test_first_tokens_of_a_document_are_routed_whatever_their_score(tiny_model, cuts):
+    model, ids = tiny_model(router_initial_tokens=4, sparsity_k=[0.4, 0.0, 1.0]), tokens(3, 24)
+    model.model.layers[0].router.bias.fill_(-100.0)
+    mask, positions = torch.ones(3, 24, dtype=torch.long), torch.arange(24).expand(3, 24).clone()
+    mask[0, :3] = 0
+    positions[0] -= 3
+    positions[1, 9:] -= 9
+    want = torch.zeros(3, 24, dtype=torch.bool)
+    want[0, 3:7] = want[1, :4] = want[1, 9:13] = want[2, :4] = True
+    routed = run(model, ids, cuts, mask, positions.clamp(min=0))[1]
+    assert torch.equal(routed[0], want) and not routed[1].any() and torch.equal(routed[2], mask.bool())
 
 
 def test_every_layer_load_reaches_its_target_in_training(tiny_model):

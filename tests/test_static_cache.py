@@ -29,7 +29,7 @@ def inference():
 @pytest.fixture(params=["gated", "elu", "sinks", "bare"])
 def model(tiny_model, request):
     options = {
-        "gated": {"sparsity_k": [0.4, 0.0, 1.0], "linear_attention_horizon": 6},
+        "gated": {"sparsity_k": [0.4, 0.0, 1.0], "linear_attention_horizon": 6, "router_initial_tokens": 4},
         "elu": {"linear_attention": "elu"},
         "sinks": {"num_sink_tokens": 2, "routed_intermediate_size": 24},
         "bare": {"sliding_window": 0, "conv_kernel_size": 1},
