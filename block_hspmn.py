@@ -314,13 +314,13 @@ class ReflexiveStream(nn.Module):
             self.decay_log_rate = nn.Parameter(torch.empty(H))
             self.decay_bias = nn.Parameter(torch.empty(H))
             self.norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.register_buffer("bound", torch.empty((), dtype=torch.float32), persistent=False)
+            self.register_buffer("bound", torch.empty((), dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self):
         """Heads remember over time scales from about 1 to 1000 tokens, evenly spread in the logarithm."""
-        init.constant_(self.bound, 1.0)
         if self.config.linear_attention == "gated":
+            init.constant_(self.bound, 1.0)
             H = self.config.num_attention_heads
             rate = torch.exp(torch.linspace(math.log(1e-3), math.log(0.7), H))  # log-decay per token at zero input
             init.zeros_(self.decay_log_rate)
@@ -332,7 +332,8 @@ class ReflexiveStream(nn.Module):
 
         It follows the cube: recall is learned through the states first, and taken over by the contextual stream.
         """
-        self.bound.fill_(progress**3)
+        if self.config.linear_attention == "gated":
+            self.bound.fill_(progress**3)
 
     def decay_parameters(self):
         """What `log_decay_ref` needs beside its input; outside training always with the whole bound."""

@@ -12,6 +12,7 @@ V vocabulary, D width.
 
 import argparse
 import ast
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -141,9 +142,15 @@ def comparison_overrides(case, layers):
         "hspmn_annealed": {"sparsity_anneal_fraction": 0.6},
         "reflexive": {"sparsity_k": 0.0} | unbounded,
     }
-    if case not in cases:
-        raise ValueError(f"--models must be among {', '.join(cases)}, got {case!r}")
+    check_model("--models", case, cases)
     return cases[case]
+
+
+def check_model(option, name, known):
+    """Raises ValueError for a model that is not among the known ones."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1) or known
+        raise ValueError(f"{option} {name}: no such model; use {', '.join(close)}")
 
 
 def parse_overrides(items):
@@ -228,9 +235,8 @@ def optimizer_step(model, optimizer, step, steps, lr):
 
 def set_progress(model, step, steps):
     """Move the sparsity target of an HSPMN model to that of `step`; other models have none."""
-    if hasattr(model, "set_sparsity_progress"):
-        fraction = model.config.sparsity_anneal_fraction
-        model.set_sparsity_progress(min(1.0, step / (fraction * steps)) if fraction else 1.0)
+    if hasattr(model, "anneal"):
+        model.anneal(step, steps)
 
 
 def low_precision(device):

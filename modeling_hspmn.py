@@ -96,8 +96,8 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         """Move every layer's target share, and the bound on its linear states, along their annealing.
 
         progress: 0.0 routes every token, 1.0 routes `config.sparsity_k`, linear between, while states are bounded by
-        `config.linear_attention_horizon` over progress cubed. Call it before each training step where
-        `config.sparsity_anneal_fraction` is above 0. Nothing outside training depends on it.
+        `config.linear_attention_horizon` over progress cubed. Call it, or `anneal`, before each training step
+        where `config.sparsity_anneal_fraction` is above 0. Nothing outside training depends on it.
         Raises ValueError outside [0, 1].
         """
         if not 0.0 <= progress <= 1.0:
@@ -105,6 +105,11 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, HSPMNRouter | ReflexiveStream):
                 module.set_progress(progress)
+
+    def anneal(self, step, steps):
+        """`set_sparsity_progress` at `step` of `steps`; the first `config.sparsity_anneal_fraction` of them anneal."""
+        annealed = self.config.sparsity_anneal_fraction * steps
+        self.set_sparsity_progress(min(1.0, step / annealed) if annealed else 1.0)
 
     @property
     def router_targets(self):

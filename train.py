@@ -529,17 +529,11 @@ class AnnealingCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Called before each step; a resumed run continues where it stood."""
-        model.set_sparsity_progress(self.progress(model.config, state))
+        model.anneal(state.global_step, state.max_steps)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Leave the model at its configured sparsity."""
         model.set_sparsity_progress(1.0)
-
-    @staticmethod
-    def progress(config, state):
-        """Share of the annealing that is over, 0.0 to 1.0."""
-        steps = config.sparsity_anneal_fraction * state.max_steps
-        return min(1.0, state.global_step / steps) if steps else 1.0
 
 
 class LogCallback(ProgressCallback):
@@ -585,8 +579,8 @@ class HSPMNTrainer(Trainer):
         """Adds `load/<layer>` and `target/<layer>` to training logs and warns of layers far from their target."""
         if "loss" in logs and self.last_load is not None:
             loads = self.last_load.tolist()
-            progress = AnnealingCallback.progress(self.model.config, self.state)
-            targets = [1.0 + (share - 1.0) * progress if share else 0.0 for share in self.model.config.layer_sparsity]
+            routing = iter(self.model.router_targets.tolist())
+            targets = [next(routing) if share else 0.0 for share in self.model.config.layer_sparsity]
             logs = logs | {f"load/{layer}": load for layer, load in enumerate(loads)}
             logs |= {f"target/{layer}": target for layer, target in enumerate(targets)}
             for layer, (load, target) in enumerate(zip(loads, targets, strict=True)):

@@ -23,7 +23,6 @@ that compile; `final_tok_s` is that of the last fifth of the steps, when anneali
 """
 
 import argparse
-import difflib
 import fcntl
 import hashlib
 import importlib.util
@@ -443,13 +442,6 @@ def plot_curves(path):
     figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
 
 
-def check_model(option, name, known):
-    """Raises ValueError for a model that is not among the known ones."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1) or known
-        raise ValueError(f"{option} {name}: no such model; use {', '.join(close)}")
-
-
 def parse_variants(items):
     """Models and overrides of ablations by name, from texts such as "window64:sliding_window=64,num_sink_tokens=4"."""
     variants = {}
@@ -459,7 +451,7 @@ def parse_variants(items):
         if not (name and colon) or name in MODELS:
             raise ValueError(f"--variants {item}: expected NAME:KEY=VALUE,... with a NAME that no model has")
         if at:
-            check_model("--variants", model, MODELS[1:])  # not dense, which has no such fields
+            evaluate.check_model("--variants", model, MODELS[1:])  # not dense, which has no such fields
         variants[name] = (model or "hspmn", evaluate.parse_overrides(re.split(r",(?=\w+=)", fields)))
     return variants
 
@@ -467,7 +459,7 @@ def parse_variants(items):
 def list_cases(args):
     """(name, model of the comparison it is built like, overrides) of everything to run, in order."""
     for name in args.models:
-        check_model("--models", name, MODELS)
+        evaluate.check_model("--models", name, MODELS)
     shared = evaluate.parse_overrides(args.set)
     cases = [(name, name, {} if name == "dense" else shared) for name in args.models]
     return cases + [(name, model, shared | own) for name, (model, own) in parse_variants(args.variants).items()]

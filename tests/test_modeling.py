@@ -411,6 +411,10 @@ def test_annealing_moves_every_target_from_one_to_its_share(tiny_model):
     for progress, share in ((0.0, 1.0), (0.25, 0.8), (1.0, 0.2)):
         model.set_sparsity_progress(progress)
         torch.testing.assert_close(model.router_targets, torch.tensor([share, 1.0]))
+    for fraction, step, share in ((0.5, 0, 1.0), (0.5, 1, 0.8), (0.5, 4, 0.2), (0.5, 8, 0.2), (0.0, 0, 0.2)):
+        model.config.sparsity_anneal_fraction = fraction
+        model.anneal(step, 8)
+        torch.testing.assert_close(model.router_targets, torch.tensor([share, 1.0]))
 
 
 def test_nothing_overflows_while_annealing(tiny_model):
