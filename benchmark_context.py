@@ -203,7 +203,7 @@ def load_context(cache, prompt, tokens):
         layer.count.fill_(layer.most_used)
         for begin in range(0, layer.most_used, max(read, 1)):
             end = min(begin + read, layer.most_used)
-            for name in ("keys", "values", "positions"):
+            for name in layer.slot_tensors:
                 getattr(layer, name)[:, begin:end] = getattr(source, name)[:, : end - begin]
     for counter in (cache.columns, cache.seen, cache.document_seen):
         counter.fill_(tokens)
@@ -216,13 +216,13 @@ def slots_after(layer, prompt, tokens):
 
 
 def slot_bytes(layer):
-    """Bytes of the keys and values of one sparse slot."""
-    return layer.keys[0, 0].nbytes + layer.values[0, 0].nbytes
+    """Bytes of the keys and values of one sparse slot, with their scales."""
+    return sum(getattr(layer, name)[0, 0].nbytes for name in layer.slot_tensors if name != "positions")
 
 
 def decoding_cache(args, model, prompt, B, contexts):
     """A static cache of B rows for the longest of `contexts` that fits into memory, and those that fit."""
-    slot = 2 * args.num_key_value_heads * args.head_dim * args.dtype.itemsize
+    slot = slot_bytes(prompt.layers[0])
     states = sum(layer.linear_state.nbytes for layer in prompt.layers)
     free = math.inf
     if args.device.type == "cuda":

@@ -301,6 +301,7 @@ def attend_decode_operation(args, kernels, B, T):
     store = [torch.randn(B, H, E, E, device=args.device)]
     store += [torch.randn(B, n, G, E, device=args.device, dtype=args.dtype) for n in (W, W, P + 1, P + 1)]
     store += [torch.zeros(B, P + 1, **integers), torch.full((B,), P - 1, **integers), torch.zeros(B, **integers)]
+    store += [torch.zeros(B, 1, G, device=args.device) for _ in range(2)]  # scales, not used
     held = [x.clone() for x in store]
 
     def call():

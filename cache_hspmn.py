@@ -8,6 +8,8 @@ number of real tokens, so every count is a tensor per row.
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .reference_hspmn import read_slots_ref, write_slots_ref
+
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
 
@@ -69,6 +71,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         conv_state: [B, conv_kernel_size - 1, C], the last real tokens, latest last.
         window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
         keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes.
+        key_scales, value_scales: [B, P + 1, G] float32, those of keys and values if these are int8
+            (`kv_cache_dtype`), see `quantize_ref`; [B, 1, G], not used, if not.
         positions: [B, P + 1] int32, the position id of each routed token.
         count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
     """
@@ -76,7 +80,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
     is_sliding = False
     _batched = (
         *("linear_state", "conv_state", "window_keys", "window_values"),
-        *("keys", "values", "positions", "count", "document_slot"),
+        *("keys", "values", "key_scales", "value_scales", "positions", "count", "document_slot"),
     )
 
     def __init__(self, config, layer_idx=0):
@@ -86,7 +90,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         H, G, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._state_shape = (H, E, E + (config.linear_attention == "elu"))
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
-        self._head_shape = (G, E)
+        self._head_shape, self.quantized = (G, E), config.kv_cache_dtype == "int8"
+        self.slot_tensors = ("keys", "values", "positions") + self.quantized * ("key_scales", "value_scales")
         self.columns = self.most_used = 0
         for name in self._batched:
             setattr(self, name, None)
@@ -98,13 +103,17 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
     def allocate(self, batch_size, slots, dtype, device):
         """Begin anew with `slots` empty sparse slots per row; keys, values and convolution inputs in `dtype`."""
         self.dtype, self.device = dtype, torch.device(device)
+        wide, kept = torch.promote_types(dtype, torch.float32), torch.int8 if self.quantized else dtype
+        scales = (wide, slots + 1 if self.quantized else 1, self._head_shape[0])
         shapes = {
-            "linear_state": (torch.promote_types(dtype, torch.float32), *self._state_shape),
+            "linear_state": (wide, *self._state_shape),
             "conv_state": (dtype, *self._conv_shape),
             "window_keys": (dtype, self.window, *self._head_shape),
             "window_values": (dtype, self.window, *self._head_shape),
-            "keys": (dtype, slots + 1, *self._head_shape),
-            "values": (dtype, slots + 1, *self._head_shape),
+            "keys": (kept, slots + 1, *self._head_shape),
+            "values": (kept, slots + 1, *self._head_shape),
+            "key_scales": scales,
+            "value_scales": scales,
             "positions": (torch.int32, slots + 1),
             "count": (torch.int32,),
             "document_slot": (torch.int32,),
@@ -122,9 +131,9 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
     def update(self, key_states, value_states, position_BK, count_B):
         """Append `count_B` routed tokens per row: [B, K, G, E] keys and values, [B, K] position ids.
 
-        Returns all keys and values, [B, P, G, E], where slots past a row's count hold nothing meaningful; and, int32
-        [B], the slots used before and how many of this call's tokens have one (all of them, unless a static store is
-        full: the latest are left out).
+        Returns all keys and values, [B, P, G, E] (those of int8 in the dtype of the new ones), where slots past a
+        row's count hold nothing meaningful; and, int32 [B], the slots used before and how many of this call's tokens
+        have one (all of them, unless a static store is full: the latest are left out).
         """
         B, K = key_states.shape[:2]
         self._reserve(K)
@@ -133,17 +142,21 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         kept_B = self.count.clamp(max=self.slots) - before_B
         slot_K = torch.arange(K, device=self.device)
         slot_BK = torch.where(slot_K < kept_B[:, None], before_B[:, None] + slot_K, self.slots)
-        # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
         at = (torch.arange(B, device=self.device)[:, None], slot_BK)
-        self.keys.index_put_(at, key_states.to(self.dtype))
-        self.values.index_put_(at, value_states.to(self.dtype))
+        stores = ((self.keys, self.key_scales, key_states), (self.values, self.value_scales, value_states))
+        for kept, scales, states in stores:
+            write_slots_ref(kept, scales, at, states)
         self.positions.index_put_(at, position_BK.to(torch.int32))
-        return self.keys[:, : self.slots], self.values[:, : self.slots], before_B, kept_B
+        P = self.slots
+        kv = [read_slots_ref(kept[:, :P], scales[:, :P], states.dtype) for kept, scales, states in stores]
+        return *kv, before_B, kept_B
 
     def store(self, K):
-        """keys, values, positions, count and document_slot, to be extended in place by up to `K` tokens per row."""
+        """What `attend_decode` extends in place, by up to `K` tokens per row: keys, values, positions, count,
+        document_slot, and the scales of keys and values."""
         self._reserve(K)
-        return self.keys, self.values, self.positions, self.count, self.document_slot
+        counts = (self.positions, self.count, self.document_slot)
+        return self.keys, self.values, *counts, self.key_scales, self.value_scales
 
     def _reserve(self, K):
         if self.most_used + K > self.slots:  # the bound assumes that everything was routed: look before growing
@@ -152,7 +165,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         if self.most_used > self.slots:
             wanted = max(self.most_used, int(self.slots * GROWTH))
             extra = -(-wanted // SLOT_BLOCK) * SLOT_BLOCK - self.slots
-            for name in ("keys", "values", "positions"):
+            for name in self.slot_tensors:
                 held = getattr(self, name)
                 setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
 

@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 ROUTER_MODES = ("threshold", "topk")
 LINEAR_ATTENTIONS = ("gated", "elu")
 BACKENDS = ("auto", "reference", "flex", "triton")
+KV_CACHE_DTYPES = ("auto", "int8")
 CONCENTRATED_SHARE, ROUTING_PERIOD = 0.2, 4  # of `sparsity_k=None`: the average share, and every which layer routes
 
 
@@ -114,6 +115,10 @@ class HSPMNConfig(PreTrainedConfig):
     a state may learn to hold whole training rows, and both recall and the routed shares fail beyond their length."""
     conv_kernel_size: int = 4
     """Taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out."""
+    kv_cache_dtype: str = "auto"
+    """Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, or "int8", whole
+    numbers with a float32 scale per token and key head, for half of bfloat16's bytes. With a cache they are read as
+    they are stored, however the tokens are fed; a forward without one reads them as they are computed."""
     backend: str = "auto"
     """"auto" picks by device; "reference", "flex" or "triton" forces one and fails where it cannot run."""
 
@@ -163,6 +168,7 @@ class HSPMNConfig(PreTrainedConfig):
     def validate_choices(self):
         """Fields that name one of a few ways."""
         choices = {"router_mode": ROUTER_MODES, "linear_attention": LINEAR_ATTENTIONS, "backend": BACKENDS}
+        choices |= {"kv_cache_dtype": KV_CACHE_DTYPES}
         for field, valid in (choices | {"hidden_act": ("silu",)}).items():
             if getattr(self, field) not in valid:
                 raise ValueError(f"{field} must be one of {', '.join(valid)}, got {getattr(self, field)!r}")

@@ -60,16 +60,25 @@ def advance_state(
 
 
 @triton.jit
+def quantize(row):
+    """A row as whole numbers of at most 127, in float32, and their scale, as `quantize_ref` has them."""
+    row = row.to(tl.float32)
+    peak = tl.max(tl.abs(row), 0)
+    factor = tl.where(peak > 0, tl.div_rn(127.0, tl.where(peak > 0, peak, 1.0)), 0.0)
+    return tl.floor(row * factor + 0.5), tl.div_rn(peak, 127.0)
+
+
+@triton.jit
 def attend_range(
-    q, k, v, k_slots, v_slots, part, part_lse, b, g, split, low, high, own, pushed, place, past,
+    q, k, v, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place, past,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Attention of row b and key head g over its slots low .. high - 1, as part `split`.
 
     k_slots, v_slots: slot 0 of row and head, in the sparse store or, with RING slots, in the window, of which the last
     `past` tokens before slot `place` are shown. own: over the token's own key and value too. pushed: these go to slot
-    `place`.
+    `place`. QUANTIZED: the slots are int8, the scales from k_scales and v_scales on.
     """
     R: tl.constexpr = H // G
     n = tl.arange(0, BLOCK_N)
@@ -79,6 +88,11 @@ def attend_range(
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
     k_row = tl.load(k + (b * G + g) * E + e)
     v_row = tl.load(v + (b * G + g) * E + e)
+    if QUANTIZED:
+        k_whole, k_scale = quantize(k_row)
+        v_whole, v_scale = quantize(v_row)
+        k_row = (k_whole * k_scale).to(k_row.dtype)  # also the token's own are read as they are stored
+        v_row = (v_whole * v_scale).to(v_row.dtype)
     own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32)[None, :], 1) * SCALE
     peak = tl.where(own, own_score, FLOOR)
     total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
@@ -90,12 +104,24 @@ def attend_range(
             age = (place - s - n + RING) % RING
             shown = shown & (age > 0) & (age <= past)
         at = (b * 0 + s) * (G * E)  # 64 bits
-        k_tile = tl.load(k_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
-        v_tile = tl.load(v_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
+        if QUANTIZED:
+            k_scale_tile = tl.load(k_scales + (b * 0 + s + n) * G, mask=shown, other=0.0)
+            v_scale_tile = tl.load(v_scales + (b * 0 + s + n) * G, mask=shown, other=0.0)
+            k_tile = tl.load(k_slots + at + kv_at, mask=shown[:, None], other=0).to(tl.float32)
+            v_tile = tl.load(v_slots + at + kv_at, mask=shown[:, None], other=0).to(tl.float32)
+            k_tile = (k_tile * k_scale_tile[:, None]).to(q_tile.dtype)
+            v_tile = (v_tile * v_scale_tile[:, None]).to(q_tile.dtype)
+        else:
+            k_tile = tl.load(k_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
+            v_tile = tl.load(v_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         scores = tl.where(shown[None, :], scores, float("-inf"))
         acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
     at = place.to(tl.int64) * (G * E) + e
+    if QUANTIZED:
+        tl.store(k_scales + place.to(tl.int64) * G, k_scale, mask=pushed)
+        tl.store(v_scales + place.to(tl.int64) * G, v_scale, mask=pushed)
+        k_row, v_row = k_whole, v_whole
     tl.store(k_slots + at, k_row.to(k_slots.dtype.element_ty), mask=pushed & (e < E))
     tl.store(v_slots + at, v_row.to(v_slots.dtype.element_ty), mask=pushed & (e < E))
     tile, row_lse = finish(acc, peak, total)
@@ -106,10 +132,11 @@ def attend_range(
 
 @triton.jit
 def attend_store(
-    q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, part, part_lse, plan,
-    B, P, g, split,
+    q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, key_scales,
+    value_scales, part, part_lse, plan, B, P, g, split,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, INITIAL: tl.constexpr,
     HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Part `split` of the sparse attentions of key head g, see `attend_decode_kernel`."""
     r = tl.arange(0, BATCH)
@@ -145,11 +172,11 @@ def attend_store(
         if begin < end:
             low = tl.sum(tl.where(chosen, first, 0), 0)
             place = tl.sum(tl.where(chosen, last, 0), 0)
-            base = (b * (P + 1) * G + g) * E
+            base = b * (P + 1) * G + g
             attend_range(
-                q, k, v, keys + base, values + base, part, part_lse, b, g, split, low + begin * BLOCK_N,
-                tl.minimum(low + end * BLOCK_N, place), begin == 0, begin == 0, place, 0,
-                H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
+                q, k, v, keys + base * E, values + base * E, key_scales + base, value_scales + base, part, part_lse,
+                b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0, begin == 0,
+                place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, QUANTIZED,
             )  # fmt: skip
         elif own_blocks > 0:
             m = tl.arange(0, ROWS)
@@ -160,10 +187,11 @@ def attend_store(
 @triton.jit(do_not_specialize=["B", "P"])
 def attend_decode_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
-    state, ring_k, ring_v, keys, values, positions, count, document_slot, linear, part, part_lse, plan, B, P,
+    state, ring_k, ring_v, keys, values, positions, count, document_slot, key_scales, value_scales, linear, part,
+    part_lse, plan, B, P,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
     INITIAL: tl.constexpr, HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, QUANTIZED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
 
@@ -198,13 +226,14 @@ def attend_decode_kernel(
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
         attend_range(
-            q, k, v, ring_k + base, ring_v + base, part, part_lse, row, g, SPLITS, 0, WINDOW, True, real, slot, past,
-            H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS,
+            q, k, v, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0, WINDOW,
+            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, False,
         )  # fmt: skip
     elif SPLITS > 0:
         attend_store(
-            q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, part,
-            part_lse, plan, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH, BATCH, ROWS, BLOCK_N, SPLITS,
+            q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, key_scales,
+            value_scales, part, part_lse, plan, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH, BATCH,
+            ROWS, BLOCK_N, SPLITS, QUANTIZED,
         )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -269,7 +298,7 @@ def attend_decode_config(element_size, E, r_rows, G, P, multiprocessors):
     "attend_decode",
     mutates_args=(
         *("state_BHEE", "ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "count_B"),
-        "document_slot_B",
+        *("document_slot_B", "key_scales_BPG", "value_scales_BPG"),
     ),
 )
 def _attend_decode(
@@ -300,6 +329,8 @@ def _attend_decode(
     positions_BP: torch.Tensor,
     count_B: torch.Tensor,
     document_slot_B: torch.Tensor,
+    key_scales_BPG: torch.Tensor,
+    value_scales_BPG: torch.Tensor,
 ) -> torch.Tensor:
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
     out_BTHE = q_BTHE.new_empty(q_BTHE.shape)
@@ -309,10 +340,10 @@ def _attend_decode(
     rates = (x.contiguous() for x in (decay_log_rate_H, decay_bias_H))
     place = (rows_of(x, B) for x in (position_BT, start_BT, length_B, seen_B))
     score_BT = None if score_BT is None else score_BT.contiguous()
-    store = (keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B)
+    store = (keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG, value_scales_BPG)
     r_rows, slots = triton.next_power_of_2(H // G), None if score_BT is None else P
     device, options = q_BTHE.device, dependent(q_BTHE.device)
-    config = attend_decode_config(keys_BPGE.element_size(), E, r_rows, G, slots, processors(device))
+    config = attend_decode_config(ring_k_BWGE.element_size(), E, r_rows, G, slots, processors(device))
     splits = config["SPLITS"]
     linear_BHE = q_BTHE.new_empty(B, H, E, dtype=torch.float32)
     part = q_BTHE.new_empty(B, splits + 1, H, E, dtype=torch.float32)
@@ -322,7 +353,8 @@ def _attend_decode(
     attend_decode_kernel[(programs,)](
         *heads, *rates, least_decay, *place, score_BT, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, *store,
         linear_BHE, part, part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, INITIAL=initial,
-        HAS_LENGTH=length_B is not None, BATCH=triton.next_power_of_2(B), **config, **options,
+        HAS_LENGTH=length_B is not None, BATCH=triton.next_power_of_2(B),
+        QUANTIZED=keys_BPGE.dtype == torch.int8, **config, **options,
     )  # fmt: skip
     merge_decode_kernel[(B * H,)](
         linear_BHE, heads[-1], norm_E.contiguous(), part, part_lse, plan, score_BT, count_B, document_slot_B, out_BTHE,
@@ -336,7 +368,8 @@ def _attend_decode(
 def _(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
     norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
+    value_scales_BPG,
 ):  # fmt: skip
     return q_BTHE.new_empty(q_BTHE.shape)
 
@@ -344,15 +377,17 @@ def _(
 def attend_decode(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
     norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
+    value_scales_BPG,
 ):  # fmt: skip
     """`attend_decode_ref` that advances state, ring, sparse store and counts, all IN PLACE.
 
     q_*, k_*, v: one dtype of float32, bfloat16, float16; T = 1; E of 16, 32, 64, 128. head_BTX [B, 1, 2 H], the
     parameters, score_BT [B, 1] and bias (one element): any float dtype; score and bias None where no token is routed.
     state: contiguous float32 [B, H, E, E]. ring_* [B, W, G, E], keys and values [B, P + 1, G, E]: contiguous, one
-    float dtype. positions [B, P + 1], count and document_slot [B]: contiguous int32. Cached keys are read for routed
-    rows alone; all arithmetic is float32.
+    float dtype; or keys and values int8, with contiguous float32 scales [B, P + 1, G], else of any shape. positions
+    [B, P + 1], count and document_slot [B]: contiguous int32. Cached keys are read for routed rows alone; all
+    arithmetic is float32.
     Returns both streams' sum [B, 1, H, E] in q's dtype. Raises ValueError on shapes, dtypes or layouts the kernel does
     not take.
     """
@@ -367,16 +402,21 @@ def attend_decode(
         raise ValueError(f"score must be {(B, 1)}, with a bias, got {tuple(score_BT.shape)} and bias {bias}")
     check_in_place("state", state_BHEE, (B, H, E, E), (torch.float32,))
     ring, kept = (B, max(1, ring_k_BWGE.shape[1]), G, E), (B, slots, G, E)
-    for name, x, shape in (("ring_k", ring_k_BWGE, ring), ("ring_v", ring_v_BWGE, ring), ("keys", keys_BPGE, kept),
-                           ("values", values_BPGE, kept)):  # fmt: skip
-        check_in_place(name, x, shape, (ring_k_BWGE.dtype,))
+    quantized = keys_BPGE.dtype == torch.int8
+    for name, x in (("ring_k", ring_k_BWGE), ("ring_v", ring_v_BWGE)):
+        check_in_place(name, x, ring, (ring_k_BWGE.dtype,))
+    for name, x in (("keys", keys_BPGE), ("values", values_BPGE)):
+        check_in_place(name, x, kept, (torch.int8 if quantized else ring_k_BWGE.dtype,))
+    for name, x in (("key_scales", key_scales_BPG), ("value_scales", value_scales_BPG)) * quantized:
+        check_in_place(name, x, kept[:3], (torch.float32,))
     for name, x, shape in (("positions", positions_BP, (B, slots)), ("count", count_B, (B,)),
                            ("document_slot", document_slot_B, (B,))):  # fmt: skip
         check_in_place(name, x, shape, (torch.int32,))
     return _attend_decode(
         q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
         norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
+        value_scales_BPG,
     )  # fmt: skip
 
 

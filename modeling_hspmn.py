@@ -119,12 +119,15 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     def kv_bytes_per_token(self, dtype=None):
         """Bytes of keys and values by which the cache grows per token, on average at the configured `sparsity_k`.
 
-        dtype: that of the keys and values, the model's own by default. Not counted: the int32 position id of each slot
-        (4 bytes to 2,048 of keys and values at 4 heads of 128 in bf16) and the states, which do not grow.
+        dtype: that of the keys and values, the model's own by default, if `kv_cache_dtype` is "auto". Not counted: the
+        int32 position id of each slot (4 bytes to 2,048 of keys and values at 4 heads of 128 in bf16) and the states,
+        which do not grow.
         """
         config = self.config
-        row = 2 * config.num_key_value_heads * config.head_dim * (dtype or self.dtype).itemsize
-        return row * sum(config.layer_sparsity)
+        head = config.head_dim * (dtype or self.dtype).itemsize
+        if config.kv_cache_dtype == "int8":
+            head = config.head_dim + 4  # and the scale
+        return 2 * config.num_key_value_heads * head * sum(config.layer_sparsity)
 
     def estimate_flops(self, sequence_length, batch_size=1):
         """Multiply-adds, counted as two operations each, of one forward pass over `batch_size` full rows."""

@@ -267,8 +267,8 @@ def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, 
     """See `attend_decode_ref`; the kernel advances the state in place, and both ring, store and counts.
 
     heads: the five tensors of `split_heads`. parameters: of the decays and the norm. stream: the call's `Stream`.
-    router: score_BT, bias, noise_floor and initial. ring: keys and values of the window. store: keys, values,
-    positions, count and document_slot of the cache.
+    router: score_BT, bias, noise_floor and initial. ring: keys and values of the window. store: what the `store` of
+    a layer's cache gives.
     """
     place = (stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B)
     inputs = (*heads, head_BTX, *parameters, eps, *place, *router, state_BHEE, *ring, *store)

@@ -392,10 +392,34 @@ def log_decay_ref(decay_BTH, log_rate_H, bias_H, least):
     return -wide(log_rate_H).exp() * F.softplus(wide(decay_BTH) + wide(bias_H)) - least
 
 
+def quantize_ref(x_BKGE):
+    """int8 [B, K, G, E] and, of each head, the scale [B, K, G] that takes its largest element to 127; zeros have 0."""
+    peak_BKG = wide(x_BKGE).abs().amax(-1)
+    factor_BKG = torch.where(peak_BKG > 0, 127 / peak_BKG, 0)
+    return (wide(x_BKGE) * factor_BKG[..., None] + 0.5).floor().to(torch.int8), peak_BKG / 127
+
+
+def write_slots_ref(kept_BPGE, scales_BPG, at, x_BKGE):
+    """Put rows into the slots `at` of a sparse store, IN PLACE; their scales too if the store is int8."""
+    if kept_BPGE.dtype == torch.int8:
+        x_BKGE, scale_BKG = quantize_ref(x_BKGE)
+        scales_BPG.index_put_(at, scale_BKG.to(scales_BPG.dtype))
+    # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
+    kept_BPGE.index_put_(at, x_BKGE.to(kept_BPGE.dtype))
+
+
+def read_slots_ref(kept_BPGE, scales_BPG, dtype):
+    """A sparse store as it is or, if it is int8, what it stands for in `dtype`."""
+    if kept_BPGE.dtype != torch.int8:
+        return kept_BPGE
+    return (kept_BPGE.to(scales_BPG.dtype) * scales_BPG[..., None]).to(dtype)
+
+
 def attend_decode_ref(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
     norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B,
+    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
+    value_scales_BPG,
 ):  # fmt: skip
     """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
 
@@ -405,8 +429,9 @@ def attend_decode_ref(
     tokens before this one. score_BT, bias, noise_floor: the router's, see `route_ref`, with score None for a layer
     without one; initial: so many first tokens of a document are routed whatever their score. ring_*: the window as in
     `window_decode_ref`. keys, values [B, P + 1, G, E] and positions [B, P + 1]: the sparse store, whose last slot
-    takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the row's document. Ring, store
-    and counts are updated IN PLACE. A routed token without a free slot is counted and otherwise treated as one that
+    takes discarded writes; count_B: its used slots; document_slot_B: the first slot of the row's document;
+    key_scales_BPG and value_scales_BPG: of `quantize_ref` if keys and values are int8, else unused. Ring, store and
+    counts are updated IN PLACE. A routed token without a free slot is counted and otherwise treated as one that
     is not routed.
     Returns the sum [B, 1, H, E] in q's dtype and the advanced state.
     """
@@ -427,14 +452,14 @@ def attend_decode_ref(
     slots = keys_BPGE.shape[1] - 1
     before_B, first_B = count_B.clamp(max=slots), torch.where(start_BT[:, 0] < 0, document_slot_B, count_B)
     kept_B = wanted_B & (before_B < slots)
-    # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
-    at = (torch.arange(len(kept_B), device=kept_B.device), torch.where(kept_B, before_B, slots))
-    keys_BPGE.index_put_(at, k_BTGE[:, 0].to(keys_BPGE.dtype))
-    values_BPGE.index_put_(at, v_BTGE[:, 0].to(values_BPGE.dtype))
-    positions_BP.index_put_(at, position_BT[:, 0].to(positions_BP.dtype))
+    at = (torch.arange(len(kept_B), device=kept_B.device)[:, None], torch.where(kept_B, before_B, slots)[:, None])
+    write_slots_ref(keys_BPGE, key_scales_BPG, at, k_BTGE)
+    write_slots_ref(values_BPGE, value_scales_BPG, at, v_BTGE)
+    positions_BP.index_put_(at, position_BT.to(positions_BP.dtype))
     count_B.add_(wanted_B)
     document_slot_B.copy_(first_B)
-    store = (keys_BPGE[:, :slots], values_BPGE[:, :slots])
+    stores = ((keys_BPGE, key_scales_BPG), (values_BPGE, value_scales_BPG))
+    store = (read_slots_ref(kept[:, :slots], scales[:, :slots], q_BTHE.dtype) for kept, scales in stores)
     contextual_BTHE, _ = sqsk_attention_ref(q_BTHE, *store, first_B[:, None], before_B, kept_B.to(torch.int32))
     return merged_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype), state_BHEE
 

@@ -86,6 +86,14 @@ def test_kernels_equal_the_reference_with_padding_and_packing(pair):
         assert torch.equal(got_routed, want_routed)
 
 
+def test_kernels_equal_the_reference_on_whole_numbers(pair):
+    models, ids = pair(kv_cache_dtype="int8", sparsity_k=[1.0, 0.0, 0.5]), tokens(2, 37)
+    for cuts in ((), (20, 21, 22, 23)):
+        (got, got_routed), (want, want_routed) = (feed(model, ids, cuts) for model in models)
+        torch.testing.assert_close(got, want, **CLOSE)
+        assert torch.equal(got_routed, want_routed)
+
+
 def test_generation_on_kernels_equals_the_reference(pair):
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
     got, want = (model.generate(tokens(1, 9), **options) for model in pair(num_hidden_layers=1, sparsity_k=0.4))

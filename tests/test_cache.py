@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from caches import assert_same, used
+from caches import assert_same, static_cache, used
+from caches import feed as feed_pieces
 from hspmn.cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNCacheLayer
 
 
@@ -121,6 +122,39 @@ def test_state_of_the_cache_is_the_same_for_every_cut(model):
     real = torch.arange(5)  # the ring holds the window of 5 in both
     assert pieces.layers[0].window_keys.shape[1] == len(real)
     assert_same(pieces, whole)
+
+
+# Keys and values as whole numbers
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("options", [{}, {"linear_attention": "elu"}, {"num_sink_tokens": 2}], ids=str)
+def test_int8_is_read_as_stored_however_tokens_are_fed(tiny_model, options, static, monkeypatch):
+    monkeypatch.setattr("hspmn.cache_hspmn.SLOT_BLOCK", 4)
+    model, ids = tiny_model(sparsity_k=[1.0, 0.0, 0.5], kv_cache_dtype="int8", **options), tokens(3, 20)
+    caches, logits = [], []
+    for lengths in ([20], [6, 1, 2, 11], [1] * 20):
+        caches.append(static_cache(model, length=20) if static else HSPMNCache(model.config))
+        with torch.no_grad():
+            logits.append(feed_pieces(model, ids, caches[-1], lengths, positions=PACKED)[0])
+    for cache, got in zip(caches[1:], logits[1:], strict=True):
+        torch.testing.assert_close(got, logits[0], rtol=0, atol=1e-4)
+        assert_same(cache, caches[0])
+
+
+def test_int8_costs_less_than_a_hundredth_of_the_logits(tiny_model):
+    whole, exact = (feed(tiny_model(sparsity_k=1.0, kv_cache_dtype=kind), tokens(3, 60)) for kind in ("int8", "auto"))
+    assert 1e-4 < (whole.logits - exact.logits).norm() / exact.logits.norm() < 0.01
+
+
+def test_int8_rows_move_with_their_scales(tiny_model):
+    model, rows = tiny_model(sparsity_k=[1.0, 0.0, 0.5], kv_cache_dtype="int8"), torch.tensor([2, 0, 0])
+    cache = feed(model, tokens(3, 20)).past_key_values
+    cache.reorder_cache(rows)
+    assert cache.layers[0].keys.dtype == torch.int8
+    more = tokens(3, 9, seed=5)
+    expected = feed(model, torch.cat([tokens(3, 20)[rows], more], 1)).logits[:, 20:]
+    torch.testing.assert_close(feed(model, more, cache).logits, expected, rtol=0, atol=1e-4)
 
 
 # Rows that move

@@ -23,7 +23,7 @@ INVALID = [
     ("hidden_size", True),
     ("num_key_value_heads", 3),
     ("head_dim", 63),
-    *((field, "none") for field in ("router_mode", "linear_attention", "backend", "hidden_act")),
+    *((field, "none") for field in ("router_mode", "linear_attention", "backend", "kv_cache_dtype", "hidden_act")),
     *(("sparsity_k", value) for value in (-0.1, 1.5, float("nan"), True, [0.2] * 7, [0.2] * 7 + [1.5], [])),
     *(("router_noise_floor", value) for value in (-0.01, 1.0, float("nan"))),
     *((field, -0.1) for field in ("router_bias_rate", "router_token_entropy_coef", "router_load_entropy_coef")),

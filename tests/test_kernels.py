@@ -238,6 +238,7 @@ def decoded(H, G, E, window, P, dtype):
     inputs["positions"] = torch.zeros(B, P + 1, **integers)
     inputs["count"] = torch.tensor([P - 1, 1, 2, 2, P], **integers)
     inputs["document_slot"] = torch.tensor([min(70, P - 2), 0, 0, 1, 0], **integers)
+    inputs |= {name: torch.zeros(B, 1, G, device=DEVICE) for name in ("key_scales", "value_scales")}
     return inputs
 
 
@@ -246,7 +247,7 @@ def copied(inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["plain", "padded", "initial", "no_router"])
+@pytest.mark.parametrize("case", ["plain", "padded", "initial", "no_router", "int8"])
 @pytest.mark.parametrize("H, G, E, window, P, processors", DECODE, ids=str)
 def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monkeypatch):
     monkeypatch.setattr(kernels_decode_hspmn, "processors", lambda device: processors)
@@ -263,6 +264,10 @@ def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monk
         inputs["score"] = inputs["bias"] = None
     elif case == "initial":
         inputs["initial"], inputs["score"][1::2] = 3, -4.0  # row 3 is routed, with a gate below the noise floor
+    elif case == "int8":
+        inputs["k"][1] = 0.0  # a key without a scale
+        for kept, scales in (("keys", "key_scales"), ("values", "value_scales")):
+            inputs[kept], inputs[scales] = reference_hspmn.quantize_ref(inputs[kept])
     eager_inputs, exact_inputs = copied(inputs), dict(zip(inputs, exactly(copied(inputs).values()), strict=True))
     eager = reference_hspmn.attend_decode_ref(*eager_inputs.values())
     exact = reference_hspmn.attend_decode_ref(*exact_inputs.values())
@@ -272,7 +277,8 @@ def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monk
         inputs[name][hidden] = float("nan")
     slot = torch.arange(P + 1, device=DEVICE)
     unused = (slot >= inputs["count"][:, None]) | (slot < inputs["document_slot"][:, None])
-    for name in ("keys", "values"):
+    poisoned = ("key_scales", "value_scales") if case == "int8" else ("keys", "values")
+    for name in poisoned:
         inputs[name][unused] = float("nan")
     got = kernels_hspmn.attend_decode(*inputs.values())
     real = torch.ones(B, dtype=torch.bool, device=DEVICE) if inputs["length"] is None else inputs["length"] > 0
@@ -286,12 +292,11 @@ def test_attend_decode(H, G, E, window, P, processors, case, dtype, poison, monk
     for name in ("count", "document_slot"):
         assert torch.equal(inputs[name], eager_inputs[name]), name
     for row, place in kept.items():
-        for name in ("keys", "values", "positions"):
+        for name in {"keys", "values", "positions", *poisoned}:
             assert torch.equal(inputs[name][row, place], eager_inputs[name][row, place]), name
-            if name != "positions":
-                unused[row, place] = False
+        unused[row, place] = False
     assert inputs["positions"].count_nonzero() == len(kept)
-    assert all(inputs[name][unused].isnan().all() for name in ("keys", "values"))
+    assert all(inputs[name][unused].isnan().all() for name in poisoned)
 
 
 def test_place_decode_is_dense_and_the_same():
@@ -628,7 +633,7 @@ def test_errors_name_what_is_wrong():
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     one, ring, step = [x[:, :1].contiguous() for x in (q, k, v)], torch.zeros(1, 3, 2, 16, device=DEVICE), decay[:, :1]
     place, router = (count[:, None], count[:, None], None, count), (step[..., 0], count, 0.05, 0)
-    store = (ring, ring, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE), count, count)
+    store = (ring, ring, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE), count, count, ring[..., 0], ring[..., 0])
     fixed = (one[0], one[1], *one, torch.zeros(1, 1, 8, device=DEVICE), *decay[0, :2], 0.0, q[0, 0, 0], 1e-6, *place)
     with pytest.raises(ValueError, match="state must be contiguous torch.float32"):
         kernels_hspmn.attend_decode(*fixed, *router, state.half(), ring, ring, *store)
@@ -636,6 +641,9 @@ def test_errors_name_what_is_wrong():
         kernels_hspmn.attend_decode(*fixed, *router, state, ring, ring[:, :2], *store)
     with pytest.raises(ValueError, match="positions must be contiguous torch.int32"):
         kernels_hspmn.attend_decode(*fixed, *router, state, ring, ring, *store[:2], ring[..., 0, 0], *store[3:])
+    with pytest.raises(ValueError, match="key_scales must be contiguous"):
+        whole = ring.to(torch.int8)
+        kernels_hspmn.attend_decode(*fixed, *router, state, ring, ring, whole, whole, *store[2:5], count, count)
     with pytest.raises(ValueError, match="head must be"):
         kernels_hspmn.attend_decode(*fixed[:5], step, *fixed[6:], *router, state, ring, ring, *store)
     with pytest.raises(ValueError, match="score must be"):

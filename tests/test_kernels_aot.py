@@ -94,7 +94,7 @@ def describe(value):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
-    names |= {torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
+    names |= {torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
     if value is None:
         return "constexpr"
     if isinstance(value, torch.Tensor):
@@ -187,10 +187,12 @@ def build_all(target):
         one = [x[:, :1].contiguous() for x in (q, k, q, k, v)]
         begin, last, rates = start[:, :1], length.clone(), decay[0, 0]
         rings, slots = (k[:, :128].contiguous(), v[:, :128].contiguous()), torch.zeros(B, T, dtype=torch.int32)
-        place, cache = (begin, begin), (state, *rings, k, v, slots, count, count)
+        place, counts, scales = (begin, begin), (slots, count, count), torch.zeros(2, B, T, G)
+        whole, cache = [x.to(torch.int8) for x in (k, v)], (state, *rings, k, v, *counts, *scales[:, :, :1])
         for held, router in ((None, (gate[:, :1], rates[:1], 0.05, 0)), (length, (None, None, 0.0, 0))):
             parameters = (torch.zeros(B, 1, 2 * H), rates, rates, 0.01, norm, 1e-6)
-            kernels.attend_decode(*one, *parameters, *place, held, last, *router, *cache)
+            for kept in (cache, (state, *rings, *whole, *counts, *scales)):
+                kernels.attend_decode(*one, *parameters, *place, held, last, *router, *kept)
             kernels.place_decode(table[:, :1], table[:, :1], begin, begin, held)
             history = x[:, :3].contiguous()
             tables = (table[:, :1], table[:, :1], norm, norm)

@@ -748,16 +748,19 @@ def test_fresh_queries_match_successors_in_one_key_head_and_equal_tokens_in_the_
 # Costs
 
 
+@pytest.mark.parametrize("kind", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kv_bytes_per_token_is_what_the_cache_grows_by(tiny_model, dtype):
-    model = tiny_model(sparsity_k=[1.0, 0.0, 1.0]).to(dtype)
+def test_kv_bytes_per_token_is_what_the_cache_grows_by(tiny_model, dtype, kind):
+    model = tiny_model(sparsity_k=[1.0, 0.0, 1.0], kv_cache_dtype=kind).to(dtype)
     _, _, cache = run(model, tokens(2, 40), (25,))
     stored = 0
     for layer in cache.layers:
-        row = layer.keys[0, 0].nbytes + layer.values[0, 0].nbytes
+        row = sum(getattr(layer, name)[0, 0].nbytes for name in layer.slot_tensors if name != "positions")
         stored += row * int(layer.count.sum())
     assert stored == model.kv_bytes_per_token() * 40 * 2
-    assert tiny_model(sparsity_k=0.25).kv_bytes_per_token(dtype) == 0.25 * 3 * 2 * 16 * dtype.itemsize
+    bytes_per_head = {"auto": 8 * dtype.itemsize, "int8": 8 + 4}[kind]
+    model = tiny_model(sparsity_k=0.25, kv_cache_dtype=kind)
+    assert model.kv_bytes_per_token(dtype) == 0.25 * 3 * 2 * 2 * bytes_per_head
 
 
 def count_flops(model, ids):

@@ -17,11 +17,14 @@ from hspmn.reference_hspmn import (
     local_attention_ref,
     log_decay_ref,
     merge_ref,
+    quantize_ref,
+    read_slots_ref,
     reflexive_merge_ref,
     route_ref,
     split_heads_ref,
     sqsk_attention_ref,
     take_rows_ref,
+    write_slots_ref,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -421,3 +424,24 @@ def test_reflexive_merge_is_the_sum_of_both_attentions():
     got = reflexive_merge_ref(q, k, v, None, 3, linear, gate, weight, 1e-6)
     want = F.rms_norm(linear, (4,), weight, 1e-6) * gate.sigmoid()[..., None]
     torch.testing.assert_close(got, want + local_attention_ref(q, k, v, None, 3)[0], **EXACT)
+
+
+def test_whole_numbers_are_within_half_a_step_of_what_they_stand_for():
+    x = normal(2, 5, 3, 16) * torch.tensor([1e-20, 1.0, 1e20])[:, None]
+    x[0, 0] = 0.0
+    whole, scale = quantize_ref(x)
+    assert whole.dtype == torch.int8 and torch.equal(whole.abs().amax(-1) == 127, scale > 0)
+    assert not whole[0, 0].any() and not scale[0, 0].any()
+    error = (whole * scale[..., None] - x).abs() / scale.clamp(min=1e-300)[..., None]
+    assert error.max() <= 0.5 + 1e-9 and error.max() > 0.4
+
+
+def test_a_store_gives_back_what_was_put_into_it():
+    x, at = normal(2, 3, 2, 4), (torch.arange(2)[:, None], torch.tensor([[1, 4, 0], [2, 5, 5]]))
+    for kind, slots in ((torch.float64, 0), (torch.int8, 6)):
+        kept, scales = torch.zeros(2, 6, 2, 4, dtype=kind), torch.zeros(2, slots, 2, dtype=torch.float64)
+        write_slots_ref(kept, scales, at, x)
+        got = read_slots_ref(kept, scales, torch.float64)
+        assert (got[0, [1, 4, 0]] - x[0]).norm() <= 0.01 * x.norm() * (kind == torch.int8)
+        assert (got[1, 2] - x[1, 0]).norm() <= 0.01 * x.norm() * (kind == torch.int8)
+        assert not got[0, [2, 3, 5]].any() and not got[1, [0, 1, 3, 4]].any()
