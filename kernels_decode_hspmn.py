@@ -18,12 +18,15 @@ from .kernels_common_hspmn import (
     processors,
     rows_of,
 )
+from .reference_hspmn import LEAST_PEAK
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+
+LEAST = tl.constexpr(LEAST_PEAK)
 
 
 @triton.jit
@@ -64,8 +67,9 @@ def quantize(row):
     """A row as whole numbers of at most 127, in float32, and their scale, as `quantize_ref` has them."""
     row = row.to(tl.float32)
     peak = tl.max(tl.abs(row), 0)
-    factor = tl.where(peak > 0, tl.div_rn(127.0, tl.where(peak > 0, peak, 1.0)), 0.0)
-    return tl.floor(row * factor + 0.5), tl.div_rn(peak, 127.0)
+    held = peak > LEAST
+    factor = tl.where(held, tl.div_rn(127.0, tl.where(held, peak, 1.0)), 0.0)
+    return tl.floor(row * factor + 0.5), tl.where(held, tl.div_rn(peak, 127.0), 0.0)
 
 
 @triton.jit

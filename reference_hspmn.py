@@ -17,6 +17,7 @@ LINEAR_CHUNK = 64  # tokens per chunk of the linear attention
 LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; longer rows loop over spans
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
+LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
 QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
 
 
@@ -394,9 +395,11 @@ def log_decay_ref(decay_BTH, log_rate_H, bias_H, least):
 
 def quantize_ref(x_BKGE):
     """int8 [B, K, G, E] and, of each head, the scale [B, K, G] that takes its largest element to 127; zeros have 0."""
-    peak_BKG = wide(x_BKGE).abs().amax(-1)
-    factor_BKG = torch.where(peak_BKG > 0, 127 / peak_BKG, 0)
-    return (wide(x_BKGE) * factor_BKG[..., None] + 0.5).floor().to(torch.int8), peak_BKG / 127
+    x_BKGE = wide(x_BKGE)
+    peak_BKG = x_BKGE.abs().amax(-1)
+    held_BKG = peak_BKG > LEAST_PEAK
+    factor_BKG, scale_BKG = torch.where(held_BKG, 127 / peak_BKG, 0), torch.where(held_BKG, peak_BKG / 127, 0)
+    return (x_BKGE * factor_BKG[..., None] + 0.5).floor().to(torch.int8), scale_BKG
 
 
 def write_slots_ref(kept_BPGE, scales_BPG, at, x_BKGE):

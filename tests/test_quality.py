@@ -235,6 +235,11 @@ def test_verify_passes_a_good_model_and_names_what_is_broken(folder, tmp_path):
     assert sum(line.startswith("pass  contract") for line in lines if "contract 7" not in line) == 5
     assert not [line for line in lines if line.startswith("FAIL") and "contract 7" not in line]
 
+    model = evaluate.AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, kv_cache_dtype="int8")
+    ids = torch.arange(100)[None] % model.config.vocab_size
+    names, passed, _ = zip(*evaluate.check_cached(model.eval(), ids), strict=True)
+    assert all(passed) and names[1] == "contract 2: chunked equals one call"
+
     (checkpoint / "reference_hspmn.py").rename(tmp_path / "kept.py")
     assert [passed for _, passed, _ in evaluate.check_files(checkpoint)][0] is False
     assert evaluate.main(["--task", "verify", str(checkpoint)]) == 1

@@ -428,12 +428,12 @@ def test_reflexive_merge_is_the_sum_of_both_attentions():
 
 def test_whole_numbers_are_within_half_a_step_of_what_they_stand_for():
     x = normal(2, 5, 3, 16) * torch.tensor([1e-20, 1.0, 1e20])[:, None]
-    x[0, 0] = 0.0
-    whole, scale = quantize_ref(x)
+    x[0, 0], x[0, 1] = 0.0, 1e-40
+    whole, scale = quantize_ref(x.float())
     assert whole.dtype == torch.int8 and torch.equal(whole.abs().amax(-1) == 127, scale > 0)
-    assert not whole[0, 0].any() and not scale[0, 0].any()
-    error = (whole * scale[..., None] - x).abs() / scale.clamp(min=1e-300)[..., None]
-    assert error.max() <= 0.5 + 1e-9 and error.max() > 0.4
+    assert not whole[0, :2].any() and not scale[0, :2].any()
+    error = (whole * scale[..., None] - x).abs() / scale.clamp(min=1e-30)[..., None]
+    assert error.max() <= 0.5 + 1e-4 and error.max() > 0.4
 
 
 def test_a_store_gives_back_what_was_put_into_it():
