@@ -18,6 +18,7 @@ LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; lon
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
 LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
+HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
 QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
 
 
@@ -208,13 +209,17 @@ def interval_attention_ref(q_BTHE, k_BSGE, v_BSGE, first_BT, last_BT):
 def _masked_attention(q_BTHE, k_BNSGE, v_BNSGE, visible_BNTS):
     """Attention of N blocks of queries, each over its own S keys; T = N * (queries per block)."""
     (B, T, H, E), (N, _, G) = q_BTHE.shape, k_BNSGE.shape[1:4]
+    if not k_BNSGE.shape[2]:
+        return torch.zeros_like(q_BTHE), wide(q_BTHE).new_full((B, T, H), float("-inf"))
     q = q_BTHE.reshape(B, N, T // N, G, H // G, E).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)  # [B, N, G, R * T/N, E]
     k, v = k_BNSGE.transpose(2, 3), v_BNSGE.transpose(2, 3)  # [B, N, G, S, E]
+    visible = visible_BNTS[:, :, None, None]
     scores = wide(q @ k.transpose(-1, -2)).unflatten(3, (H // G, T // N)) * E**-0.5
-    scores = scores.masked_fill(~visible_BNTS[:, :, None, None], float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
-    out = (weights.to(v.dtype).flatten(3, 4) @ v).unflatten(3, (H // G, T // N))
+    scores = scores.masked_fill(~visible, HIDDEN_SCORE)
+    weights, empty = scores.softmax(-1), ~visible.any(-1)
+    # the largest weight is exp(largest score - lse), so the sum of exponentials is not needed a second time
+    lse = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(empty, float("-inf"))
+    out = (weights.to(v.dtype).flatten(3, 4) @ v).unflatten(3, (H // G, T // N)).masked_fill(empty[..., None], 0)
     out = out.permute(0, 1, 4, 2, 3, 5).reshape(B, T, H, E)
     return out, lse.permute(0, 1, 4, 2, 3).reshape(B, T, H)
 

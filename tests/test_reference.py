@@ -426,6 +426,18 @@ def test_reflexive_merge_is_the_sum_of_both_attentions():
     torch.testing.assert_close(got, want + local_attention_ref(q, k, v, None, 3)[0], **EXACT)
 
 
+def test_attention_over_no_keys_gives_zeros():
+    q, k, v = query_key_value(2, 3, 2, 2, 4)
+    nothing = torch.zeros(2, 3, dtype=torch.long)
+    for keys, last in ((0, nothing - 1), (3, nothing - 1)):
+        q.requires_grad_()
+        out, lse = interval_attention_ref(q, k[:, :keys], v[:, :keys], nothing, last)
+        assert not out.any() and (lse == float("-inf")).all() and lse.dtype == torch.float64
+        if keys:
+            out.sum().backward()
+            assert not q.grad.any()
+
+
 def test_whole_numbers_are_within_half_a_step_of_what_they_stand_for():
     x = normal(2, 5, 3, 16) * torch.tensor([1e-20, 1.0, 1e20])[:, None]
     x[0, 0], x[0, 1] = 0.0, 1e-40
