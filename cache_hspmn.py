@@ -335,7 +335,8 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
             `max_length`, so that nothing can overflow; a long context needs about `sparsity_k * max_length`, and room
             for one whole call more, because how many of its tokens are routed is known only layer by layer.
         device: of all tensors.
-        dtype: of keys, values and convolution inputs: that of the model's projections, None for torch's default.
+        dtype: of keys, values (unless `kv_cache_dtype` makes those of the store int8) and convolution inputs: that of
+            the model's projections, None for torch's default.
 
     A call of T tokens is refused before it changes anything unless T slots are free in every layer. The host keeps an
     upper bound of the used slots and reads the device only where that bound no longer suffices. Compiled and captured
