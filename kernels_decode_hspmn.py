@@ -73,6 +73,15 @@ def quantize(row):
 
 
 @triton.jit
+def load_slots(slots, scales, at, slot, shown, G: tl.constexpr, QUANTIZED: tl.constexpr):
+    """The rows `at` of a store or ring, zeros where not shown; of int8 what they stand for, float32."""
+    tile = tl.load(slots + at, mask=shown[:, None], other=0)
+    if QUANTIZED:
+        tile = tile.to(tl.float32) * tl.load(scales + slot * G, mask=shown, other=0.0)[:, None]
+    return tile
+
+
+@triton.jit
 def attend_range(
     q, k, v, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place, past,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
@@ -107,17 +116,10 @@ def attend_range(
         if RING > 0:
             age = (place - s - n + RING) % RING
             shown = shown & (age > 0) & (age <= past)
-        at = (b * 0 + s) * (G * E)  # 64 bits
-        if QUANTIZED:
-            k_scale_tile = tl.load(k_scales + (b * 0 + s + n) * G, mask=shown, other=0.0)
-            v_scale_tile = tl.load(v_scales + (b * 0 + s + n) * G, mask=shown, other=0.0)
-            k_tile = tl.load(k_slots + at + kv_at, mask=shown[:, None], other=0).to(tl.float32)
-            v_tile = tl.load(v_slots + at + kv_at, mask=shown[:, None], other=0).to(tl.float32)
-            k_tile = (k_tile * k_scale_tile[:, None]).to(q_tile.dtype)
-            v_tile = (v_tile * v_scale_tile[:, None]).to(q_tile.dtype)
-        else:
-            k_tile = tl.load(k_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
-            v_tile = tl.load(v_slots + at + kv_at, mask=shown[:, None], other=0.0).to(q_tile.dtype)
+        first = b * 0 + s  # 64 bits
+        at, slot = first * (G * E) + kv_at, first + n
+        k_tile = load_slots(k_slots, k_scales, at, slot, shown, G, QUANTIZED).to(q_tile.dtype)
+        v_tile = load_slots(v_slots, v_scales, at, slot, shown, G, QUANTIZED).to(q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         scores = tl.where(shown[None, :], scores, float("-inf"))
         acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
