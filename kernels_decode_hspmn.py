@@ -68,8 +68,8 @@ def quantize(row):
     row = row.to(tl.float32)
     peak = tl.max(tl.abs(row), 0)
     held = peak > LEAST
-    factor = tl.where(held, tl.div_rn(127.0, tl.where(held, peak, 1.0)), 0.0)
-    return tl.floor(row * factor + 0.5), tl.where(held, tl.div_rn(peak, 127.0), 0.0)
+    factor = tl.where(held, tl.div_rn(1.0, tl.where(held, peak, 1.0)) * 127.0, 0.0)
+    return tl.floor(row * factor + 0.5), tl.where(held, peak * (1 / 127), 0.0)
 
 
 @triton.jit

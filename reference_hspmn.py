@@ -403,7 +403,9 @@ def quantize_ref(x_BKGE):
     x_BKGE = wide(x_BKGE)
     peak_BKG = x_BKGE.abs().amax(-1)
     held_BKG = peak_BKG > LEAST_PEAK
-    factor_BKG, scale_BKG = torch.where(held_BKG, 127 / peak_BKG, 0), torch.where(held_BKG, peak_BKG / 127, 0)
+    # Products with reciprocals, which is what CUDA makes of divisions by a number: the kernel has the same bits then
+    factor_BKG = torch.where(held_BKG, peak_BKG.reciprocal() * 127, 0)
+    scale_BKG = torch.where(held_BKG, peak_BKG * (1 / 127), 0)
     return (x_BKGE * factor_BKG[..., None] + 0.5).floor().to(torch.int8), scale_BKG
 
 
