@@ -404,8 +404,9 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
                 "an HSPMNStaticCache is updated in place and records no gradients; call the model under "
                 "torch.no_grad(), or use an HSPMNCache"
             )
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not (torch.compiler.is_compiling() or captured) and tokens != self.reserved:
+        # In this order: asking a stream breaks the graph of code that is being compiled
+        fixed = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        if not fixed and tokens != self.reserved:
             self.reserve(tokens)
         self.reserved = 0  # compiled code may write it; reading it would compile that anew for each value
 
