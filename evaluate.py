@@ -313,10 +313,10 @@ def needle_prompt(tokenizer, text, length, depth, rng):
 class NeedleRows(Dataset):
     """Training rows, int64 [length]: real text with needles, each asked for later in the row.
 
-    From one needle to one per 64 tokens, log-uniform: one is what `needle_prompt` asks for, and many of them teach it,
-    since of a row with one needle six tokens or so say anything about retrieval. A tenth of the rows begins with a
-    needle, as prompts of depth 0 do: no token stands before it, which no other place is like. A row depends on the
-    seed and its number alone, whichever process makes it.
+    From one needle to one per 32 tokens, uniform, as far as three quarters of the row hold them: `needle_prompt` asks
+    for one, and many of them teach it, since of a row with one needle six tokens or so say anything about retrieval.
+    A tenth of the rows begins with a needle, as prompts of depth 0 do: no token stands before it, which no other place
+    is like. A row depends on the seed and its number alone, whichever process makes it.
     """
 
     def __init__(self, tokenizer, text, count, length, seed):
@@ -332,14 +332,14 @@ class NeedleRows(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(f"row {index} of {self.count}")
         rng = np.random.default_rng([self.seed, index])
-        most, pieces = max(4, self.length // 64), []
-        tasks = needles(self.tokenizer, rng, round(most ** rng.random()))
+        most, pieces = max(4, self.length // 32), []
+        tasks = needles(self.tokenizer, rng, int(rng.integers(1, most + 1)))
         for number, (statement, question, value, end) in enumerate(tasks):
             first, second = sorted(rng.random(2))
             if number == 0 and rng.random() < 0.1:
                 first = 0.0
             pieces += [(first, statement), (1.0 if number == 0 else second, question + value + end)]
-            if sum(len(piece) for _, piece in pieces) > self.length // 2:
+            if sum(len(piece) for _, piece in pieces) > 0.75 * self.length:
                 del pieces[-2:]
                 break
         room = self.length - sum(len(piece) for _, piece in pieces)

@@ -79,6 +79,10 @@ SECTIONS = {
         "python benchmark.py --mode throughput",
         {"ms": MS, "tok/s": TOK_S, "peak GB": PEAK, "over dense": over_dense},
     ),
+    "latency": Section(
+        "python benchmark.py --mode latency",
+        {f"{way} ms": metric(f"{way}_ms", three_digits) for way in ("eager", "compiled", "graph")},
+    ),
     "kernels": Section(
         "python benchmark.py --mode kernels",
         {"ms": MS, "TFLOP/s": metric("tflops", three_digits), "TB/s": metric("tb_s", three_digits)},

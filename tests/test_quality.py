@@ -173,7 +173,7 @@ def test_needles_are_where_they_should_be(folder):
     assert len(rows) == 40 and all(row.shape == (1024,) for row in rows) and torch.equal(rows[7], rows[7])
     assert any(tokenizer.decode(row.tolist()).startswith("\nSECRET[") for row in rows)
     asked = [tokenizer.decode(row.tolist()).count("assert SECRET[") for row in rows]
-    assert min(asked) == 1 and 4 < max(asked) <= 1024 // 64
+    assert 1 <= min(asked) < 4 < 12 < max(asked) <= 1024 // 32
 
 
 def test_needle_rows_are_the_same_for_every_seed(folder):
