@@ -332,17 +332,18 @@ class NeedleRows(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(f"row {index} of {self.count}")
         rng = np.random.default_rng([self.seed, index])
-        most, pieces = max(4, self.length // 32), []
+        most, pieces, room = max(4, self.length // 32), [], self.length
         tasks = needles(self.tokenizer, rng, int(rng.integers(1, most + 1)))
         for number, (statement, question, value, end) in enumerate(tasks):
             first, second = sorted(rng.random(2))
             if number == 0 and rng.random() < 0.1:
                 first = 0.0
-            pieces += [(first, statement), (1.0 if number == 0 else second, question + value + end)]
-            if sum(len(piece) for _, piece in pieces) > 0.75 * self.length:
-                del pieces[-2:]
+            asked = question + value + end
+            left = room - len(statement) - len(asked)
+            if left < 0.25 * self.length:
                 break
-        room = self.length - sum(len(piece) for _, piece in pieces)
+            pieces += [(first, statement), (1.0 if number == 0 else second, asked)]
+            room = left
         begin = int(rng.integers(0, len(self.text) - room + 1))
         hay, ids, done = self.text[begin : begin + room].tolist(), [], 0
         for place, piece in sorted(pieces, key=lambda item: item[0]):

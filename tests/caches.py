@@ -47,7 +47,7 @@ def used(cache):
     found = {}
     for name, x in every_tensor(cache).items():
         layer = holders(cache)[f"{name.split('.')[0]}."] if "." in name else None
-        if name.split(".")[-1] in ("keys", "values", "positions", "key_scales", "value_scales"):
+        if layer is not None and name.split(".")[1] in layer.slot_tensors:
             found |= {f"{name}.{row}": x[row, :slots] for row, slots in enumerate(layer.count.tolist())}
         else:
             found[name] = x
