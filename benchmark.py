@@ -6,22 +6,23 @@
     python benchmark.py --mode kernels         each kernel, checked against its reference, then timed beside its rivals
     python benchmark.py --mode context         a million tokens through a model; the longest context of one block
     python benchmark.py --mode decode          tokens per second after 8k, 128k and 1M tokens of context
+    python benchmark.py --mode serve           generate(): time to the first token, tokens per second, host time
     python benchmark.py --mode all             all of these
-    python benchmark.py --mode all --tiny      the same in seconds on a CPU, as on every machine without CUDA
+    python benchmark.py --mode all --tiny      the same in a minute on a CPU, as on every machine without CUDA
 
-Models: hspmn; dense, LlamaDecoderLayer of transformers with SDPA; gdn, GatedDeltaNet of flash-linear-attention, if it
-is installed, between the norms and SwiGLU of dense; floor, what no block with these projections can beat by much: its
-GEMMs alone on random data, and the least bytes of everything between them at the measured copy rate. Every model runs
-in the same process and dtype. The routing bias is set so that the load on the random input is `sparsity_k`.
-floor_ratio is the floor's time over the measured one, so 1 is the best; flops of gdn counts its GEMMs alone.
+Models: hspmn, the default configuration, where every fourth layer routes 0.8 of the tokens and the others none: of
+blocks the mean of one hspmn_routing and three hspmn_reflexive; hspmn_even, the original setting, the same share,
+`--sparsity_k`, in every layer; dense, a Llama of transformers with SDPA; gdn, GatedDeltaNet of flash-linear-attention,
+if it is installed, between the norms and SwiGLU of dense; floor, what no block with these projections can beat by
+much: its GEMMs alone on random data, and the least bytes of everything between them at the measured copy rate. Every
+model runs in the same process and dtype. Routing biases are set so that random inputs are routed at the configured
+shares. floor_ratio is the floor's time over the measured one, so 1 is the best; flops of gdn counts its GEMMs alone.
 
 Results go to one file per mode, saved after every case; later runs replace cases of the same name. B batch, S and T
 tokens, K routed tokens, H query heads, G key/value heads, E head width, D hidden size.
 """
 
 import argparse
-import importlib
-import math
 import sys
 import time
 import traceback
@@ -31,24 +32,22 @@ from types import ModuleType
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent
-PACKAGE = __package__ or "hspmn_checkout"
-if not __package__:  # run as a script: a package of the checkout, whose files import each other by relative names
-    sys.modules[PACKAGE] = ModuleType(PACKAGE)
-    sys.modules[PACKAGE].__path__ = [str(ROOT)]
+if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
+    sys.modules["hspmn"] = ModuleType("hspmn")
+    sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
-blocks, common, context, kernels = (
-    importlib.import_module(f"{PACKAGE}.benchmark_{part}") for part in ("blocks", "common", "context", "kernels")
-)
-Shape = common.Shape
-evaluate = importlib.import_module(f"{PACKAGE}.evaluate")
+from hspmn.benchmarks.blocks import MODELS, latency_cases, throughput_cases, train_cases
+from hspmn.benchmarks.cases import kernels_cases
+from hspmn.benchmarks.context import context_cases, decode_cases
+from hspmn.benchmarks.serve import serve_cases
+from hspmn.benchmarks.timing import SLOW_MS, LeftOut, Shape, free_memory, model_config
+from hspmn.results import DEVICES, RESULTS, Parser, at_least, merge_results, refuse, row
 
 CASES = {
-    "throughput": blocks.throughput_cases, "latency": blocks.latency_cases, "train": blocks.train_cases,
-    "kernels": kernels.kernels_cases, "context": context.context_cases, "decode": context.decode_cases,
+    "throughput": throughput_cases, "latency": latency_cases, "train": train_cases, "kernels": kernels_cases,
+    "context": context_cases, "decode": decode_cases, "serve": serve_cases,
 }  # fmt: skip
 
 
@@ -59,35 +58,30 @@ class Runner:
     """
 
     def __init__(self, args):
-        """Start the clock."""
         self.args, self.begun, self.rows, self.failed = args, time.monotonic(), {}, 0
         # a log has no width of its own
         self.console = Console(width=None if sys.stdout.isatty() else 160)
 
     def run(self, modes):
         """Run all cases of `modes`."""
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         cases = [(mode, name, call) for mode in modes for name, call in CASES[mode](self.args)]
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task("", total=len(cases))
-            for mode, name, call in cases:
-                progress.update(task, description=f"{mode} {name}")
-                metrics = self.attempt(f"{mode} {name}", call)
-                if metrics:
-                    self.save(mode, [evaluate.row(name, metric, value) for metric, value in metrics.items()])
-                common.free_memory(self.args)
-                progress.advance(task)
+        for done, (mode, name, call) in enumerate(cases, 1):
+            metrics = self.attempt(f"[{done}/{len(cases)}] {mode} {name}", call)
+            if metrics:
+                self.save(mode, [row(name, metric, value) for metric, value in metrics.items()])
+            free_memory(self.args)
 
     def attempt(self, name, call):
         """What a case measured, or None if it did not run to its end."""
         spent = time.monotonic() - self.begun
         try:
             if self.args.time_budget and spent > self.args.time_budget:
-                raise common.LeftOut(f"{spent:.0f} s of {self.args.time_budget:.0f} s are spent")
+                raise LeftOut(f"{spent:.0f} s of {self.args.time_budget:.0f} s are spent")
             metrics = call()
-            self.say(f"{name}: {summary(metrics)} ({time.monotonic() - self.begun - spent:.0f} s)")
+            first = " ".join(f"{metric} {number(value)}" for metric, value in list(metrics.items())[:4])
+            self.say(f"{name}: {first} ({time.monotonic() - self.begun - spent:.0f} s)")
             return metrics
-        except common.LeftOut as reason:
+        except LeftOut as reason:
             self.say(f"{name}: left out, {reason}")
         except torch.OutOfMemoryError as error:
             self.say(f"{name}: left out, {str(error).splitlines()[0]}")
@@ -97,7 +91,7 @@ class Runner:
         return None
 
     def say(self, text, style=None):
-        """Print above the progress bar, at once, so that a log can be followed."""
+        """Print at once, so that a log can be followed."""
         self.console.print(text, style=style, markup=False, highlight=False)
         self.console.file.flush()
 
@@ -105,17 +99,18 @@ class Runner:
         """Keep the rows of one case, and write them if there is an output folder."""
         self.rows.setdefault(mode, []).extend(rows)
         if self.args.output is not None:
-            evaluate.merge_results(self.args.output / f"{mode}.json", rows, {}, self.args)
+            merge_results(self.args.output / f"{mode}.json", rows, {}, self.args.command)
 
     def print_tables(self):
         """One table per mode: a line per case, a column per metric."""
+        device = torch.cuda.get_device_name() if self.args.device.type == "cuda" else "CPU"
         for mode, rows in self.rows.items():
-            metrics = list(dict.fromkeys(row["metric"] for row in rows))
-            table = Table("case", title=f"{mode}: {device_name(self.args)}")
+            values = {(item["case"], item["metric"]): item["value"] for item in rows}
+            metrics = list(dict.fromkeys(metric for _, metric in values))
+            table = Table("case", title=f"{mode}: {device}")
             for metric in metrics:
                 table.add_column(metric, justify="right")
-            values = {(row["case"], row["metric"]): row["value"] for row in rows}
-            for case in dict.fromkeys(row["case"] for row in rows):
+            for case in dict.fromkeys(case for case, _ in values):
                 table.add_row(case, *(number(values.get((case, metric))) for metric in metrics))
             self.console.print(table)
 
@@ -129,101 +124,83 @@ def number(value):
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def summary(metrics):
-    """The first metrics of a case in one line."""
-    return " ".join(f"{metric} {number(value)}" for metric, value in list(metrics.items())[:4])
-
-
-def device_name(args):
-    """The device that is measured."""
-    return torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
-
-
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "model_intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "layers": 2, "sliding_window": 8, "reps": 3,
     "shapes": [Shape(2, 64)], "kernel_shapes": [Shape(2, 70)], "sqsk_shapes": [Shape(2, 40)],
-    "chunk": 64, "context_tokens": 256, "new_tokens": 4, "block_tokens": 256, "block_most_tokens": 4096,
-    "memory_gb": 2e-4, "contexts": [64, 128], "batches": [1, 2], "device": "cpu", "compile": "eager",
+    "chunk": 64, "context_tokens": 256, "new_tokens": 4, "static_tokens": 4, "block_tokens": 4096, "memory_gb": 2e-4,
+    "contexts": [64, 128], "batches": [1, 2], "prompts": [32, 64], "pieces": [16, 32], "device": "cpu",
+    "compile": "eager",
 }  # fmt: skip
+# Numbers from 1 up: the default, which is the setting of the committed measurement, and what they say
+NUMBERS = {
+    "hidden_size": (2048, None), "num_attention_heads": (16, None), "num_key_value_heads": (4, None),
+    "head_dim": (128, None), "intermediate_size": (8192, "of one block"), "vocab_size": (16384, None),
+    "model_intermediate_size": (6912, "of a whole model: 1.3 B parameters in all"),
+    "layers": (24, "of a whole model"), "sliding_window": (128, "tokens of the local attention"),
+    "reps": (20, f"timed calls per case; five if one takes {SLOW_MS / 1e3} s"),
+    "chunk": (65536, "context: tokens read at once"),
+    "context_tokens": (1048576, "context: tokens read by the whole model"),
+    "block_tokens": (8388608, "context: length at which one block stops reading"),
+    "new_tokens": (128, "context, serve: tokens generated eagerly"),
+    "static_tokens": (512, "serve: tokens generated with a static cache"),
+    "contexts": ([8192, 131072, 1048576], "decode: tokens of context"), "batches": ([1, 8], "decode: rows"),
+    "prompts": ([2048, 8192, 32768, 65536, 131072], "serve: tokens before the first one that is generated"),
+    "pieces": ([4096, 16384, 32768], "serve: pieces in which the shortest longer prompt is read, too"),
+}  # fmt: skip
+# Routed tokens of the shapes of --mode throughput: in a routing layer of the default model, then a fifth of all
+SQSK_SHAPES = [Shape(64, 3277), Shape(8, 26214), Shape(1, 268698), Shape(64, 820), Shape(8, 6554), Shape(1, 67175)]
 
 
 def parse_shape(text):
     """A `Shape` from a text such as "64x4096"; raises ArgumentTypeError for others."""
     B, cross, S = text.partition("x")
-    if not (cross and B.isdigit() and S.isdigit() and int(B) and int(S)):
+    if not (cross and B.isdecimal() and S.isdecimal() and int(B) and int(S)):
         raise argparse.ArgumentTypeError(f"expected BATCHxTOKENS such as 64x4096, got {text!r}")
     return Shape(int(B), int(S))
 
 
 def make_parser():
     """Arguments; every default is the setting of the committed measurement."""
-    form = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("benchmark.py", description=__doc__, formatter_class=form)
+    parser = Parser("benchmark.py", __doc__)
     add = parser.add_argument
     add("--mode", required=True, choices=(*CASES, "all"))
-    add("--models", nargs="+", choices=blocks.MODELS, default=list(blocks.MODELS), help="all but kernels and context")
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="all but kernels")
     add("--shapes", nargs="+", type=parse_shape, metavar="BxS", help="throughput, latency, train: such as 64x4096")
     add("--output", type=Path, help="folder of the results; benchmarks/results on cuda, none on cpu")
-    add("--time_budget", type=float, default=0.0, help="seconds after which no case is started; 0 for no limit")
-    add("--reps", type=int, default=20, help=f"timed calls per case; five if one takes {common.SLOW_MS / 1e3} s")
+    add("--time_budget", type=at_least(0, float), default=0.0, help="seconds after which no case starts; 0: no limit")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, such as backend=flex")
-    add("--hidden_size", type=int, default=2048)
-    add("--num_attention_heads", type=int, default=16)
-    add("--num_key_value_heads", type=int, default=4)
-    add("--head_dim", type=int, default=128)
-    add("--intermediate_size", type=int, default=8192, help="of one block")
-    add("--sparsity_k", type=float, default=0.2, help="share of routed tokens")
-    add("--sliding_window", type=int, default=128, help="tokens of the local attention, at least 1")
+    add("--sparsity_k", type=float, default=0.2, help="share of routed tokens of hspmn_even")
+    add("--memory_gb", type=at_least(0, float), default=30.24, help="context: memory budget of the block, 10^9 bytes")
     add("--kernel_shapes", nargs="+", type=parse_shape, default=[Shape(64, 4096)], metavar="BxT", help="kernels")
-    add("--sqsk_shapes", nargs="+", type=parse_shape, metavar="BxK", help="kernels: compacted rows",
-        default=[Shape(64, 820), Shape(8, 6554), Shape(1, 67175)])  # fmt: skip
-    add("--layers", type=int, default=24, help="context, decode: layers of the whole model")
-    add("--model_intermediate_size", type=int, default=6912, help="context, decode: 1.3 B parameters in all")
-    add("--vocab_size", type=int, default=16384)
-    add("--chunk", type=int, default=65536, help="context, decode: tokens read at once")
-    add("--context_tokens", type=int, default=1048576, help="context: tokens read by the whole model")
-    add("--new_tokens", type=int, default=128, help="context: tokens generated after them")
-    add("--memory_gb", type=float, default=30.24, help="context: memory budget of the block, 10^9 bytes")
-    add("--block_tokens", type=int, default=4194304, help="context: first length tried with the block")
-    add("--block_most_tokens", type=int, default=8388608, help="context: length at which the search stops")
-    add("--contexts", type=int, nargs="+", default=[8192, 131072, 1048576], help="decode: tokens of context")
-    add("--batches", type=int, nargs="+", default=[1, 8], help="decode: rows")
-    add("--device", help="cuda or cpu; cuda where there is one")
+    add("--sqsk_shapes", nargs="+", type=parse_shape, default=SQSK_SHAPES, metavar="BxK", help="compacted rows")
+    for name, (default, text) in NUMBERS.items():
+        several = {"nargs": "+"} if isinstance(default, list) else {}
+        add(f"--{name}", type=at_least(1), default=default, help=text, **several)
+    add("--device", choices=DEVICES, default=DEVICES[0])
     add("--compile", choices=("inductor", "eager", "none"), default="inductor", help="backend of torch.compile")
-    add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
+    add("--tiny", action="store_true", help="sizes that run on a CPU in a minute")
     return parser
-
-
-def check_arguments(args):
-    """Fill in what depends on the machine; raises ValueError for numbers that make no sense."""
-    least = ("reps", "chunk", "context_tokens", "layers", "block_tokens", "block_most_tokens", "sliding_window")
-    for field, value in ((field, getattr(args, field)) for field in least):
-        if value < 1:
-            raise ValueError(f"--{field} must be at least 1, got {value}")
-    if args.reps > 64:
-        raise ValueError(f"--reps must be at most 64, got {args.reps}: decoding steps fill a cache with room for more")
-    if not 0.0 < args.sparsity_k <= 1.0:
-        raise ValueError(f"--sparsity_k must lie in (0, 1], got {args.sparsity_k}; use a share such as 0.2")
-    for field in ("block_tokens", "block_most_tokens"):
-        if getattr(args, field) % args.chunk:
-            nearest = math.ceil(getattr(args, field) / args.chunk) * args.chunk
-            raise ValueError(f"--{field} must be a multiple of --chunk ({args.chunk}); use {nearest}")
-    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    if args.output is None and args.device.type == "cuda" and not args.tiny:
-        args.output = ROOT / "benchmarks" / "results"
-    common.hspmn_config(args, args.layers, args.model_intermediate_size)  # names a wrong --set before anything runs
 
 
 def parse_arguments(argv=None):
     """Checked arguments; small sizes where they are asked for or there is no CUDA."""
     parser = make_parser()
-    if not torch.cuda.is_available() or "--tiny" in (sys.argv[1:] if argv is None else argv):
+    if not torch.cuda.is_available():
         parser.set_defaults(**TINY)
-    args = parser.parse_args(argv)
-    args.command = evaluate.recorded_command(parser, args)
-    check_arguments(args)
+    args = parser.parse(argv, TINY)
+    if args.reps > 64:
+        refuse(f"--reps {args.reps}: use at most 64, decoding steps fill a cache with room for no more")
+    if not 0.0 < args.sparsity_k <= 1.0:
+        refuse(f"--sparsity_k {args.sparsity_k}: must lie in (0, 1]; use a share such as 0.2")
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        refuse(f"--output {args.output}: is a file; name a folder")
+    args.device = torch.device(args.device)
+    args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    if args.output is None and args.device.type == "cuda" and not args.tiny:
+        args.output = RESULTS
+    # refuses wrong sizes and a wrong --set
+    model_config(args, "hspmn_even", args.layers, args.model_intermediate_size)
     return args
 
 

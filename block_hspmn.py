@@ -14,49 +14,67 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.import_utils import is_triton_available
 
 from .operations_hspmn import (
-    attend_decode,
-    compact,
-    linear_add,
-    linear_add_decode,
-    linear_attention,
-    local_attention,
-    norm_heads,
-    pick_backend,
-    place_decode,
-    project_decode,
-    reflexive_merge,
-    route,
-    split_heads,
-    split_heads_decode,
-    sqsk_merge,
-    swiglu,
-    swiglu_decode,
-    take_rows,
-    takes_rows,
-)
-from .reference_hspmn import (
+    EVERY_TOKEN,
     SCORE_GAIN,
-    add_sinks_ref,
-    decide_ref,
-    gated_norm_ref,
-    gated_product_ref,
-    log_decay_ref,
-    push_window_ref,
-    window_decode_ref,
+    add_sinks,
+    assign,
+    causal_conv,
+    feature_map,
+    first_slot,
+    gated_product,
+    log_decay,
+    operations,
+    rotate,
+    router_score,
+    swiglu,
 )
 
-EVERY_TOKEN = 2**31 - 1
+HAS_TRITON = is_triton_available()
+if HAS_TRITON:
+    from .kernels_hspmn import HEAD_WIDTHS, interpreted, swiglu_fits
+
+OPERATIONS = {backend: operations(backend) for backend in ("reference", "flex", "triton", "launch")}
+FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn", "proportional")  # RoPE kinds that no length changes
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
+
+
+def pick_backend(requested, device, head_dim):
+    """What runs the operations on `device` now: "reference", "flex" (with gradients) or "triton" (without).
+
+    "auto" takes the reference on CPU; on CUDA the kernels where no gradient is recorded, else FlexAttention.
+    Raises ValueError if the requested one cannot run there; a forced choice is never replaced silently.
+    """
+    if requested == "auto":
+        if device.type != "cuda":
+            return "reference"
+        usable = HAS_TRITON and head_dim in HEAD_WIDTHS and not torch.is_grad_enabled()
+        return "triton" if usable else "flex"
+    if requested == "flex" and device.type != "cuda":
+        raise ValueError(f"backend='flex' needs a CUDA device, got {device.type}; set backend='auto' or 'reference'")
+    if requested == "triton":
+        if not HAS_TRITON:
+            raise ValueError("backend='triton' needs the triton package; install it or set backend='auto'")
+        if device.type != "cuda" and not interpreted():
+            raise ValueError(f"backend='triton' needs a CUDA device, got {device.type}; set backend='auto'")
+        if torch.is_grad_enabled():
+            raise ValueError("backend='triton' computes no gradients; use torch.no_grad(), or backend='auto' to train")
+    return requested
+
+
+def kernel_operations():
+    """The operations' kernels, through the dispatcher only where a compiler looks on."""
+    return OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"]
 
 
 class Stream(NamedTuple):
     """Where the tokens of one call stand, shared by all blocks. Rows are right-padded: real tokens come first.
 
-    start_BT and length_B are those of `reference_hspmn`, or None for one full document per row; seen_B counts the
-    real tokens of earlier calls, None without a cache; cos and sin are RoPE's, [B, T, E].
+    start_BT and length_B are those of `operations_hspmn`; seen_B counts the real tokens of earlier calls, None without
+    a cache; cos and sin are RoPE's, [B, T, E]; backend is what `pick_backend` returned.
     """
 
     position_BT: torch.Tensor
@@ -65,29 +83,43 @@ class Stream(NamedTuple):
     start_BT: torch.Tensor | None = None
     length_B: torch.Tensor | None = None
     seen_B: torch.Tensor | None = None
+    backend: str = "reference"
 
 
 class Route(NamedTuple):
-    """What the router decided for one layer. index_BK, slot_BT and count_B are those of `compact_ref`.
-
-    stats is None for a single token outside training.
-    """
+    """What the router decided for one layer, see `route`; of a single token on kernels only scores and slots."""
 
     score_BT: torch.Tensor
-    gate_BT: torch.Tensor
-    index_BK: torch.Tensor
+    gate_BT: torch.Tensor | None
+    index_BK: torch.Tensor | None
     slot_BT: torch.Tensor
-    count_B: torch.Tensor
-    stats: "RouterStats | None"
+    count_B: torch.Tensor | None
+    sums_B4: torch.Tensor | None
 
 
-class RouterStats(NamedTuple):
-    """Per-layer scalars, float32: share of real tokens routed, share without a slot, mean gate entropy in nats."""
+class RouterStatistics(NamedTuple):
+    """Of L layers, float32 [L]: share of real tokens routed, share without a slot, mean gate entropy in nats; and the
+    scalar `aux_loss`, the weighted entropy losses of all of them."""
 
     load: torch.Tensor
     overflow: torch.Tensor
     entropy: torch.Tensor
     aux_loss: torch.Tensor
+
+
+def router_statistics(routes, real, share_L, config):
+    """`RouterStatistics` of the `routes` of L layers over `real` tokens (at least 1) of all rows.
+
+    share_L: each layer's `sparsity_k`, float32 [L]. The loss draws gates to 0 or 1 (token entropy), and
+    each layer's mean gate to its final share while the target still falls: a price on gates sorts the tokens before
+    any is dropped, where a term towards the target would push all scores up first.
+    """
+    sums_LB4 = torch.stack([route.sums_B4 for route in routes])
+    routed_L, kept_L, entropy_L, gate_L = (sums_LB4.sum(1) / real).unbind(1)
+    mean_L = gate_L.clamp(1e-6, 1 - 1e-6)
+    divergence_L = torch.xlogy(share_L, share_L / mean_L) + torch.xlogy(1 - share_L, (1 - share_L) / (1 - mean_L))
+    loss_L = config.router_token_entropy_coef * entropy_L + config.router_load_entropy_coef * divergence_L
+    return RouterStatistics(routed_L.detach(), (routed_L - kept_L).detach(), entropy_L.detach(), loss_L.sum())
 
 
 class RMSNorm(nn.RMSNorm):
@@ -102,7 +134,7 @@ class HSPMNRouter(nn.Module):
     """ALF-LB router: a float32 score per token, a bias that keeps the load at its target, no noise.
 
     Buffers: `bias`, added to the score for the decision only; `target`, the share of tokens to route at this point
-    of training. Parameters and buffers stay float32 whatever dtype the model is cast to.
+    of training; `share`, that at its end. Parameters and buffers stay float32 whatever dtype the model is cast to.
     """
 
     def __init__(self, config, layer_idx=0):
@@ -110,9 +142,12 @@ class HSPMNRouter(nn.Module):
         self.config = config
         self.sparsity_k = config.layer_sparsity[layer_idx]
         self.annealing = False
+        # so many first tokens of every document are routed whatever their score
+        self.initial = EVERY_TOKEN if self.sparsity_k == 1.0 else config.router_initial_tokens
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
         self.register_buffer("bias", torch.empty((), dtype=torch.float32))
         self.register_buffer("target", torch.empty((), dtype=torch.float32), persistent=False)
+        self.register_buffer("share", torch.empty((), dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -120,6 +155,7 @@ class HSPMNRouter(nn.Module):
         init.normal_(self.weight, std=0.5 / SCORE_GAIN)
         init.constant_(self.bias, 0.5 * NormalDist().inv_cdf(min(max(self.sparsity_k, 0.02), 0.98)))
         init.constant_(self.target, self.sparsity_k)
+        init.constant_(self.share, self.sparsity_k)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):
@@ -147,80 +183,38 @@ class HSPMNRouter(nn.Module):
         # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
         return min(tokens, math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6)))
 
-    def forward(self, h_BTD, length_B=None, bias=None, backend="reference", start_BT=None):
-        """Route normalised hidden states; `length_B` real tokens per row, None for all. Returns a `Route`.
+    def forward(self, h_BTD, start_BT=None, length_B=None, bias=None, backend="reference"):
+        """Route normalised hidden states [B, T, D]. Returns a `Route`.
 
-        bias: the value to decide with, None for the present one. backend: see `pick_backend`. start_BT: where each
-        token's document starts, as in `Stream`.
+        start_BT, length_B: as in `Stream`. bias: the value to decide with, None for the present one. backend: see
+        `pick_backend`.
         """
-        bias = self.bias if bias is None else bias
-        decisions = route(h_BTD, self.weight, bias, self.config.router_noise_floor, backend)
-        return self._assign(*decisions, length_B, backend, start_BT)
-
-    def decided(self, score_BT, length_B=None, bias=None, backend="reference", start_BT=None):
-        """The `Route` of scores made elsewhere; compiled code drops what nobody reads of it."""
-        bias = self.bias if bias is None else bias
-        decisions = decide_ref(score_BT, bias, self.config.router_noise_floor)
-        return self._assign(score_BT, *decisions, length_B, backend, start_BT)
-
-    def single(self, score_BT, bias=None):
-        """What `attend_decode` needs of the router: score, bias, noise floor, and how many first tokens are sent."""
-        every = self.sparsity_k == 1.0 or self.config.router_mode == "topk"
-        initial = EVERY_TOKEN if every else self.config.router_initial_tokens
-        return score_BT, self.bias if bias is None else bias, self.config.router_noise_floor, initial
-
-    def _assign(self, score_BT, gate_BT, wanted_BT, length_B, backend, start_BT):
-        T = score_BT.shape[1]
-        if length_B is None:
-            real_BT = torch.ones_like(wanted_BT)
-        else:
-            real_BT = torch.arange(T, device=score_BT.device) < length_B[:, None]
+        # outside training memory is held for all tokens, and work is done for those routed
+        capacity = self.capacity(h_BTD.shape[1]) if self.training else h_BTD.shape[1]
+        bias, floor = self.bias if bias is None else bias, self.config.router_noise_floor
+        score_BT = router_score(h_BTD, self.weight)
         if self.config.router_mode == "topk":
-            wanted_BT = self._top_k(score_BT, real_BT)
-        elif self.sparsity_k == 1.0:
-            wanted_BT = real_BT
-        elif self.config.router_initial_tokens:
-            place_BT = torch.arange(T, device=score_BT.device) - (0 if start_BT is None else start_BT)
-            wanted_BT = wanted_BT | (place_BT < self.config.router_initial_tokens)
+            return self._rank(score_BT, length_B)
+        gate_BT, index_BK, *rest = OPERATIONS[backend].route(
+            score_BT, bias, start_BT, length_B, floor, self.initial, capacity
+        )
+        if not (self.training or h_BTD.is_cuda or backend == "triton" or torch.compiler.is_compiling()):
+            # a CPU may as well look how many those are
+            index_BK = index_BK[:, : max(1, int(rest[1].max()))]
+        return Route(score_BT, gate_BT, index_BK, *rest)
+
+    def _rank(self, score_BT, length_B):
+        """Exactly k tokens per row by rank, which looks at later tokens (Mixture-of-Depths, arXiv 2404.02258)."""
+        T, real_BT = score_BT.shape[1], torch.ones_like(score_BT, dtype=torch.bool)
         if length_B is not None:
-            wanted_BT = wanted_BT & real_BT
-
-        if self.training and self.config.router_mode == "threshold":
-            capacity = self.capacity(T)
-        elif T == 1 or torch.compiler.is_compiling() or score_BT.is_cuda:
-            capacity = T  # no reading of the device: memory is held for all, work is done for those routed
-        else:
-            capacity = max(1, int(wanted_BT.sum(1).max()))
-        index_BK, slot_BT, count_B = compact(wanted_BT, capacity, backend)
-        # a decoded token has no load to speak of, and the statistics would take longer than its routing
-        stats = self._stats(score_BT, wanted_BT, real_BT, count_B) if T > 1 or self.training else None
-        return Route(score_BT, gate_BT, index_BK, slot_BT, count_B, stats)
-
-    def _top_k(self, score_BT, real_BT):
-        k = max(1, round(self.sparsity_k * score_BT.shape[1]))
-        best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(k, 1).indices
-        return torch.zeros_like(real_BT).scatter(1, best_BK, True)
-
-    def _stats(self, score_BT, wanted_BT, real_BT, count_B):
-        real = real_BT.sum().clamp(min=1)
-        load = wanted_BT.sum() / real
-        overflow = load - count_B.sum() / real
-        probability_BT = score_BT.sigmoid()
-        entropy_BT = F.softplus(score_BT) - probability_BT * score_BT
-        entropy = torch.where(real_BT, entropy_BT, 0).sum() / real
-        mean = (torch.where(real_BT, probability_BT, 0).sum() / real).clamp(1e-6, 1 - 1e-6)
-        # Towards the final share while the target still falls: a price on gates sorts the tokens before any is
-        # dropped, where a term towards the target would push all scores up first
-        share = self.sparsity_k
-        divergence = share * (share / mean).log()
-        if share < 1:
-            divergence = divergence + (1 - share) * ((1 - share) / (1 - mean)).log()
-        aux_loss = self.config.router_token_entropy_coef * entropy + self.config.router_load_entropy_coef * divergence
-        return RouterStats(load.detach(), overflow.detach(), entropy.detach(), aux_loss)
+            real_BT = torch.arange(T, device=score_BT.device) < length_B[:, None]
+        best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(max(1, round(self.sparsity_k * T)), 1).indices
+        wanted_BT = torch.zeros_like(real_BT).scatter(1, best_BK, True) & real_BT
+        return Route(score_BT, *assign(score_BT, wanted_BT, real_BT, self.config.router_noise_floor, best_BK.shape[1]))
 
 
 class Heads(NamedTuple):
-    """What the streams read of the shared projection, see `split_heads_ref`: q and k for the linear attention, then
+    """What the streams read of the shared projection, see `split_heads`: q and k for the linear attention, then
     q, k and v for the softmax attentions, normalised and with RoPE.
     """
 
@@ -270,31 +264,19 @@ class SharedProjection(nn.Module):
             keys_GEL[::2, :, -2:] = keys_GEL[::2, :, -2:].flip(-1)
         init.copy_(self.conv_weight, taps)
 
-    def forward(self, h_BTD, stream, layer_cache, backend):
-        """`Heads` of every token; updates the convolution's history."""
-        return self.split(self.qkv_proj(h_BTD), stream, layer_cache, backend)
-
-    def split(self, x_BTC, stream, layer_cache, backend):
-        """`Heads` of what `qkv_proj` gave."""
+    def forward(self, h_BTD, stream, layer_cache=None):
+        """`Heads` of every token [B, T, D]; moves the convolution's history on."""
+        x_BTC, config = self.qkv_proj(h_BTD), self.config
         if layer_cache is not None and not layer_cache.is_initialized:
             layer_cache.lazy_initialization(x_BTC)
-        history = None
-        if self.conv_weight.shape[1] > 1 and layer_cache is not None:
-            history = layer_cache.conv_state
-        inputs = (x_BTC, self.conv_weight, history, stream.start_BT)
-        norms = (stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight)
-        options = {
-            "kv_heads": self.config.num_key_value_heads, "eps": self.config.rms_norm_eps,
-            "mode": self.config.linear_attention, "backend": backend,
-        }  # fmt: skip
-        if history is not None and x_BTC.shape[1] == 1:
-            *heads, history = split_heads_decode(*inputs, stream.length_B, *norms, **options)
-            layer_cache.keep("conv_state", history)
-            return Heads(*heads)
-        heads = split_heads(*inputs, *norms, **options)
-        if history is not None:
-            layer_cache.write_conv(x_BTC, stream.length_B)
-        return Heads(*heads)
+        history_BLC = None if layer_cache is None else layer_cache.conv_state
+        x_BTC = causal_conv(x_BTC, self.conv_weight, history_BLC, stream.start_BT, stream.length_B)
+        sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        q_BTHE, k_BTGE, v_BTGE = x_BTC.unflatten(-1, (-1, config.head_dim)).split(sizes, 2)
+        q_linear, k_linear = feature_map(q_BTHE, config.linear_attention), feature_map(k_BTGE, config.linear_attention)
+        q_BTHE, k_BTGE = self.q_norm(q_BTHE), self.k_norm(k_BTGE)
+        angles = stream.cos, stream.sin
+        return Heads(q_linear, k_linear, rotate(q_BTHE, *angles), rotate(k_BTGE, *angles), v_BTGE)
 
 
 class ReflexiveStream(nn.Module):
@@ -335,68 +317,41 @@ class ReflexiveStream(nn.Module):
         if self.config.linear_attention == "gated":
             self.bound.fill_(progress**3)
 
-    def decay_parameters(self):
-        """What `log_decay_ref` needs beside its input; outside training always with the whole bound."""
+    @property
+    def least_decay(self):
+        """Nats per token that every state forgets at least: outside training always the whole bound."""
         horizon = self.config.linear_attention_horizon
         least = 1.0 / horizon if horizon else 0.0
-        if horizon and self.training:
-            least = self.bound.float() * least
-        return self.decay_log_rate, self.decay_bias, least
+        return self.bound.float() * least if horizon and self.training else least
 
-    def forward(self, h_BTD, heads, stream, layer_cache, backend, sinks=None, head_BTX=None):
-        """Sum of both attentions, [B, T, H, E]; `head_BTX` is what `head_proj` gives, if that is there."""
-        single = layer_cache is not None and h_BTD.shape[1] == 1
-        fused = self.config.sliding_window and self.config.linear_attention == "gated" and sinks is None
-        linear_BTHE, gate_BTH = self._linear(h_BTD, head_BTX, heads, stream, layer_cache, backend)
-        if fused:
-            with_linear = (linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
-            return self._window(heads, stream, layer_cache, backend, with_linear)
-        if gate_BTH is not None:
-            linear_BTHE = gated_norm_ref(linear_BTHE, gate_BTH, self.norm.weight, self.norm.eps)
-        if not self.config.sliding_window:
-            return linear_BTHE.to(heads.v_BTGE.dtype)
-        if single:
-            ring = (layer_cache.window_keys, layer_cache.window_values)
-            slot_B = push_window_ref(heads.k_BTGE, heads.v_BTGE, *ring, stream.seen_B, stream.length_B)
-            local_BTHE, lse_BTH = window_decode_ref(heads.q_BTHE, *ring, slot_B, stream.start_BT)
-        else:
-            local_BTHE, lse_BTH = self._window(heads, stream, layer_cache, backend)
-        if sinks is not None:
-            local_BTHE = add_sinks_ref(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
-        return (linear_BTHE + local_BTHE).to(heads.v_BTGE.dtype)
-
-    def _window(self, heads, stream, layer_cache, backend, with_linear=None):
-        """Local attention and its log-sum-exp, or the whole stream if `with_linear` has the other part of it."""
-        inputs = (heads.q_BTHE, heads.k_BTGE, heads.v_BTGE, stream.start_BT, self.config.sliding_window)
-        history = None if layer_cache is None else layer_cache.window_history(stream.seen_B)
-        if with_linear is None:
-            result = local_attention(*inputs, history, backend)
-        else:
-            result = reflexive_merge(*inputs, *with_linear, history, backend)
-        if layer_cache is not None:
-            layer_cache.write_window(heads.k_BTGE, heads.v_BTGE, stream.seen_B, stream.length_B)
-        return result
-
-    def _linear(self, h_BTD, head_BTX, heads, stream, layer_cache, backend):
-        """Output of the linear attention, and its gate before the sigmoid: None for "elu", which is normalised."""
-        state, v_BTGF = None if layer_cache is None else layer_cache.linear_state, heads.v_BTGE
-        gated = self.config.linear_attention == "gated"
+    def forward(self, h_BTD, heads, stream, layer_cache=None, sinks=None):
+        """Sum of both attentions, [B, T, H, E]; advances the linear state and only reads the window."""
+        operations, cached = OPERATIONS[stream.backend], layer_cache is not None
+        gated, v_BTGF = self.config.linear_attention == "gated", heads.v_BTGE
         if gated:
-            head_BTX = self.head_proj(h_BTD) if head_BTX is None else head_BTX
-            decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
-            log_decay_BTH = log_decay_ref(decay_BTH, *self.decay_parameters())
+            decay_BTH, gate_BTH = self.head_proj(h_BTD).chunk(2, -1)
+            decay_BTH = log_decay(decay_BTH, self.decay_log_rate, self.decay_bias, self.least_decay)
         else:
             v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
-            log_decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
-        out_BTHF, state = linear_attention(
-            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, log_decay_BTH, stream.start_BT, stream.length_B, state,
-            backend,
+            decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
+        linear_BTHF = operations.linear_attention(
+            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, decay_BTH, stream.start_BT, stream.length_B,
+            layer_cache.linear_state if cached else None,
         )  # fmt: skip
-        if layer_cache is not None:
-            layer_cache.keep("linear_state", state)
         if gated:
-            return out_BTHF, gate_BTH
-        return out_BTHF[..., :-1] / out_BTHF[..., -1:].clamp(min=1e-6), None
+            kind = torch.promote_types(linear_BTHF.dtype, torch.float32)
+            linear_BTHE = self.norm(linear_BTHF.to(kind)) * gate_BTH.to(kind).sigmoid()[..., None]
+        else:
+            linear_BTHE = linear_BTHF[..., :-1] / linear_BTHF[..., -1:].clamp(min=1e-6)
+        if self.config.sliding_window:
+            ring = (layer_cache.window_keys, layer_cache.window_values) if cached else (None, None)
+            local_BTHE, lse_BTH = operations.local_attention(
+                *heads[2:], stream.start_BT, self.config.sliding_window, *ring, stream.seen_B
+            )
+            if sinks is not None:
+                local_BTHE = add_sinks(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
+            linear_BTHE = linear_BTHE + local_BTHE
+        return linear_BTHE.to(heads.v_BTGE.dtype)
 
 
 class ContextualStream(nn.Module):
@@ -406,34 +361,23 @@ class ContextualStream(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, reflexive_BTHE, heads, route, stream, layer_cache, backend, sinks=None):
-        """`reflexive_BTHE` plus gate * attention output at every routed token; it may be overwritten."""
-        index_BK, slot_BT, count_B = route.index_BK, route.slot_BT, route.count_B
-        kv, cached_B, first_BK = (heads.k_BTGE, heads.v_BTGE), None, None
-        if stream.start_BT is not None:
-            first_BT = self._first_slot(route, stream, layer_cache)
-            first_BK = first_BT.gather(1, index_BK.clamp(min=0))
-        if layer_cache is not None:
-            position_BK = stream.position_BT.expand_as(slot_BT)
-            if slot_BT.shape[1] > 1:  # a single token is its own only slot
-                position_BK = position_BK.gather(1, index_BK.clamp(min=0))
-                kv = [take_rows(x, index_BK, slot_BT, backend) for x in kv]
-            *kv, cached_B, count_B = layer_cache.update(*kv, position_BK, count_B)
-            route = route._replace(count_B=count_B)
-            layer_cache.keep("document_slot", first_BT[:, -1].to(torch.int32))
-        return sqsk_merge(reflexive_BTHE, heads.q_BTHE, kv, route, first_BK, cached_B, sinks, backend)
+    def forward(self, reflexive_BTHE, heads, route, stream, stored=None, sinks=None):
+        """`reflexive_BTHE` plus gate * attention output at every routed token.
 
-    def _first_slot(self, route, stream, layer_cache):
-        """First slot of each token's document, counted with the cached slots, [B, T]."""
-        start_BT, first_BT = stream.start_BT.expand_as(route.slot_BT), 0
-        if start_BT.shape[1] > 1 or layer_cache is None:
-            routed_BT = route.slot_BT >= 0
-            before_BT = routed_BT.cumsum(1) - routed_BT.long()  # routed tokens of this call before each token
-            first_BT = before_BT.gather(1, start_BT.clamp(min=0))
-        if layer_cache is None:
-            return first_BT
-        first_BT = first_BT + layer_cache.count[:, None]
-        return torch.where(start_BT < 0, layer_cache.document_slot[:, None], first_BT)
+        stored: what the cache's `update` returned, or None without a cache.
+        """
+        operations, index_BK, slot_BT = OPERATIONS[stream.backend], route.index_BK, route.slot_BT
+        q_BKHE = operations.take_rows(heads.q_BTHE, index_BK, slot_BT)
+        if stored is None:
+            k_BKGE = operations.take_rows(heads.k_BTGE, index_BK, slot_BT)
+            v_BKGE = operations.take_rows(heads.v_BTGE, index_BK, slot_BT)
+            first_BK = None if stream.start_BT is None else first_slot(index_BK, slot_BT, stream.start_BT)
+            stored = k_BKGE, v_BKGE, first_BK, None, route.count_B
+        out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored)
+        if sinks is not None:
+            out_BKHE = add_sinks(out_BKHE, lse_BKH, q_BKHE, *sinks)
+        contextual_BTHE = operations.take_rows(out_BKHE, slot_BT, index_BK)
+        return reflexive_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -445,14 +389,9 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x_BTD, residual_BTD=None, backend="reference"):
-        """[B, T, D] to [B, T, D]; added to `residual_BTD` if there is one, which may be overwritten."""
-        products = (self.gate_proj, self.up_proj, self.down_proj)
-        if backend == "triton" and residual_BTD is not None and weights_usable(x_BTD, *products):
-            gate, up, down = (module.weight for module in products)
-            return linear_add(residual_BTD, swiglu(x_BTD, gate, up, backend), down, backend)
-        y_BTD = self.down_proj(gated_product_ref(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
-        return y_BTD if residual_BTD is None else residual_BTD + y_BTD
+    def forward(self, x_BTD):
+        """[B, T, D] to [B, T, D]."""
+        return self.down_proj(gated_product(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class HSPMNBlock(GradientCheckpointingLayer):
@@ -492,142 +431,171 @@ class HSPMNBlock(GradientCheckpointingLayer):
             hidden_states: [B, S, hidden_size].
             stream: where the tokens stand; None: one document per row, continued if `past_key_values` is given.
             past_key_values: `HSPMNCache` to read and extend, or None.
-            output_router: return the `Route` (None for a purely reflexive layer) as a fourth value.
+            output_router: return the output and the `Route`, None for a purely reflexive layer.
             router_bias: the routing bias of this call, None for the router's own. A caller that moves the bias before
                 backward passes a copy, so that recomputation under gradient checkpointing routes the same tokens.
 
         Returns:
             output [B, S, hidden_size], aux_loss (scalar), and the cache.
         """
-        alone = stream is None
+        tokens, alone = hidden_states.shape[1], stream is None
         if alone:
             rotary = LlamaRotaryEmbedding(self.config).to(hidden_states.device)
             backend = pick_backend(self.config.backend, hidden_states.device, self.config.head_dim)
             stream = make_stream(hidden_states, past_key_values, rotary, backend=backend)
-        output, route = self._run(hidden_states, stream, past_key_values, router_bias)
+        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        body, _ = self.path(hidden_states, stream.backend, layer_cache is not None)
+        output, route = getattr(self, f"_run_{body}")(hidden_states, stream, layer_cache, router_bias)
         if alone and past_key_values is not None:
-            advance_cache(past_key_values, hidden_states.shape[1], stream)
-        stats = None if route is None else route.stats
-        aux_loss = output.new_zeros((), dtype=torch.float32) if stats is None else stats.aux_loss
+            past_key_values.advance(tokens, stream)
         if output_router:
-            return output, aux_loss, past_key_values, route
+            return output, route
+        aux_loss = output.new_zeros((), dtype=torch.float32)
+        if route is not None and route.sums_B4 is not None:
+            real = tokens * len(output) if stream.length_B is None else stream.length_B.sum().clamp(min=1)
+            aux_loss = router_statistics([route], real, self.router.share[None], self.config).aux_loss
         return output, aux_loss, past_key_values
 
-    def _run(self, x_BTD, stream, past_key_values, router_bias):
-        backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
-        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+    def path(self, x_BTD, backend, cached=False):
+        """Which body runs a call, "modules", "fused" (on kernels) or "token" (one, on kernels), and why.
+
+        The first condition that holds sends a call to the modules, each of which is then called.
+        """
+        config = self.config
+        for holds, reason in (
+            (backend != "triton", "kernels compute no gradients and need CUDA"),
+            (self.training, "training calls every module"),
+            (torch.is_autocast_enabled(x_BTD.device.type), "autocast casts what modules are given"),
+            (config.linear_attention != "gated", "linear_attention='elu' has no fused form"),
+            (not config.sliding_window, "sliding_window=0 has no fused form"),
+            (config.num_sink_tokens > 0, "num_sink_tokens has no fused form"),
+            (self.routed_mlp is not None, "routed_intermediate_size has no fused form"),
+            (config.router_mode == "topk", "router_mode='topk' has no fused form"),
+        ):
+            if holds:
+                return "modules", reason
+        projection, reflexive, mlp = self.projection, self.reflexive, self.mlp
+        for module, kind, weighs in (
+            (self.input_layernorm, RMSNorm, True), (projection, SharedProjection, False),
+            (projection.qkv_proj, nn.Linear, True), (projection.q_norm, RMSNorm, False),
+            (projection.k_norm, RMSNorm, False), (reflexive, ReflexiveStream, False),
+            (reflexive.head_proj, nn.Linear, True), (reflexive.norm, RMSNorm, False),
+            (self.router, HSPMNRouter, False), (self.contextual, ContextualStream, False),
+            (self.o_proj, nn.Linear, True), (self.post_attention_layernorm, RMSNorm, True), (mlp, SwiGLU, False),
+            (mlp.gate_proj, nn.Linear, True), (mlp.up_proj, nn.Linear, True), (mlp.down_proj, nn.Linear, True),
+        ):  # fmt: skip
+            if module is None:
+                continue
+            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+            if type(module) is not kind or hooked:
+                return "modules", f"a {type(module).__name__} is adapted, replaced or hooked (offloading does too)"
+            if weighs and (type(module.weight) is not nn.Parameter or module.weight.dtype != x_BTD.dtype):
+                return "modules", f"a {kind.__name__} is quantised or not in the dtype of the hidden states"
+            if kind is nn.Linear and module.bias is not None:
+                return "modules", "a linear layer has a bias"
+        single = cached and x_BTD.shape[1] == 1
+        return ("token", "one token of a cached row") if single else ("fused", "several tokens, or no cache")
+
+    def _run_modules(self, x_BTD, stream, layer_cache, router_bias):
+        """Every module is called, norms included: training, adapters, hooks, offloading, and CPUs."""
+        h_BTD, route, stored = self.input_layernorm(x_BTD), None, None
+        heads = self.projection(h_BTD, stream, layer_cache)
         sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
-        single = layer_cache is not None and x_BTD.shape[1] == 1 and sinks is None and self._streams_are_plain()
-        if single and takes_rows(x_BTD, backend) and self._is_plain(x_BTD):
-            return self._decode(x_BTD, stream, layer_cache, router_bias, backend)
-        (h_BTD, head_BTX, score_BT), route = self._normed(x_BTD, single, backend), None
-        heads = self.projection(h_BTD, stream, layer_cache, backend)
-        if not single:
-            merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, backend, sinks, head_BTX)
-        if score_BT is not None:
-            route = self.router.decided(score_BT, stream.length_B, router_bias, backend, stream.start_BT)
-        elif self.router is not None:
-            route = self.router(h_BTD, stream.length_B, router_bias, backend, stream.start_BT)
-        if single:
-            head_BTX, score_BT = self.reflexive.head_proj(h_BTD), None if route is None else route.score_BT
-            merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
-        elif route is not None:
-            merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, layer_cache, backend, sinks)
+        merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, sinks)
+        if self.router is not None:
+            route = self.router(h_BTD, stream.start_BT, stream.length_B, router_bias, stream.backend)
+        if layer_cache is not None:
+            operations = OPERATIONS[stream.backend]
+            stored = layer_cache.update(heads.k_BTGE, heads.v_BTGE, stream, route, operations)
+        if route is not None:
+            merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, stored, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
-        return self._feed_forward(x_BTD, route, backend), route
-
-    def _normed(self, x_BTD, single, backend):
-        """The normed input, and what `head_proj` and the router make of it where one operation does all three."""
-        usable = (
-            not (single or self.training)
-            and (self.router is None or is_plain(self.router, HSPMNRouter))
-            and self._streams_are_plain()
-            and weights_usable(x_BTD, self.input_layernorm, self.reflexive.head_proj)
-        )
-        if not usable:
-            return self.input_layernorm(x_BTD), None, None
-        norm, weights = self.input_layernorm, (self.reflexive.head_proj.weight, self._score_weight())
-        return norm_heads(x_BTD, norm.weight, norm.eps, *weights, backend)
-
-    def _score_weight(self):
-        return None if self.router is None else self.router.weight
-
-    def _streams_are_plain(self):
-        """Whether both streams of a single token may be one operation, which does not call their modules."""
-        if not self.config.sliding_window or self.config.linear_attention != "gated":
-            return False
-        return is_plain(self.reflexive, ReflexiveStream) and (
-            self.contextual is None or is_plain(self.contextual, ContextualStream)
-        )
-
-    def _is_plain(self, x_BTD):
-        """Whether the weights of all other modules may be used without calling these, in the dtype of `x_BTD`."""
-        parts = [(self.projection, SharedProjection), (self.mlp, SwiGLU)]
-        if self.router is not None:
-            parts.append((self.router, HSPMNRouter))
-        return (
-            not self.training
-            and all(is_plain(module, kind) for module, kind in parts)
-            and weights_usable(x_BTD, self.projection.qkv_proj, self.reflexive.head_proj, self.o_proj)
-            and weights_usable(x_BTD, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-            and weights_usable(x_BTD, self.input_layernorm, self.post_attention_layernorm)
-        )
-
-    def _attend(self, heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend):
-        """Both streams of a single token, [B, 1, H, E]; extends the cache."""
-        reflexive = self.reflexive
-        parameters = (*reflexive.decay_parameters(), reflexive.norm.weight)
-        router = (None, None, 0.0, 0) if score_BT is None else self.router.single(score_BT, router_bias)
-        store = layer_cache.store(0 if score_BT is None else 1)
-        state, ring = layer_cache.linear_state, (layer_cache.window_keys, layer_cache.window_values)
-        merged_BTHE, state = attend_decode(
-            heads, head_BTX, parameters, reflexive.norm.eps, stream, router, state, ring, store, backend
-        )
-        layer_cache.keep("linear_state", state)
-        return merged_BTHE
-
-    def _decode(self, x_BTD, stream, layer_cache, router_bias, backend):
-        """`_run` of a single token of few rows: every product in one launch with what stands before or after it."""
-        norm, projection = self.input_layernorm, self.projection
-        weights = (projection.qkv_proj.weight, self.reflexive.head_proj.weight, self._score_weight())
-        x_BTC, head_BTX, score_BT = project_decode(x_BTD, norm.weight, norm.eps, *weights, backend)
-        heads = projection.split(x_BTC, stream, layer_cache, backend)
-        merged_BTHE = self._attend(heads, head_BTX, score_BT, stream, layer_cache, router_bias, backend)
-        x_BTD = linear_add_decode(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight, backend)
-        route = None
-        if self.router is not None:
-            route = self.router.decided(score_BT, stream.length_B, router_bias, start_BT=stream.start_BT)
-        if self.routed_mlp is not None:
-            return self._feed_forward(x_BTD, route, backend), route
-        norm, mlp = self.post_attention_layernorm, self.mlp
-        hidden_BTX = swiglu_decode(x_BTD, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight, backend)
-        return linear_add_decode(x_BTD, hidden_BTX, mlp.down_proj.weight, backend), route
-
-    def _feed_forward(self, x_BTD, route, backend):
         h_BTD = self.post_attention_layernorm(x_BTD)
-        x_BTD = self.mlp(h_BTD, x_BTD, backend)
+        x_BTD = x_BTD + self.mlp(h_BTD)
         if self.routed_mlp is None:
-            return x_BTD
-        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT, backend))
-        routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK, backend)
-        return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype)
+            return x_BTD, route
+        take_rows = OPERATIONS[stream.backend].take_rows
+        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT))
+        routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK)
+        return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype), route
 
+    def _run_fused(self, x_BTD, stream, layer_cache, router_bias):
+        """`_run_modules` for prompts on kernels: norms, gates, decisions and sums are made where their inputs are."""
+        operations, config = kernel_operations(), self.config
+        projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
+        norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
+        history = state = ring_k = ring_v = route = stored = None
+        if layer_cache is not None:
+            if not layer_cache.is_initialized:
+                layer_cache.lazy_initialization(x_BTD)
+            history, state = layer_cache.conv_state, layer_cache.linear_state
+            ring_k, ring_v = layer_cache.window_keys, layer_cache.window_values
+        h_BTD, decay_BTH, gate_BTH, score_BT = operations.norm_heads(
+            x_BTD, norm.weight, norm.eps, reflexive.head_proj.weight, reflexive.decay_log_rate, reflexive.decay_bias,
+            reflexive.least_decay, None if router is None else router.weight,
+        )  # fmt: skip
+        q_linear, k_linear, q_BTHE, k_BTGE, v_BTGE = operations.split_heads(
+            F.linear(h_BTD, projection.qkv_proj.weight), projection.conv_weight, history, start_BT, length_B,
+            stream.cos, stream.sin, projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads,
+            config.rms_norm_eps, "gated",
+        )  # fmt: skip
+        linear_BTHE = operations.linear_attention(q_linear, k_linear, v_BTGE, decay_BTH, start_BT, length_B, state)
+        merged_BTHE = operations.reflexive_merge(
+            q_BTHE, k_BTGE, v_BTGE, start_BT, config.sliding_window, ring_k, ring_v, stream.seen_B, linear_BTHE,
+            gate_BTH, reflexive.norm.weight, reflexive.norm.eps,
+        )  # fmt: skip
+        if router is not None:
+            bias, floor = router.bias if router_bias is None else router_bias, config.router_noise_floor
+            route = Route(score_BT, *operations.route(
+                score_BT, bias, start_BT, length_B, floor, router.initial, x_BTD.shape[1]
+            ))  # fmt: skip
+        if layer_cache is not None:
+            stored = layer_cache.update(k_BTGE, v_BTGE, stream, route, operations)
+        elif route is not None:
+            first_BK = None if start_BT is None else first_slot(route.index_BK, route.slot_BT, start_BT)
+            stored = k_BTGE, v_BTGE, first_BK, None, route.count_B
+        if route is not None:
+            keys, values, *limits = stored
+            operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, keys, values, route.index_BK, *limits)
+        norm, y_BTD = self.post_attention_layernorm, F.linear(merged_BTHE.flatten(2), self.o_proj.weight)
+        x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
+        product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else swiglu.reference
+        operations.linear_add(x_BTD, product(h_BTD, mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight)
+        return x_BTD, route
 
-def is_plain(module, kind):
-    """Whether a call of `module` is `kind.forward`: no subclass, hook or replaced method (adapters, offload)."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not hooks and "forward" not in module.__dict__
-
-
-def weights_usable(x, *modules):
-    """Whether the weights of linear layers or norms may be used without calling these, in the dtype of `x`."""
-    return not torch.is_autocast_enabled(x.device.type) and all(
-        is_plain(module, RMSNorm if isinstance(module, RMSNorm) else nn.Linear)
-        and type(module.weight) is nn.Parameter
-        and module.weight.dtype == x.dtype
-        and getattr(module, "bias", None) is None
-        for module in modules
-    )
+    def _run_token(self, x_BTD, stream, layer_cache, router_bias):
+        """`_run_modules` of a single token on kernels: products share a launch with what stands before or after."""
+        operations, config = kernel_operations(), self.config
+        projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
+        norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
+        if not layer_cache.is_initialized:
+            layer_cache.lazy_initialization(x_BTD)
+        score_weight = decision = score_BT = None
+        if router is not None:
+            score_weight, decision = router.weight, router.bias if router_bias is None else router_bias
+        x_BTC, head_BTX, scores = operations.project_token(
+            x_BTD, norm.weight, norm.eps, projection.qkv_proj.weight, reflexive.head_proj.weight, score_weight
+        )
+        heads = operations.split_heads(
+            x_BTC, projection.conv_weight, layer_cache.conv_state, start_BT, length_B, stream.cos, stream.sin,
+            projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads, config.rms_norm_eps,
+            "gated",
+        )  # fmt: skip
+        if router is not None:
+            score_BT = scores
+        merged_BTHE, slot_BT = operations.attend_token(
+            *heads, head_BTX, reflexive.decay_log_rate, reflexive.decay_bias, reflexive.least_decay,
+            reflexive.norm.weight, reflexive.norm.eps, stream.position_BT, start_BT, length_B, stream.seen_B, score_BT,
+            decision, config.router_noise_floor, 0 if router is None else router.initial, layer_cache.linear_state,
+            layer_cache.window_keys, layer_cache.window_values, layer_cache.keys, layer_cache.values,
+            layer_cache.positions, layer_cache.count, layer_cache.document_slot, layer_cache.key_scales,
+            layer_cache.value_scales,
+        )  # fmt: skip
+        x_BTD = operations.linear_add_token(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight)
+        norm, gate = self.post_attention_layernorm, mlp.gate_proj.weight
+        hidden_BTX = operations.swiglu_token(x_BTD, norm.weight, norm.eps, gate, mlp.up_proj.weight)
+        x_BTD = operations.linear_add_token(x_BTD, hidden_BTX, mlp.down_proj.weight)
+        return x_BTD, None if router is None else Route(score_BT, None, None, slot_BT, None, None)
 
 
 def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="reference"):
@@ -642,15 +610,20 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         backend: see `pick_backend`.
     """
     B, T = x_BTD.shape[:2]
-    token_T = torch.arange(T, device=x_BTD.device)
     seen_B = start_BT = None
     if cache is not None:
         cache.start_call(B, T, x_BTD.device)
         seen_B = cache.seen
+        if (position_BT is None or T == 1) and rotary.rope_type in FIXED_FREQUENCIES:
+            tables = (rotary.inv_freq, float(rotary.attention_scaling), x_BTD.dtype)
+            standing = (T, position_BT, cache.document_seen, cache.last_position)
+            cos, sin, start_BT, position_BT = OPERATIONS[backend].place(*standing, *tables)
+            return Stream(position_BT, cos, sin, start_BT, length_B, seen_B, backend)
+    token_T = torch.arange(T, device=x_BTD.device)
     document_seen = 0 if cache is None else cache.document_seen[:, None]
     if position_BT is None:
         position_BT = (token_T + document_seen).expand(B if cache is not None else 1, T)
-        start_BT = None if cache is None else (-document_seen).expand(B, T)
+        start_BT = None if cache is None else -document_seen
     else:
         position_BT = position_BT if cache is None else position_BT.expand(B, T)
         last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
@@ -659,17 +632,9 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
             jumps_BT = jumps_BT & (token_T < length_B[:, None])
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
         start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T)
-    cos, sin = rotary(x_BTD, position_BT)
-    if cache is not None and T == 1:
-        cos, sin, start_BT, position_BT, length_B = place_decode(cos, sin, start_BT, position_BT, length_B, backend)
-    return Stream(position_BT, cos, sin, start_BT, length_B, seen_B)
+    return Stream(position_BT, *rotary(x_BTD, position_BT), start_BT, length_B, seen_B, backend)
 
 
 def restore_rows(y_BTX, rows):
     """Rows in the caller's order, zeros at padding; `rows` is (slot of each token, token of each slot) or None."""
-    return y_BTX if rows is None else take_rows(y_BTX, *rows)
-
-
-def advance_cache(cache, columns, stream):
-    """Account for a finished call in the cache's counts."""
-    cache.advance(columns, stream.length_B, stream.start_BT, stream.position_BT)
+    return y_BTX if rows is None else OPERATIONS["reference"].take_rows(y_BTX, *rows)

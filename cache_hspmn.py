@@ -1,16 +1,19 @@
 """What an HSPMN model remembers between calls: O(1) states of the reflexive stream, sparse keys of the contextual one.
 
 `HSPMNCache` grows as routed tokens come; `HSPMNStaticCache` holds every tensor at a fixed address from the start, for
-`torch.compile` and CUDA graphs. Shape suffixes as in `reference_hspmn`; P sparse slots held. Rows advance by their own
-number of real tokens, so every count is a tensor per row.
+`torch.compile` and CUDA graphs. Shape suffixes as in `operations_hspmn`; P sparse slots held. Rows advance by their
+own number of real tokens, so every count is a tensor per row.
 """
+
+import math
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .reference_hspmn import read_slots_ref, write_slots_ref
+from .operations_hspmn import read_slots
 
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
+ALIGNMENT = 256  # bytes from which every tensor of an allocation begins
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
 
 
@@ -72,7 +75,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
         keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes.
         key_scales, value_scales: [B, P + 1, G] float32, those of keys and values if these are int8
-            (`kv_cache_dtype`), see `quantize_ref`; [B, 1, G], not used, if not.
+            (`kv_cache_dtype`), see `quantize`; [B, 1, G], not used, if not.
         positions: [B, P + 1] int32, the position id of each routed token.
         count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
     """
@@ -97,8 +100,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             setattr(self, name, None)
 
     def lazy_initialization(self, key_states, value_states=None):
-        """Allocate the states and an empty sparse store for the rows, dtype and device of `key_states` [B, ...]."""
-        self.allocate(key_states.shape[0], 0, key_states.dtype, key_states.device)
+        """Allocate for the rows, dtype and device of `key_states` [B, T, ...], with slots for all of its tokens."""
+        tokens = key_states.shape[1] if self.routes else 0
+        self.allocate(key_states.shape[0], -(-tokens // SLOT_BLOCK) * SLOT_BLOCK, key_states.dtype, key_states.device)
+        self.most_used = tokens
 
     def allocate(self, batch_size, slots, dtype, device):
         """Begin anew with `slots` empty sparse slots per row; keys, values and convolution inputs in `dtype`."""
@@ -107,19 +112,26 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         scales = (wide, slots + 1 if self.quantized else 1, self._head_shape[0])
         shapes = {
             "linear_state": (wide, *self._state_shape),
+            "key_scales": scales,
+            "value_scales": scales,
             "conv_state": (dtype, *self._conv_shape),
             "window_keys": (dtype, self.window, *self._head_shape),
             "window_values": (dtype, self.window, *self._head_shape),
             "keys": (kept, slots + 1, *self._head_shape),
             "values": (kept, slots + 1, *self._head_shape),
-            "key_scales": scales,
-            "value_scales": scales,
             "positions": (torch.int32, slots + 1),
             "count": (torch.int32,),
             "document_slot": (torch.int32,),
         }
-        for name, (kind, *shape) in shapes.items():
-            self.keep(name, torch.zeros(batch_size, *shape, dtype=kind, device=device))
+        # In two launches: what stays, and what is replaced as the store grows
+        for names in ([name for name in shapes if name not in self.slot_tensors], self.slot_tensors):
+            sizes = [math.prod((batch_size, *shapes[name][1:])) * shapes[name][0].itemsize for name in names]
+            sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+            pieces = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+            for name, piece in zip(names, pieces, strict=True):
+                kind, *shape = shapes[name]
+                flat = piece.view(kind)[: math.prod((batch_size, *shape))]
+                self.keep(name, flat.view(batch_size, *shape))
         self.most_used = 0  # upper bound of `count` over the rows, known without reading the device
         self.is_initialized = True
 
@@ -128,40 +140,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         """Sparse slots P held per row."""
         return self.keys.shape[1] - 1
 
-    def update(self, key_states, value_states, position_BK, count_B):
-        """Append `count_B` routed tokens per row: [B, K, G, E] keys and values, [B, K] position ids.
-
-        Returns all keys and values, [B, P, G, E] (those of int8 in the dtype of the new ones), where slots past a
-        row's count hold nothing meaningful; and, int32 [B], the slots used before and how many of this call's tokens
-        have one (all of them, unless a static store is full: the latest are left out).
-        """
-        B, K = key_states.shape[:2]
-        self._reserve(K)
-        before_B = self.count.clamp(max=self.slots)
-        self.count.add_(count_B)
-        kept_B = self.count.clamp(max=self.slots) - before_B
-        slot_K = torch.arange(K, device=self.device)
-        slot_BK = torch.where(slot_K < kept_B[:, None], before_B[:, None] + slot_K, self.slots)
-        at = (torch.arange(B, device=self.device)[:, None], slot_BK)
-        stores = ((self.keys, self.key_scales, key_states), (self.values, self.value_scales, value_states))
-        for kept, scales, states in stores:
-            write_slots_ref(kept, scales, at, states)
-        self.positions.index_put_(at, position_BK.to(torch.int32))
-        P = self.slots
-        kv = [read_slots_ref(kept[:, :P], scales[:, :P], states.dtype) for kept, scales, states in stores]
-        return *kv, before_B, kept_B
-
-    def store(self, K):
-        """What `attend_decode` extends in place, by up to `K` tokens per row: keys, values, positions, count,
-        document_slot, and the scales of keys and values."""
-        self._reserve(K)
-        counts = (self.positions, self.count, self.document_slot)
-        return self.keys, self.values, *counts, self.key_scales, self.value_scales
-
-    def _reserve(self, K):
-        if self.most_used + K > self.slots:  # the bound assumes that everything was routed: look before growing
-            self.most_used = int(self.count.max()) if self.count.numel() else 0
-        self.most_used += K
+    def grow(self):
+        """Hold at least `most_used` slots."""
         if self.most_used > self.slots:
             wanted = max(self.most_used, int(self.slots * GROWTH))
             extra = -(-wanted // SLOT_BLOCK) * SLOT_BLOCK - self.slots
@@ -169,31 +149,31 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
                 held = getattr(self, name)
                 setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
 
-    def write_conv(self, x_BTC, length_B):
-        """Remember the last real inputs of the convolution; `length_B` None: all T tokens are real."""
-        lags = self.conv_state.shape[1]
-        joined = torch.cat([self.conv_state.to(x_BTC.dtype), x_BTC[:, -lags:] if length_B is None else x_BTC], 1)
-        if length_B is None:
-            self.keep("conv_state", joined[:, -lags:].clone())
-        else:
-            index_BL = length_B[:, None] + torch.arange(lags, device=x_BTC.device)
-            self.keep("conv_state", joined.gather(1, index_BL[..., None].expand(-1, -1, x_BTC.shape[2])))
+    def update(self, key_states, value_states, stream, route, operations):
+        """Take in this call's keys and values [B, T, G, E]: the last of them in the window, routed ones in the store.
 
-    def window_history(self, seen_B):
-        """Keys and values of the W real tokens before this call, oldest first, [B, W, G, E] each."""
-        slot_W = torch.arange(self.window, device=self.device)
-        index = ((seen_B[:, None] + slot_W) % self.window)[..., None, None].expand_as(self.window_keys)
-        return self.window_keys.gather(1, index), self.window_values.gather(1, index)
-
-    def write_window(self, k_BTGE, v_BTGE, seen_B, length_B):
-        """Overwrite the ring with the last real tokens of this call."""
-        end_B = seen_B + (k_BTGE.shape[1] if length_B is None else length_B)
-        slot_W = torch.arange(self.window, device=self.device)
-        latest_BW = end_B[:, None] - 1 - (end_B[:, None] - 1 - slot_W) % self.window
-        token_BW = (latest_BW - seen_B[:, None])[..., None, None]
-        index = token_BW.clamp(min=0).expand_as(self.window_keys)
-        self.keep("window_keys", torch.where(token_BW >= 0, k_BTGE.gather(1, index), self.window_keys))
-        self.keep("window_values", torch.where(token_BW >= 0, v_BTGE.gather(1, index), self.window_values))
+        stream: the call's `Stream`. route: the layer's `Route` or None. operations: the forms that run, see
+        `operations_hspmn`. Returns what `sqsk_attention` needs beside the queries, None without a route: all keys and
+        values [B, P, G, E] (those of int8 in the dtype of the new ones), where slots past a row's count hold nothing
+        meaningful; the first visible slot of each routed token; the slots used before, and how many of this call's
+        tokens have one (all of them, unless a static store is full: the latest are left out).
+        """
+        chosen = (None, None, None) if route is None else (route.index_BK, route.slot_BT, route.count_B)
+        first_BK, numbers_4B = operations.extend(
+            key_states, value_states, stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B, *chosen,
+            self.window_keys, self.window_values, self.keys, self.values, self.positions, self.count,
+            self.document_slot, self.key_scales, self.value_scales,
+        )  # fmt: skip
+        if route is None:
+            return None
+        before_B, kept_B, count_B, document_slot_B = numbers_4B.unbind()
+        self.keep("count", count_B)
+        self.keep("document_slot", document_slot_B)
+        keys, values = self.keys[:, :-1], self.values[:, :-1]
+        if self.quantized:
+            keys = read_slots(self.keys, self.key_scales, key_states.dtype)
+            values = read_slots(self.values, self.value_scales, key_states.dtype)
+        return keys, values, first_BK, before_B, kept_B
 
     def get_mask_sizes(self, query_length):
         """Key length and offset of a dense mask over all columns, as transformers asks for it."""
@@ -219,9 +199,6 @@ class HSPMNStaticCacheLayer(StaticRows, HSPMNCacheLayer):
 
     is_compileable = True
 
-    def _reserve(self, K):
-        """Nothing: `HSPMNStaticCache.reserve` has looked at all layers before the call."""
-
     def reset(self):
         """Forget everything, in place."""
         self.most_used = 0
@@ -237,18 +214,36 @@ class HSPMNCache(Rows, Cache):
     """
 
     layer_class = HSPMNCacheLayer
+    outlives_call = True  # the call of `generate` that decodes with it
     _batched = ("seen", "document_seen", "last_position")
 
     def __init__(self, config):
         super().__init__(layers=[self.layer_class(config, i) for i in range(config.num_hidden_layers)])
-        self.columns = 0
+        self.columns = self.reserved = 0  # reserved: tokens for which there is room already, for the next call
         self.seen = self.document_seen = self.last_position = None
 
     def reserve(self, tokens, for_next_call=False):
-        """Nothing: this cache grows; see `HSPMNStaticCache.reserve`."""
+        """Make room, before a call, for `tokens` more per row, whatever is routed of them.
+
+        for_next_call: they are those of the model's next call, which, if it is eager, does not reserve them again.
+        The host keeps an upper bound of the used slots, and waits for the device only where it no longer suffices.
+        """
+        for layer in self._look(tokens):
+            layer.most_used += tokens
+            layer.grow()
+        self.reserved = tokens if for_next_call else 0
+
+    def _look(self, tokens):
+        """Layers that hold slots; reads how many are used where `tokens` more may not fit."""
+        layers = [layer for layer in self.layers if layer.routes and layer.is_initialized]
+        if any(layer.most_used + tokens > layer.slots for layer in layers):
+            used = torch.stack([layer.count.max().to(self.seen.device) for layer in layers]) if self.batch_size else []
+            for layer, most in zip(layers, used.tolist() if len(used) else [0] * len(layers), strict=True):
+                layer.most_used = most
+        return layers
 
     def start_call(self, batch_size, tokens, device):
-        """Before a call of `tokens` columns changes anything: begin the rows, or check that the call fits.
+        """Before a call of `tokens` columns changes anything: begin the rows, make room, or refuse the call.
 
         Raises ValueError if the batch size changed or a static cache is too small.
         """
@@ -259,6 +254,12 @@ class HSPMNCache(Rows, Cache):
                 f"past_key_values holds {self.seen.shape[0]} rows but the input has batch size {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache"
             )
+        self._make_room(tokens, device)
+
+    def _make_room(self, tokens, device):
+        if tokens != self.reserved:
+            self.reserve(tokens)
+        self.reserved = 0
 
     def _start_rows(self, batch_size, device):
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -266,22 +267,24 @@ class HSPMNCache(Rows, Cache):
         self.keep("document_seen", zeros.clone())
         self.keep("last_position", zeros - 1)
 
-    def advance(self, tokens, length_B, start_BT, position_BT):
-        """Account for one call of `tokens` columns after all layers have run; `length_B` None: all of them are real.
-
-        start_BT and position_BT: those of the call's `Stream`.
-        """
+    def advance(self, tokens, stream):
+        """Account for one call of `tokens` columns, where `stream` says, after all layers have run."""
+        start_BT, position_BT, length_B = stream.start_BT, stream.position_BT, stream.length_B
         self._count_columns(tokens)
         if length_B is None:
             document_seen, position = tokens - start_BT[:, -1], position_BT[:, -1]
         else:
             last, some = (length_B - 1).clamp(min=0)[:, None], length_B > 0
-            start, position = (x.expand(len(last), -1).gather(1, last)[:, 0] for x in (start_BT, position_BT))
+            start, position = (x.expand(len(last), tokens).gather(1, last)[:, 0] for x in (start_BT, position_BT))
             document_seen = torch.where(some, length_B - start, self.document_seen)
             position = torch.where(some, position, self.last_position)
         self.document_seen.copy_(document_seen)
         self.last_position.copy_(position)
         self.seen.add_(tokens if length_B is None else length_B)
+
+    def replayed(self):
+        """Account on the host for one token that a captured step has read."""
+        self._count_columns(1)
 
     def _count_columns(self, tokens):
         self.columns += tokens
@@ -311,7 +314,7 @@ class HSPMNCache(Rows, Cache):
     def reset(self):
         """Forget everything; the next call may have any batch size."""
         super().reset()
-        self.columns = 0
+        self.columns = self.reserved = 0
         self.seen = self.document_seen = self.last_position = None
 
     def map_rows(self, function):
@@ -355,7 +358,6 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         device, dtype = torch.device(device or torch.get_default_device()), dtype or torch.get_default_dtype()
         self.max_length = max_length
-        self.reserved = 0  # tokens that were reserved for the next call
         # a tensor, because compiled code would be compiled anew for each value of a Python number
         self.columns = mark_static(torch.zeros((), dtype=torch.long, device=device))
         self._start_rows(batch_size, device)
@@ -381,10 +383,7 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
         Waits for the device only where the host's bound of the used slots leaves too little room. Raises ValueError
         with the cache as it was; it can be used on, with fewer tokens, or be reset.
         """
-        layers = [layer for layer in self.layers if layer.routes]
-        if any(layer.most_used + tokens > layer.slots for layer in layers):
-            for layer, used in zip(layers, torch.stack([x.count.max() for x in layers]).tolist(), strict=True):
-                layer.most_used = used
+        layers = self._look(tokens)
         for layer in layers:
             if layer.most_used + tokens > layer.slots:
                 raise ValueError(
@@ -396,9 +395,7 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
             layer.most_used += tokens
         self.reserved = tokens if for_next_call else 0
 
-    def start_call(self, batch_size, tokens, device):
-        """Before a call of `tokens` columns changes anything, check that it fits; in eager code, its slots too."""
-        super().start_call(batch_size, tokens, device)
+    def _make_room(self, tokens, device):
         if torch.is_grad_enabled():
             raise ValueError(
                 "an HSPMNStaticCache is updated in place and records no gradients; call the model under "
@@ -409,6 +406,9 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
         if not fixed and tokens != self.reserved:
             self.reserve(tokens)
         self.reserved = 0  # compiled code may write it; reading it would compile that anew for each value
+
+    def replayed(self):
+        """Nothing: a captured step counts on the device."""
 
     def _count_columns(self, tokens):
         self.columns.add_(tokens)

@@ -1,10 +1,12 @@
-"""The two softmax attentions on the GPU: the local window and SQSK, which gathers routed tokens and merges its result.
+"""The two softmax attentions on the GPU, the local window and SQSK, and what they leave in the cache.
 
-Meaning and shapes: `local_attention_ref`, `reflexive_merge_ref`, `sqsk_attention_ref` and `merge_ref` in
-`reference_hspmn`; legend in `kernels_common_hspmn`. The R query heads that share a key head are rows of one tile, so
+Meaning and shapes: `local_attention`, `reflexive_merge`, `sqsk_attention`, `sqsk_merge` and `extend` in
+`operations_hspmn`; legend in `kernels_common_hspmn`. The R query heads that share a key head are rows of one tile, so
 keys and values are read once for all of them and a tile spans few slots, which keeps the wasted part of the diagonal
 small.
 """
+
+from functools import lru_cache
 
 import torch
 
@@ -12,12 +14,23 @@ from .kernels_common_hspmn import (
     FLOOR,
     LN2,
     LOG2E,
+    ROW_START,
+    TOKEN_START,
     capability,
+    check,
     check_heads,
     has_descriptors,
-    operation,
+    kernel,
     processors,
-    rows_of,
+)
+from .operations_hspmn import (
+    LEAST_PEAK,
+    extend,
+    local_attention,
+    reflexive_merge,
+    sqsk_attention,
+    sqsk_merge,
+    take_rows,
 )
 
 try:
@@ -25,7 +38,10 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
+
+LEAST = tl.constexpr(LEAST_PEAK)
+STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
 
 
 @triton.jit
@@ -46,12 +62,12 @@ def finish(acc, peak, total):
     return out, tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel("T")
 def local_attention_kernel(
-    q, k, v, k_map, v_map, start, history_k, history_v, linear, head_gate, norm, out, lse, T,
+    q, k, v, k_map, v_map, start, ring_k, ring_v, seen, linear, head_gate, norm, out, lse, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
     GATE_STEP: tl.constexpr, EPS: tl.constexpr, R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, MERGE: tl.constexpr, WITH_LSE: tl.constexpr,
+    START: tl.constexpr, HAS_RING: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of the heads of one key head; row m of the tile is query m // R_ROWS, head m % R_ROWS.
 
@@ -76,21 +92,24 @@ def local_attention_kernel(
     kv_at = n[:, None] * (G * E) + e[None, :]
     q_tile = tl.load(q + row * E + q_at, mask=real[:, None], other=0.0)
     first = t - WINDOW + 1
-    if HAS_START:
+    if START == TOKEN_START:
         begin = tl.load(start + b * T + t, mask=t < T, other=0)
         first = tl.maximum(first, tl.maximum(begin, -WINDOW).to(tl.int32))
-    # Blocks start at multiples of BLOCK_N, so each lies wholly in the history or wholly in this call
+    elif START == ROW_START:
+        first = tl.maximum(first, tl.maximum(tl.load(start + b), -WINDOW).to(tl.int32))
+    # Blocks start at multiples of BLOCK_N, so each lies wholly in the ring or wholly in this call
     low = (t_begin - WINDOW + 1 + BEHIND) // BLOCK_N * BLOCK_N - BEHIND
     acc = tl.zeros([BLOCK_Q * R_ROWS, E], tl.float32)
     peak = tl.full([BLOCK_Q * R_ROWS], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_Q * R_ROWS], tl.float32)
-    if HAS_HISTORY:
+    if HAS_RING:
+        lies = (tl.load(seen + b) % WINDOW).to(tl.int32) + WINDOW  # so that key -1 lies one slot before it
         for s in range(low, 0, BLOCK_N):
             key = s + n
             held = (key >= -WINDOW) & (key < 0)
-            at = ((b * WINDOW + WINDOW + s) * G + g) * E
-            k_tile = tl.load(history_k + at + kv_at, mask=held[:, None], other=0.0)
-            v_tile = tl.load(history_v + at + kv_at, mask=held[:, None], other=0.0)
+            at = (b * WINDOW * G + g) * E + ((lies + key) % WINDOW)[:, None] * (G * E) + e[None, :]
+            k_tile = tl.load(ring_k + at, mask=held[:, None], other=0.0).to(q_tile.dtype)
+            v_tile = tl.load(ring_v + at, mask=held[:, None], other=0.0).to(q_tile.dtype)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
             visible = (key[None, :] >= first[:, None]) & held[None, :]
             scores = tl.where(visible, scores, float("-inf"))
@@ -117,12 +136,12 @@ def local_attention_kernel(
         # Rounded first, as the reference does: moving the rows to the threads that store them takes half the registers
         tile = tile.to(out.dtype.element_ty).to(tl.float32)
         tile += linear_tile * scale[:, None] * tl.load(norm + e).to(tl.float32)[None, :]
-    tl.store(out + row * E + q_at, tile.to(out.dtype.element_ty), mask=real[:, None])
-    if WITH_LSE:
+    else:
         tl.store(lse + row + row_at, row_lse, mask=real)
+    tl.store(out + row * E + q_at, tile.to(out.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "K", "P"])
+@kernel("T", "K", "P")
 def sqsk_attention_kernel(
     q, k, v, k_map, v_map, index, first, cached, count, gate, out, lse, T, K, P,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr,
@@ -171,22 +190,25 @@ def sqsk_attention_kernel(
         past = tl.load(cached + b).to(tl.int32)
     low = 0
     high = past + tl.minimum(i_begin + BLOCK_Q, used)
-    clear = (past + i_begin + 1) // BLOCK_N * BLOCK_N  # keys before this are visible to every row
+    # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear` on the diagonal
+    clear = (past + i_begin + 1) // BLOCK_N * BLOCK_N
     row_first = tl.zeros([BLOCK_Q * R_ROWS], tl.int32)
     if HAS_FIRST:
         row_first = tl.load(first + b * K + slot, mask=real, other=0).to(tl.int32)
         low = tl.maximum(tl.load(first + b * K + i_begin).to(tl.int32), 0) // BLOCK_N * BLOCK_N
-        clear = low
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N
         low += split.to(tl.int32) * share
         high = tl.minimum(high, low + share)
-        clear = tl.maximum(tl.minimum(clear, high // BLOCK_N * BLOCK_N), low)
+    clear = tl.maximum(tl.minimum(clear, high // BLOCK_N * BLOCK_N), low)
+    lead = low
+    if HAS_FIRST:
+        lead = tl.minimum(tl.maximum(tl.cdiv(tl.max(row_first, 0), BLOCK_N) * BLOCK_N, low), clear)
     kv_at = n[:, None] * (G * E) + e[None, :]
     acc = tl.zeros([BLOCK_Q * R_ROWS, E], tl.float32)
     peak = tl.full([BLOCK_Q * R_ROWS], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_Q * R_ROWS], tl.float32)
-    for s in range(low, clear, BLOCK_N):
+    for s in range(lead, clear, BLOCK_N):
         if k_map is not None:
             k_tile = k_map.load([b.to(tl.int32), s, g.to(tl.int32), 0]).reshape(BLOCK_N, E)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
@@ -196,7 +218,10 @@ def sqsk_attention_kernel(
             scores = tl.dot(q_tile, tl.trans(tl.load(k + at)), input_precision="tf32x3")
             v_tile = tl.load(v + at)
         acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
-    for s in range(clear, high, BLOCK_N):
+    for block in range(low, high - clear + lead, BLOCK_N):  # those before `lead`, then those from `clear` on
+        s = block + (clear - lead)
+        if HAS_FIRST:
+            s = tl.where(block < lead, block, s)
         key = s + n
         at = ((b * P + s) * G + g) * E + kv_at
         # Slots past the count may hold anything, NaN too: a zero weight alone would not hide them
@@ -221,7 +246,7 @@ def sqsk_attention_kernel(
         tl.store(lse + slot_row, tl.where(real, row_lse, float("-inf")), mask=held)
 
 
-@triton.jit(do_not_specialize=["T", "K"])
+@kernel("T", "K")
 def combine_splits_kernel(
     part, part_lse, index, count, gate, out, lse, T, K,
     H: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr, WITH_LSE: tl.constexpr,
@@ -253,7 +278,7 @@ def combine_splits_kernel(
         tl.store(lse + (b * K + slot) * H + h, value)
 
 
-@triton.jit(do_not_specialize=["T", "K"])
+@kernel("T", "K")
 def take_rows_kernel(
     x, index, count, out, T, K, X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, HAS_COUNT: tl.constexpr
 ):  # fmt: skip
@@ -271,6 +296,121 @@ def take_rows_kernel(
         in_x = (c < X)[None, :]
         rows = tl.load(x + (b * T + token)[:, None] * X + c[None, :], mask=(token >= 0)[:, None] & in_x, other=0.0)
         tl.store(out + (b * K + slot)[:, None] * X + c[None, :], rows, mask=(slot < stop)[:, None] & in_x)
+
+
+@triton.jit
+def quantize(rows):
+    """Rows [N, E] as whole numbers of at most 127, in float32, and their scales [N], as `quantize` has them."""
+    rows = rows.to(tl.float32)
+    peak = tl.max(tl.abs(rows), 1)
+    held = peak > LEAST
+    factor = tl.where(held, tl.div_rn(1.0, tl.where(held, peak, 1.0)) * 127.0, 0.0)
+    return tl.floor(rows * factor[:, None] + 0.5), tl.where(held, peak * (1 / 127), 0.0)
+
+
+@triton.jit
+def copy_rows(x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Rows `source` of x into the rows `target` of a store or ring, all of one head, where `moved`."""
+    e = tl.arange(0, E)
+    rows = tl.load(x + source[:, None] * (G * E) + e[None, :], mask=moved[:, None], other=0.0)
+    if QUANTIZED:
+        rows, scale = quantize(rows)
+        tl.store(scales + target * G, scale, mask=moved)
+    tl.store(kept + target[:, None] * (G * E) + e[None, :], rows.to(kept.dtype.element_ty), mask=moved[:, None])
+
+
+@triton.jit
+def tokens_before(index, token, used, BITS):
+    """How many of the first `used` entries of the ascending `index` are below each `token`, by bisection."""
+    low = 0 * token
+    high = low + used
+    for _ in range(BITS):
+        middle = (low + high) // 2
+        inside = low < high
+        below = inside & (tl.load(index + middle, mask=inside, other=0) < token)
+        high = tl.where(inside & (below == 0), middle, high)
+        low = tl.where(below, middle + 1, low)
+    return low
+
+
+@triton.jit
+def extend_ring(
+    k, v, length, seen, ring_k, ring_v, b, g, unit, T,
+    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """BLOCK slots of the ring of row b and head g: slot w takes the latest token of this call that lies there."""
+    slot = unit * BLOCK + tl.arange(0, BLOCK)
+    before = tl.load(seen + b)
+    last = before + T - 1
+    if HAS_LENGTH:
+        last = before + tl.load(length + b) - 1
+    token = last - (last - slot + WINDOW) % WINDOW - before  # negative: of an earlier call
+    moved, source, target = (slot < WINDOW) & (token >= 0), b * T + token, b * WINDOW + slot
+    copy_rows(k + g * E, ring_k + g * E, k, source, target, moved, G, E, False)
+    copy_rows(v + g * E, ring_v + g * E, v, source, target, moved, G, E, False)
+
+
+@triton.jit
+def extend_store(
+    k, v, position, start, index, count, keys, values, positions, held, document_slot, key_scales, value_scales, first,
+    numbers, b, g, block, B, T, K, P, POSITION_STEP, BITS,
+    G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK of this call's slots of row b and head g in the sparse store, see `extend_kernel`."""
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    used = tl.load(count + b).to(tl.int32)
+    total, opened = tl.load(held + b).to(tl.int32), tl.load(document_slot + b).to(tl.int32)
+    before = tl.minimum(total, P)
+    kept = tl.minimum(total + used, P) - before
+    token = tl.load(index + b * K + slot, mask=slot < used, other=0)
+    moved, source, target = slot < kept, b * T + token, b * (P + 1) + before + slot
+    copy_rows(k + g * E, keys + g * E, key_scales + g, source, target, moved, G, E, QUANTIZED)
+    copy_rows(v + g * E, values + g * E, value_scales + g, source, target, moved, G, E, QUANTIZED)
+    if g == 0:
+        places = tl.load(position + b * POSITION_STEP + token, mask=moved, other=0)
+        tl.store(positions + target, places.to(tl.int32), mask=moved)
+        if START == TOKEN_START:
+            begun, latest = tl.load(start + b * T + token), tl.load(start + b * T + T - 1)
+            number = tokens_before(index + b * K, begun, used, BITS)
+            before_latest = tl.max(tokens_before(index + b * K, latest + 0 * begun, used, BITS), 0)
+        else:
+            latest = tl.load(start + b)
+            begun = latest + 0 * token
+            number, before_latest = 0 * slot, 0
+        tl.store(first + b * K + slot, tl.where(begun < 0, opened, total + number).to(tl.int32), mask=slot < K)
+        if block == 0:
+            tl.store(numbers + b, before)
+            tl.store(numbers + B + b, kept)
+            tl.store(numbers + 2 * B + b, total + used)
+            tl.store(numbers + 3 * B + b, tl.where(latest < 0, opened, total + before_latest))
+
+
+@kernel("B", "T", "K", "P", "POSITION_STEP", "BITS")
+def extend_kernel(
+    k, v, position, start, length, seen, index, count, ring_k, ring_v, keys, values, positions, held, document_slot,
+    key_scales, value_scales, first, numbers, B, T, K, P, POSITION_STEP, BITS,
+    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROUTES: tl.constexpr,
+    START: tl.constexpr, HAS_LENGTH: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK slots of one row and head: of the window's ring in the first programs, else of the sparse store.
+
+    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection.
+    """
+    RINGS: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK
+    g = tl.program_id(0) % G
+    b = tl.program_id(1).to(tl.int64)
+    unit = tl.program_id(0) // G
+    if RINGS > 0:
+        if unit < RINGS:
+            extend_ring(k, v, length, seen, ring_k, ring_v, b, g, unit, T, G, E, WINDOW, BLOCK, HAS_LENGTH)
+    if ROUTES:
+        block = unit - RINGS
+        if (block == 0) | ((block > 0) & (block * BLOCK < tl.load(count + b))):
+            extend_store(
+                k, v, position, start, index, count, keys, values, positions, held, document_slot, key_scales,
+                value_scales, first, numbers, b, g, block, B, T, K, P, POSITION_STEP, BITS, G, E, BLOCK, START,
+                QUANTIZED,
+            )  # fmt: skip
 
 
 def _row_block(R_ROWS, rows):
@@ -311,12 +451,12 @@ def sqsk_attention_config(element_size, r_rows, K, compute_capability):
     return {"BLOCK_Q": _row_block(r_rows, 128), "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
 
 
-def _launch_take_rows(x_BTX, index_BK, count_B):
+def _gather(x_BTX, index_BK, count_B=None):
     """Rows named by `index_BK`; with `count_B`, slots past it are left as they were allocated."""
     (B, T), K, x = x_BTX.shape[:2], index_BK.shape[1], x_BTX.contiguous()
     out = x.new_empty(B, K, *x.shape[2:])
     if out.numel():
-        X = x[0, 0].numel()
+        X = out.stride(1)
         take_rows_kernel[(triton.cdiv(K, 8), B)](
             x, index_BK.contiguous(), count_B, out, T, K,
             X=X, BLOCK_K=8, BLOCK_X=min(512, triton.next_power_of_2(X)), HAS_COUNT=count_B is not None, num_warps=4,
@@ -324,134 +464,88 @@ def _launch_take_rows(x_BTX, index_BK, count_B):
     return out
 
 
-@operation("take_rows")
-def _take_rows(x_BTX: torch.Tensor, index_BK: torch.Tensor) -> torch.Tensor:
-    return _launch_take_rows(x_BTX, index_BK, None)
+@take_rows.kernel
+def _take_rows(x_BTX, index_BK, inverse_BT):
+    return _gather(x_BTX, index_BK)
 
 
-@_take_rows.register_fake
-def _(x_BTX, index_BK):
-    return x_BTX.new_empty(x_BTX.shape[0], index_BK.shape[1], *x_BTX.shape[2:])
+def _keep_maps(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
 
 
-def take_rows(x_BTX, index_BK):
-    """`take_rows_ref`: rows of `x_BTX` [B, T, ...] named by `index_BK` as [B, K, ...]; index -1 gives zeros."""
-    return _take_rows(x_BTX, index_BK)
+def _take_rows_back(form, ctx, grad):
+    index_BK, inverse_BT = ctx.saved_tensors
+    return form(grad, inverse_BT, index_BK), None, None
 
 
-def _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, merged, eps, with_lse):
-    """Launch of the local attention; `merged`: linear_BTHE, head_gate_BTH and norm_E to merge, or three None."""
-    (B, T, H, E), G = q_BTHE.shape, k_BTGE.shape[2]
-    q, k, v = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGE))
-    out_BTHE = torch.empty_like(q)
-    lse_BTH = q.new_empty((B, T, H) if with_lse else 0, dtype=torch.float32)
+take_rows.gradient(_keep_maps, _take_rows_back)
+
+
+@lru_cache(maxsize=1024)
+def _local_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, window, ring_shape, merged):
+    """Grid and constants of a local attention; `merged`: shapes of linear, head_gate and norm, or None."""
+    check_heads(q_shape, k_shape, v_shape, *dtypes)
+    (B, T, H, E), G = q_shape, k_shape[2]
+    ring = f"ring must hold the window, {(B, window, G, E)}, got {ring_shape}"
+    check(
+        (window >= 1, f"window must be at least 1, got {window}"),
+        (ring_shape is None or ring_shape == (B, window, G, E), ring),
+    )
+    wanted = {"linear": (B, T, H, E), "head_gate": (B, T, H), "norm": (E,)}
+    for (name, shape), got in zip(wanted.items(), merged or wanted.values(), strict=True):
+        check((got == shape, f"{name} must be {shape}, to fit q, got {got}"))
     r_rows = triton.next_power_of_2(H // G)
-    config = local_attention_config(q.element_size(), r_rows, merged[0] is not None, capability(q.device))
-    # Without a start every token sees only this call, so a history changes nothing
-    has_history = history[0] is not None and start_BT is not None
-    history = [x.to(q.dtype).contiguous() if has_history else None for x in history]
-    maps = [_descriptor(x, config["BLOCK_N"]) for x in (k, v)]
-    linear, head_gate, norm = merged
-    if linear is not None:
-        linear, norm = linear.contiguous(), norm.contiguous()
+    config = local_attention_config(element_size, r_rows, merged is not None, capability(device))
+    sizes = {"H": H, "G": G, "E": E, "WINDOW": window, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, **config}
+    return (triton.cdiv(T, config["BLOCK_Q"]) * G * B,), has_descriptors(device, element_size), sizes
+
+
+def _launch_local(q, k, v, start_BT, window, ring_k, ring_v, seen_B, merged, eps):
+    """Local attention and its log-sum-exp or, with `merged` (linear, head_gate, norm), the reflexive stream alone."""
+    B, T, H, _ = q.shape
+    shapes = None
+    if merged is not None:
+        shapes = tuple(merged[0].shape), tuple(merged[1].shape), tuple(merged[2].shape)
+    grid, tiled, sizes = _local_plan(
+        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), window,
+        None if ring_k is None else tuple(ring_k.shape), shapes,
+    )  # fmt: skip
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+    out, step, lse = torch.empty_like(q), 0, None
+    linear = head_gate = norm = None
+    if merged is None:
+        lse = q.new_empty(B, T, H, dtype=torch.float32)
+    else:
+        linear, head_gate, norm = merged[0].contiguous(), merged[1], merged[2].contiguous()
         # Half of the columns of one projection, as the model has them, need no copy
         if head_gate.stride(2) != 1 or (B > 1 and head_gate.stride(0) != T * head_gate.stride(1)):
             head_gate = head_gate.contiguous()
-    local_attention_kernel[(triton.cdiv(T, config["BLOCK_Q"]) * G * B,)](
-        q, k, v, *maps, rows_of(start_BT, B), *history, linear, head_gate, norm, out_BTHE, lse_BTH, T,
-        H=H, G=G, E=E, WINDOW=window, SCALE=E**-0.5 * LOG2E.value, R_ROWS=r_rows,
-        GATE_STEP=0 if linear is None else head_gate.stride(1), EPS=eps, MERGE=linear is not None,
-        HAS_START=start_BT is not None, HAS_HISTORY=has_history, WITH_LSE=with_lse, **config,
-    )  # fmt: skip
-    return out_BTHE, lse_BTH
+        step = head_gate.stride(1)
+    maps = (_descriptor(k, sizes["BLOCK_N"]), _descriptor(v, sizes["BLOCK_N"])) if tiled else (None, None)
+    # Without a start every token sees only this call, so a ring changes nothing
+    has_ring = ring_k is not None and mode > 0
+    ring = (ring_k.contiguous(), ring_v.contiguous(), seen_B.contiguous()) if has_ring else (None,) * 3
+    if out.numel():
+        local_attention_kernel[grid](
+            q, k, v, *maps, start, *ring, linear, head_gate, norm, out, lse, T, GATE_STEP=step, EPS=eps, START=mode,
+            HAS_RING=has_ring, MERGE=merged is not None, **sizes,
+        )  # fmt: skip
+    return out, lse
 
 
-@operation("local_attention")
-def _local_attention(
-    q_BTHE: torch.Tensor,
-    k_BTGE: torch.Tensor,
-    v_BTGE: torch.Tensor,
-    start_BT: torch.Tensor | None,
-    window: int,
-    history_k_BWGE: torch.Tensor | None,
-    history_v_BWGE: torch.Tensor | None,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    history = history_k_BWGE, history_v_BWGE
-    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, (None,) * 3, None, with_lse)
+@local_attention.kernel
+def _local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B):
+    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, None, 0.0)
 
 
-@_local_attention.register_fake
-def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE, history_v_BWGE, with_lse):
-    q = q_BTHE.contiguous()
-    return torch.empty_like(q), q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.float32)
-
-
-def _check_local(q_BTHE, k_BTGE, v_BTGE, window, history_k_BWGE):
-    check_heads(q_BTHE, k_BTGE, v_BTGE)
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if history_k_BWGE is not None and history_k_BWGE.shape[1] != window:
-        raise ValueError(f"history must hold the window ({window} tokens), got {history_k_BWGE.shape[1]}")
-
-
-def local_attention(
-    q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE=None, history_v_BWGE=None, *, with_lse=False
-):
-    """`local_attention_ref`: out_BTHE in q's dtype, and with `with_lse` also lse_BTH in float32.
-
-    q, k, v: one dtype of float32, bfloat16, float16; E of 16, 32, 64, 128. start_BT: integers or None. history_*: the
-    `window` tokens before this call. Time and memory are O(T * window).
-    Raises ValueError on shapes or dtypes the kernel does not take, or window below 1.
-    """
-    _check_local(q_BTHE, k_BTGE, v_BTGE, window, history_k_BWGE)
-    out, lse = _local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history_k_BWGE, history_v_BWGE, with_lse)
-    return (out, lse) if with_lse else out
-
-
-@operation("reflexive_merge")
+@reflexive_merge.kernel
 def _reflexive_merge(
-    q_BTHE: torch.Tensor,
-    k_BTGE: torch.Tensor,
-    v_BTGE: torch.Tensor,
-    start_BT: torch.Tensor | None,
-    window: int,
-    linear_BTHE: torch.Tensor,
-    head_gate_BTH: torch.Tensor,
-    norm_E: torch.Tensor,
-    eps: float,
-    history_k_BWGE: torch.Tensor | None,
-    history_v_BWGE: torch.Tensor | None,
-) -> torch.Tensor:
-    history, merged = (history_k_BWGE, history_v_BWGE), (linear_BTHE, head_gate_BTH, norm_E)
-    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, merged, eps, False)[0]
-
-
-@_reflexive_merge.register_fake
-def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps, history_k, history_v):
-    return torch.empty_like(q_BTHE.contiguous())
-
-
-def reflexive_merge(
-    q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps,
-    history_k_BWGE=None, history_v_BWGE=None,
-):  # fmt: skip
-    """`reflexive_merge_ref`: `local_attention` that adds RMSNorm(linear) * sigmoid(head_gate) before its one write.
-
-    q, k, v, start_BT, window, history_*: as in `local_attention`. linear_BTHE: any float dtype. head_gate_BTH: any
-    float dtype, before the sigmoid; a slice of the last dimension is read in place. norm_E: any float dtype.
-    Returns the reflexive stream [B, T, H, E] in q's dtype; all but the products of the attention is float32.
-    Raises ValueError on shapes or dtypes the kernel does not take, or window below 1.
-    """
-    _check_local(q_BTHE, k_BTGE, v_BTGE, window, history_k_BWGE)
-    wanted = {"linear": q_BTHE.shape, "head_gate": q_BTHE.shape[:3], "norm": q_BTHE.shape[3:]}
-    for (name, shape), x in zip(wanted.items(), (linear_BTHE, head_gate_BTH, norm_E), strict=True):
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)}, to fit q, got {tuple(x.shape)}")
-    return _reflexive_merge(
-        q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps,
-        history_k_BWGE, history_v_BWGE,
-    )  # fmt: skip
+    q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, linear_BTHE, head_gate_BTH, norm_E, eps
+):
+    """`local_attention` that adds the other part before its one write; all but the products is float32."""
+    merged = (linear_BTHE, head_gate_BTH, norm_E)
+    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, merged, eps)[0]
 
 
 def _splits(programs, P, few_queries, device):
@@ -463,8 +557,8 @@ def _splits(programs, P, few_queries, device):
 
 
 def _descriptor(x_BPGE, block_n):
-    """Tensor descriptor of one head's rows, or None where the hardware or the layout has none."""
-    if not has_descriptors(x_BPGE) or x_BPGE.data_ptr() % 16:
+    """Tensor descriptor of one head's rows, or None where the alignment has none."""
+    if x_BPGE.data_ptr() % 16:
         return None
     return TensorDescriptor(x_BPGE, list(x_BPGE.shape), list(x_BPGE.stride()), [1, block_n, 1, x_BPGE.shape[-1]])
 
@@ -472,118 +566,103 @@ def _descriptor(x_BPGE, block_n):
 def _store_rows(k_BPGE, v_BPGE):
     """Keys and values whose rows are contiguous one by one: a store with spare slots at its end is not copied."""
     P, G, E = k_BPGE.shape[1:]
-    inner = (G * E, E, 1)
-    if all(x.stride()[1:] == inner and x.stride(0) % inner[0] == 0 for x in (k_BPGE, v_BPGE)):
-        if k_BPGE.stride(0) == v_BPGE.stride(0):
-            return k_BPGE, v_BPGE
+    step = k_BPGE.stride(0)
+    if k_BPGE.stride() == v_BPGE.stride() == (step, G * E, E, 1) and step % (G * E) == 0:
+        return k_BPGE, v_BPGE
     return k_BPGE.contiguous(), v_BPGE.contiguous()
 
 
-def _launch_sqsk(q, k, v, index, first, cached, count, gate, out, lse, K):
-    """Launch over [B, K] slots; `gate` given: merge into `out`, which has tokens as rows; `lse` may be None."""
-    (B, T, H, E), (P, G) = q.shape, k.shape[1:3]
+@lru_cache(maxsize=1024)
+def _sqsk_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, K):
+    """Programs, splits, whether tiles come through descriptors, and constants, for K query slots per row."""
+    check_heads(q_shape, k_shape, v_shape, *dtypes)
+    (B, _, H, E), (P, G) = q_shape, k_shape[1:3]
     r_rows = triton.next_power_of_2(H // G)
     few = K * r_rows <= 64
-    config = sqsk_attention_config(q.element_size(), r_rows, K, capability(q.device))
+    config = sqsk_attention_config(element_size, r_rows, K, capability(device))
     programs = triton.cdiv(K, config["BLOCK_Q"]) * G * B
-    splits = _splits(programs, P, few, q.device)
-    k_map, v_map = (None if few else _descriptor(x, config["BLOCK_N"]) for x in (k, v))
-    part, part_lse = out, lse
+    sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, **config}
+    return programs, _splits(programs, P, few, device), not few and has_descriptors(device, element_size), sizes
+
+
+def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
+    """Launch over [B, K] slots; `gate` given: merge into `out`, which has tokens as rows; `lse` may be None."""
+    (B, T, H, E), G = q.shape, k.shape[2]
+    programs, splits, tiled, sizes = _sqsk_plan(
+        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), K
+    )
+    if not (B and K):
+        return
+    maps = (_descriptor(k, sizes["BLOCK_N"]), _descriptor(v, sizes["BLOCK_N"])) if tiled else (None, None)
+    part, part_lse, merge = out, lse, gate is not None
     if splits > 1:
         part = q.new_empty(B, splits, K, H, E, dtype=torch.float32)
         part_lse = q.new_empty(B, splits, K, H, dtype=torch.float32)
     sqsk_attention_kernel[(programs * splits,)](
-        q, k, v, k_map, v_map, index, first, cached, count, gate, part, part_lse, T, K, k.stride(0) // (G * E),
-        H=H, G=G, E=E, SCALE=E**-0.5 * LOG2E.value, R_ROWS=r_rows, SPLITS=splits, GATHER=index is not None,
-        HAS_FIRST=first is not None, HAS_CACHED=cached is not None,
-        MERGE=gate is not None and splits == 1, WITH_LSE=part_lse is not None, **config,
+        q, k, v, *maps, index, first, held, count, gate, part, part_lse, T, K, k.stride(0) // (G * E),
+        SPLITS=splits, GATHER=index is not None, HAS_FIRST=first is not None, HAS_CACHED=held is not None,
+        MERGE=merge and splits == 1, WITH_LSE=part_lse is not None, **sizes,
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel[(B * K * H,)](
             part, part_lse, index, count, gate, out, lse, T, K,
-            H=H, E=E, SPLITS=splits, MERGE=gate is not None, WITH_LSE=lse is not None, num_warps=1,
+            H=H, E=E, SPLITS=splits, MERGE=merge, WITH_LSE=lse is not None, num_warps=1,
         )  # fmt: skip
 
 
-@operation("sqsk_attention")
-def _sqsk_attention(
-    q_BKHE: torch.Tensor,
-    k_BPGE: torch.Tensor,
-    v_BPGE: torch.Tensor,
-    first_BK: torch.Tensor | None,
-    cached_B: torch.Tensor | None,
-    count_B: torch.Tensor,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@sqsk_attention.kernel
+def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
+    """Slots past `count_B` are never read as keys and give zeros; work is done for the count alone."""
     B, K, H, _ = q_BKHE.shape
     q, (k, v) = q_BKHE.contiguous(), _store_rows(k_BPGE, v_BPGE)
-    out_BKHE = torch.empty_like(q)
-    lse_BKH = q.new_empty((B, K, H) if with_lse else 0, dtype=torch.float32)
-    if q.numel():
-        first, lse = rows_of(first_BK, B), lse_BKH if with_lse else None
-        _launch_sqsk(q, k, v, None, first, cached_B, count_B, None, out_BKHE, lse, K)
+    out_BKHE, lse_BKH = torch.empty_like(q), q.new_empty(B, K, H, dtype=torch.float32)
+    first = None if first_BK is None else first_BK.expand(B, K).contiguous()
+    _launch_sqsk(q, k, v, None, first, held_B, count_B, None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
 
 
-@_sqsk_attention.register_fake
-def _(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, with_lse):
-    q = q_BKHE.contiguous()
-    return torch.empty_like(q), q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.float32)
-
-
-def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, *, with_lse=False):
-    """`sqsk_attention_ref` in slot order: out_BKHE in q's dtype, and with `with_lse` also lse_BKH in float32.
-
-    q, k, v: one dtype of float32, bfloat16, float16; E of 16, 32, 64, 128. first_BK and cached_B may be None: slot 0,
-    nothing cached. Slots past `count_B` are never read as keys and give zeros. Work is done for the count alone.
-    Raises ValueError on shapes or dtypes the kernel does not take.
-    """
-    check_heads(q_BKHE, k_BPGE, v_BPGE)
-    out, lse = _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, with_lse)
-    return (out, lse) if with_lse else out
-
-
-@operation("sqsk_merge", mutates_args=("reflexive_BTHE",))
-def _sqsk_merge(
-    reflexive_BTHE: torch.Tensor,
-    gate_BT: torch.Tensor,
-    q_BTHE: torch.Tensor,
-    k_BPGE: torch.Tensor,
-    v_BPGE: torch.Tensor,
-    index_BK: torch.Tensor,
-    first_BK: torch.Tensor | None,
-    cached_B: torch.Tensor | None,
-    count_B: torch.Tensor,
-) -> None:
+@sqsk_merge.kernel
+def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BK, held_B, count_B):
+    """The sum is float32, and tokens that were not routed are not passed over."""
+    layout = f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, contiguous="
+    if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
+        raise ValueError(f"{layout}{reflexive_BTHE.is_contiguous()}")
     B, K = index_BK.shape
-    if K == 0 or B == 0:
-        return
-    q, gate, index = (x.contiguous() for x in (q_BTHE, gate_BT, index_BK))
-    if cached_B is None:
+    q, gate, index = q_BTHE.contiguous(), gate_BT.contiguous(), index_BK.contiguous()
+    if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = (_launch_take_rows(x, index, count_B) for x in (k_BPGE, v_BPGE))
+        k, v = _gather(k_BPGE, index, count_B), _gather(v_BPGE, index, count_B)
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
-    _launch_sqsk(q, k, v, index, rows_of(first_BK, B), cached_B, count_B, gate, reflexive_BTHE, None, K)
+    first = None if first_BK is None else first_BK.expand(B, K).contiguous()
+    _launch_sqsk(q, k, v, index, first, held_B, count_B, gate, reflexive_BTHE, None, K)
 
 
-def sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BK, cached_B, count_B):
-    """Add gate * SQSK attention to the routed tokens of `reflexive_BTHE`, IN PLACE; the other tokens are not touched.
-
-    As `merge_ref(reflexive, sqsk_attention_ref(take_rows_ref(q, index), ...), gate, slot)` with the sum in float32 and
-    without a pass over the tokens that were not routed. index_BK, count_B: from `compact`. cached_B given: k_BPGE and
-    v_BPGE are the sparse store, `cached_B` earlier slots followed by those of this call. cached_B None: they are this
-    call's keys and values in token order (P = T), gathered here.
-    Raises ValueError on shapes or dtypes the kernel does not take or a reflexive tensor that is not contiguous.
-    """
-    check_heads(q_BTHE, k_BPGE, v_BPGE)
-    if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
-        raise ValueError(
-            f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, "
-            f"contiguous={reflexive_BTHE.is_contiguous()}"
-        )
-    _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BK, cached_B, count_B)
-
-
-__all__ = ["local_attention", "reflexive_merge", "sqsk_attention", "sqsk_merge", "take_rows"]
+@extend.kernel
+def _extend(
+    k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, ring_k_BWGE, ring_v_BWGE,
+    keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+):  # fmt: skip
+    """One launch for ring and store; documents' first slots come from a bisection of the routed tokens."""
+    (B, T, G, E), W, P = k_BTGE.shape, ring_k_BWGE.shape[1], keys_BPGE.shape[1] - 1
+    for name, x in (("ring_k", ring_k_BWGE), ("ring_v", ring_v_BWGE), ("keys", keys_BPGE), ("values", values_BPGE)):
+        if not x.is_contiguous() or x.shape[2:] != k_BTGE.shape[2:]:
+            raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {E}] to be written, got {tuple(x.shape)}")
+    routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
+    first_BK = held_B.new_empty(B, K) if routes else held_B.new_empty(0)
+    numbers_4B = held_B.new_empty(4, B) if routes else held_B.new_empty(0)
+    programs = (triton.cdiv(W, STORE_BLOCK) + (max(1, triton.cdiv(K, STORE_BLOCK)) if routes else 0)) * G
+    if not (B and T and programs):
+        return first_BK, numbers_4B
+    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+    step = T if position_BT.shape[0] > 1 else 0
+    extend_kernel[(programs, B)](
+        k_BTGE.contiguous(), v_BTGE.contiguous(), position_BT.contiguous(), start, length_B, seen_B.contiguous(),
+        index_BK.contiguous() if routes else None, count_B, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE,
+        positions_BP,
+        held_B.contiguous(), document_slot_B.contiguous(), key_scales_BPG, value_scales_BPG, first_BK, numbers_4B,
+        B, T, K, P, step, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK, ROUTES=routes,
+        START=mode, HAS_LENGTH=length_B is not None, QUANTIZED=keys_BPGE.dtype == torch.int8, num_warps=4,
+    )  # fmt: skip
+    return first_BK, numbers_4B

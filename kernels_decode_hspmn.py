@@ -1,41 +1,41 @@
-"""One decoded token: all its attentions in two launches, which also extend the cache.
+"""One decoded token: its products, and all its attentions in two launches, which also extend the cache.
 
-Meaning and shapes: `attend_decode_ref` in `reference_hspmn`; legend in `kernels_common_hspmn`. A step is bound by
-launches and by the bytes of states and cached keys, so it advances the cache in place, and one launch has programs of
-two roles: parts of the softmax attentions, and columns of the linear states.
+Meaning and shapes: `attend_token`, `project_token`, `swiglu_token`, `linear_add_token` in `operations_hspmn`; legend
+in `kernels_common_hspmn`. A step is bound by launches and by the bytes of weights, states and cached keys. So it
+advances the cache in place, one launch has programs of two roles, parts of the softmax attentions and columns of the
+linear states, and a norm in front of a product is computed in every program from the rows themselves: they are few,
+and a launch costs more. A product is weights times rows, so that the rows, few as they are, fill its narrow side; M
+rows, K features before a product.
 """
+
+from functools import lru_cache
 
 import torch
 
-from .kernels_attention_hspmn import finish, fold_block
+from .kernels_attention_hspmn import finish, fold_block, quantize
 from .kernels_common_hspmn import (
+    DTYPES,
     FLOOR,
     LOG2E,
+    check,
     check_heads,
     check_in_place,
     dependent,
-    operation,
+    kernel,
     processors,
-    rows_of,
+    router_score,
 )
-from .reference_hspmn import LEAST_PEAK
+from .kernels_mlp_hspmn import gated
+from .kernels_projection_hspmn import softplus
+from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
-LEAST = tl.constexpr(LEAST_PEAK)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), exact to float32 also where exp(x) is small."""
-    y = tl.exp(-tl.abs(x))
-    u = 1.0 + y
-    log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
+MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 
 
 @triton.jit
@@ -60,16 +60,6 @@ def advance_state(
         advanced = tl.where(tl.load(length + b) > 0, advanced, held)
     tl.store(state + at, advanced)
     tl.store(linear + (b * H + h) * E + f, tl.sum(advanced * q_feature[:, None], 0))
-
-
-@triton.jit
-def quantize(row):
-    """A row as whole numbers of at most 127, in float32, and their scale, as `quantize_ref` has them."""
-    row = row.to(tl.float32)
-    peak = tl.max(tl.abs(row), 0)
-    held = peak > LEAST
-    factor = tl.where(held, tl.div_rn(1.0, tl.where(held, peak, 1.0)) * 127.0, 0.0)
-    return tl.floor(row * factor + 0.5), tl.where(held, peak * (1 / 127), 0.0)
 
 
 @triton.jit
@@ -99,17 +89,17 @@ def attend_range(
     m = tl.arange(0, ROWS)
     query = g * R + m
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
-    k_row = tl.load(k + (b * G + g) * E + e)
-    v_row = tl.load(v + (b * G + g) * E + e)
+    k_row = tl.load(k + (b * G + g) * E + e)[None, :]
+    v_row = tl.load(v + (b * G + g) * E + e)[None, :]
     if QUANTIZED:
         k_whole, k_scale = quantize(k_row)
         v_whole, v_scale = quantize(v_row)
-        k_row = (k_whole * k_scale).to(k_row.dtype)  # also the token's own are read as they are stored
-        v_row = (v_whole * v_scale).to(v_row.dtype)
-    own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32)[None, :], 1) * SCALE
+        k_row = (k_whole * k_scale[:, None]).to(k_row.dtype)  # also the token's own are read as they are stored
+        v_row = (v_whole * v_scale[:, None]).to(v_row.dtype)
+    own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32), 1) * SCALE
     peak = tl.where(own, own_score, FLOOR)
     total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
-    acc = tl.zeros([ROWS, E], tl.float32) + tl.where(own, v_row.to(tl.float32), 0.0)[None, :]
+    acc = tl.zeros([ROWS, E], tl.float32) + tl.where(own, v_row.to(tl.float32), 0.0)
     kv_at = n[:, None] * (G * E) + e[None, :]
     for s in range(low, high, BLOCK_N):
         shown = s + n < high
@@ -123,13 +113,14 @@ def attend_range(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         scores = tl.where(shown[None, :], scores, float("-inf"))
         acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
-    at = place.to(tl.int64) * (G * E) + e
+    at = place.to(tl.int64) * (G * E) + e[None, :]
     if QUANTIZED:
-        tl.store(k_scales + place.to(tl.int64) * G, k_scale, mask=pushed)
-        tl.store(v_scales + place.to(tl.int64) * G, v_scale, mask=pushed)
+        slot = place.to(tl.int64) * G + tl.arange(0, 1)
+        tl.store(k_scales + slot, k_scale, mask=pushed & (slot >= 0))
+        tl.store(v_scales + slot, v_scale, mask=pushed & (slot >= 0))
         k_row, v_row = k_whole, v_whole
-    tl.store(k_slots + at, k_row.to(k_slots.dtype.element_ty), mask=pushed & (e < E))
-    tl.store(v_slots + at, v_row.to(v_slots.dtype.element_ty), mask=pushed & (e < E))
+    tl.store(k_slots + at, k_row.to(k_slots.dtype.element_ty), mask=pushed & (at >= 0))
+    tl.store(v_slots + at, v_row.to(v_slots.dtype.element_ty), mask=pushed & (at >= 0))
     tile, row_lse = finish(acc, peak, total)
     at = (b * (SPLITS + 1) + split) * H + query
     tl.store(part + at[:, None] * E + e[None, :], tile, mask=((m < R) & (total > 0))[:, None])
@@ -138,13 +129,13 @@ def attend_range(
 
 @triton.jit
 def attend_store(
-    q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, key_scales,
-    value_scales, part, part_lse, plan, B, P, g, split,
+    q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
+    value_scales, part, part_lse, plan, token_slot, B, P, g, split,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, INITIAL: tl.constexpr,
     HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Part `split` of the sparse attentions of key head g, see `attend_decode_kernel`."""
+    """Part `split` of the sparse attentions of key head g, see `attend_token_kernel`."""
     r = tl.arange(0, BATCH)
     inside = r < B
     wanted = inside
@@ -153,15 +144,15 @@ def attend_store(
     begun = tl.load(start + r, mask=inside, other=0)
     score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
     wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
-    used = tl.load(count + r, mask=inside, other=0)
+    used = tl.load(held + r, mask=inside, other=0)
     opened = tl.load(document_slot + r, mask=inside, other=0)
     first = tl.where(begun < 0, opened, used)
     last = tl.minimum(used, P)
     works = wanted & (last < P)
     if (split == 0) & (g == 0):
-        tl.store(plan + r * 3, works.to(tl.int32), mask=inside)
-        tl.store(plan + r * 3 + 1, used + wanted.to(tl.int32), mask=inside)
-        tl.store(plan + r * 3 + 2, first, mask=inside)
+        tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
+        tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
+        tl.store(plan + r * 2 + 1, first, mask=inside)
         at = positions + r.to(tl.int64) * (P + 1) + last
         tl.store(at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
     # The token itself counts as a block where there is none before it: it needs a part too
@@ -190,11 +181,11 @@ def attend_store(
             tl.store(part_lse + at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
 
 
-@triton.jit(do_not_specialize=["B", "P"])
-def attend_decode_kernel(
+@kernel("B", "P")
+def attend_token_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
-    state, ring_k, ring_v, keys, values, positions, count, document_slot, key_scales, value_scales, linear, part,
-    part_lse, plan, B, P,
+    state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
+    part_lse, plan, token_slot, B, P,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
     INITIAL: tl.constexpr, HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, COLUMNS: tl.constexpr, QUANTIZED: tl.constexpr, PDL: tl.constexpr,
@@ -205,9 +196,9 @@ def attend_decode_kernel(
     rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
     token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
     and are read from `k` and `v`; the slot of the ring that is written is not read. INITIAL: tokens of a document that
-    are routed whatever their score. plan: per row, for the kernel after this one, whether the token has a slot, the
-    count and the document's first slot after it. P: slots per row, the spare one not counted. BATCH: a power of two,
-    at least B.
+    are routed whatever their score. token_slot: per row, 0 if the token has a slot, else -1. plan: per row, for the
+    kernel after this one, tokens held and the document's first slot after it. P: slots per row, the spare one not
+    counted. BATCH: a power of two, at least B.
     """
     program = tl.program_id(0)
     windows = program - G * SPLITS
@@ -235,19 +226,21 @@ def attend_decode_kernel(
             q, k, v, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0, WINDOW,
             True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, False,
         )  # fmt: skip
+        if SPLITS == 0:
+            tl.store(token_slot + row, -1, mask=g == 0)
     elif SPLITS > 0:
         attend_store(
-            q, k, v, position, start, length, score, bias, keys, values, positions, count, document_slot, key_scales,
-            value_scales, part, part_lse, plan, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH, BATCH,
-            ROWS, BLOCK_N, SPLITS, QUANTIZED,
+            q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
+            value_scales, part, part_lse, plan, token_slot, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH,
+            BATCH, ROWS, BLOCK_N, SPLITS, QUANTIZED,
         )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
-def merge_decode_kernel(
-    linear, head, norm, part, part_lse, plan, score, count, document_slot, out,
+@kernel()
+def merge_token_kernel(
+    linear, head, norm, part, part_lse, plan, token_slot, score, held, document_slot, out,
     H: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +254,7 @@ def merge_decode_kernel(
         tl.extra.cuda.gdc_wait()
     e = tl.arange(0, E)
     if SPLITS > 0:  # loaded first: more loads wait for it
-        kept = tl.load(plan + b * 3)
+        kept = tl.load(token_slot + b)
     row = tl.load(linear + (b * H + h) * E + e)
     gate = 1.0 / (1.0 + tl.exp(-tl.load(head + (2 * b + 1) * H + h).to(tl.float32)))
     scale = tl.rsqrt(tl.sum(row * row, 0) / E + EPS) * gate
@@ -269,9 +262,9 @@ def merge_decode_kernel(
     merged = row * scale * tl.load(norm + e).to(tl.float32) + tl.load(part + (parts + SPLITS * H) * E + e)
     if SPLITS > 0:
         if h == 0:
-            tl.store(count + b, tl.load(plan + b * 3 + 1))
-            tl.store(document_slot + b, tl.load(plan + b * 3 + 2))
-        if kept > 0:
+            tl.store(held + b, tl.load(plan + b * 2))
+            tl.store(document_slot + b, tl.load(plan + b * 2 + 1))
+        if kept >= 0:
             gate = 1.0 / (1.0 + tl.exp(-tl.load(score + b).to(tl.float32)))
             at = parts + tl.arange(0, SPLITS) * H
             logs = tl.load(part_lse + at) * LOG2E
@@ -284,11 +277,11 @@ def merge_decode_kernel(
     tl.store(out + (b * H + h) * E + e, merged.to(out.dtype.element_ty))
 
 
-def attend_decode_config(element_size, E, r_rows, G, P, multiprocessors):
-    """Block sizes and launch options of `attend_decode_kernel`; P None: no token is routed.
+def attend_token_config(element_size, E, r_rows, G, P, multiprocessors):
+    """Block sizes and launch options of `attend_token_kernel`; P None: no token is routed.
 
     The parts of the store fill the chip with two programs per processor, each of which has 32 KiB or more in flight.
-    H200, bf16, 128k tokens of context, 16/4 heads, one row and eight, with `merge_decode_kernel`: 10.0 and 33.6 us;
+    H200, bf16, 128k tokens of context, 16/4 heads, one row and eight, with `merge_token_kernel`: 10.0 and 33.6 us;
     32 parts 9.9 and 36.0, two stages 10.9 and 35.3, four 10.6 and 34.4, 32 slots at once and five stages 11.2 and
     35.6, 128 slots and 8 warps 12.0 and 44.8; 16 or 64 columns differ by less than 4 %.
     """
@@ -300,187 +293,394 @@ def attend_decode_config(element_size, E, r_rows, G, P, multiprocessors):
     return {"SPLITS": splits, "ROWS": max(16, r_rows), "COLUMNS": min(E, 32), "num_warps": 4, **tiles}
 
 
-@operation(
-    "attend_decode",
-    mutates_args=(
-        *("state_BHEE", "ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "count_B"),
-        *("document_slot_B", "key_scales_BPG", "value_scales_BPG"),
-    ),
-)
-def _attend_decode(
-    q_linear_BTHE: torch.Tensor,
-    k_linear_BTGE: torch.Tensor,
-    q_BTHE: torch.Tensor,
-    k_BTGE: torch.Tensor,
-    v_BTGE: torch.Tensor,
-    head_BTX: torch.Tensor,
-    decay_log_rate_H: torch.Tensor,
-    decay_bias_H: torch.Tensor,
-    least_decay: float,
-    norm_E: torch.Tensor,
-    eps: float,
-    position_BT: torch.Tensor,
-    start_BT: torch.Tensor,
-    length_B: torch.Tensor | None,
-    seen_B: torch.Tensor,
-    score_BT: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    noise_floor: float,
-    initial: int,
-    state_BHEE: torch.Tensor,
-    ring_k_BWGE: torch.Tensor,
-    ring_v_BWGE: torch.Tensor,
-    keys_BPGE: torch.Tensor,
-    values_BPGE: torch.Tensor,
-    positions_BP: torch.Tensor,
-    count_B: torch.Tensor,
-    document_slot_B: torch.Tensor,
-    key_scales_BPG: torch.Tensor,
-    value_scales_BPG: torch.Tensor,
-) -> torch.Tensor:
+@lru_cache(maxsize=1024)
+def _attend_plan(shapes, dtypes, device, ring_size, slots, routes):
+    """Splits, size of the scratch, grids and constants; ValueError for what the kernel does not take."""
+    q, k, v, q_linear, k_linear, head, score = shapes
+    check_heads(q, k, v, *dtypes[:3])
+    check_heads(q_linear, k_linear, v, *dtypes[3:], dtypes[2])
+    (B, T, H, E), G = q, k[2]
+    check(
+        (T == 1, f"attend_token takes one token, got T={T}; use reflexive_merge and sqsk_merge"),
+        (head == (B, 1, 2 * H), f"head must be {(B, 1, 2 * H)}, decays first, to fit q, got {head}"),
+        (score is None or score == (B, 1), f"score must be {(B, 1)}, with a bias, got {score}"),
+    )
+    r_rows = triton.next_power_of_2(H // G)
+    config = attend_token_config(ring_size, E, r_rows, G, slots if routes else None, processors(device))
+    programs = G * config["SPLITS"] + B * G + B * H * (E // config["COLUMNS"])
+    sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "BATCH": triton.next_power_of_2(max(1, B))}
+    merge = {"H": H, "E": E, "SPLITS": config["SPLITS"], "num_warps": max(1, min(4, config["SPLITS"] * E // 1024))}
+    return config["SPLITS"] + 1, (programs,), sizes | config | dependent(device), (B * H,), merge | dependent(device)
+
+
+@attend_token.kernel
+def _attend_token(
+    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least, norm_E, eps,
+    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE, ring_k_BWGE,
+    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+):  # fmt: skip
+    """Cached keys are read for routed rows alone; all arithmetic is float32."""
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
-    out_BTHE = q_BTHE.new_empty(q_BTHE.shape)
+    shapes = [tuple(x.shape) for x in (q_BTHE, k_BTGE, v_BTGE, q_linear_BTHE, k_linear_BTGE, head_BTX)]
+    parts, grid, constants, merge_grid, merge = _attend_plan(
+        (*shapes, None if score_BT is None else tuple(score_BT.shape)),
+        (q_BTHE.dtype, k_BTGE.dtype, v_BTGE.dtype, q_linear_BTHE.dtype, k_linear_BTGE.dtype), q_BTHE.device,
+        ring_k_BWGE.element_size(), P, score_BT is not None,
+    )  # fmt: skip
+    quantized, store = keys_BPGE.dtype == torch.int8, (B, P + 1, G, E)
+    for name, x, shape, dtype in (
+        ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, (B, max(1, W), G, E), None),
+        ("ring_v", ring_v_BWGE, (B, max(1, W), G, E), ring_k_BWGE.dtype), ("values", values_BPGE, store, None),
+        ("keys", keys_BPGE, store, torch.int8 if quantized else ring_k_BWGE.dtype),
+        ("positions", positions_BP, store[:2], torch.int32), ("held", held_B, (B,), torch.int32),
+        ("document_slot", document_slot_B, (B,), torch.int32),
+        ("key_scales", key_scales_BPG, store[:3] if quantized else None, torch.float32),
+        ("value_scales", value_scales_BPG, store[:3] if quantized else None, torch.float32),
+    ):  # fmt: skip
+        if shape is not None and (x.shape != shape or not x.is_contiguous() or (dtype or x.dtype) != x.dtype):
+            check_in_place(name, x, shape, (dtype or x.dtype,))
+    out_BTHE, slot_BT = torch.empty_like(q_BTHE, memory_format=torch.contiguous_format), start_BT.new_empty(B, 1)
     if B == 0:
-        return out_BTHE
-    heads = [x.contiguous() for x in (q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX)]
-    rates = (x.contiguous() for x in (decay_log_rate_H, decay_bias_H))
-    place = (rows_of(x, B) for x in (position_BT, start_BT, length_B, seen_B))
-    score_BT = None if score_BT is None else score_BT.contiguous()
-    store = (keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG, value_scales_BPG)
-    r_rows, slots = triton.next_power_of_2(H // G), None if score_BT is None else P
-    device, options = q_BTHE.device, dependent(q_BTHE.device)
-    config = attend_decode_config(ring_k_BWGE.element_size(), E, r_rows, G, slots, processors(device))
-    splits = config["SPLITS"]
+        return out_BTHE, slot_BT
+    head, score = head_BTX.contiguous(), None if score_BT is None else score_BT.contiguous()
     linear_BHE = q_BTHE.new_empty(B, H, E, dtype=torch.float32)
-    part = q_BTHE.new_empty(B, splits + 1, H, E, dtype=torch.float32)
-    part_lse = q_BTHE.new_empty(B, splits + 1, H, dtype=torch.float32)
-    plan = count_B.new_empty(B, 3)
-    programs = G * splits + B * G + B * H * (E // config["COLUMNS"])
-    attend_decode_kernel[(programs,)](
-        *heads, *rates, least_decay, *place, score_BT, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, *store,
-        linear_BHE, part, part_lse, plan, B, P, H=H, G=G, E=E, WINDOW=W, SCALE=E**-0.5 * LOG2E.value, INITIAL=initial,
-        HAS_LENGTH=length_B is not None, BATCH=triton.next_power_of_2(B),
-        QUANTIZED=keys_BPGE.dtype == torch.int8, **config, **options,
+    part = q_BTHE.new_empty(B, parts, H, E, dtype=torch.float32)
+    part_lse = q_BTHE.new_empty(B, parts, H, dtype=torch.float32)
+    plan_B2 = held_B.new_empty(B, 2)
+    attend_token_kernel[grid](
+        q_linear_BTHE.contiguous(), k_linear_BTGE.contiguous(), q_BTHE.contiguous(), k_BTGE.contiguous(),
+        v_BTGE.contiguous(), head, log_rate_H.contiguous(), rate_bias_H.contiguous(), least,
+        position_BT.expand(B, 1).contiguous(), start_BT.expand(B, 1).contiguous(), length_B, seen_B, score, bias,
+        state_BHEE, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B,
+        key_scales_BPG, value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W,
+        INITIAL=initial, HAS_LENGTH=length_B is not None, QUANTIZED=quantized, **constants,
     )  # fmt: skip
-    merge_decode_kernel[(B * H,)](
-        linear_BHE, heads[-1], norm_E.contiguous(), part, part_lse, plan, score_BT, count_B, document_slot_B, out_BTHE,
-        H=H, E=E, EPS=eps, NOISE_FLOOR=noise_floor, SPLITS=splits, num_warps=max(1, min(4, splits * E // 1024)),
-        **options,
+    merge_token_kernel[merge_grid](
+        linear_BHE, head, norm_E.contiguous(), part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B,
+        out_BTHE, EPS=eps, NOISE_FLOOR=noise_floor, **merge,
     )  # fmt: skip
-    return out_BTHE
-
-
-@_attend_decode.register_fake
-def _(
-    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
-    value_scales_BPG,
-):  # fmt: skip
-    return q_BTHE.new_empty(q_BTHE.shape)
-
-
-def attend_decode(
-    q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-    norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-    ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
-    value_scales_BPG,
-):  # fmt: skip
-    """`attend_decode_ref` that advances state, ring, sparse store and counts, all IN PLACE.
-
-    q_*, k_*, v: one dtype of float32, bfloat16, float16; T = 1; E of 16, 32, 64, 128. head_BTX [B, 1, 2 H], the
-    parameters, score_BT [B, 1] and bias (one element): any float dtype; score and bias None where no token is routed.
-    state: contiguous float32 [B, H, E, E]. ring_* [B, W, G, E], keys and values [B, P + 1, G, E]: contiguous, one
-    float dtype; or keys and values int8, with contiguous float32 scales [B, P + 1, G], else of any shape. positions
-    [B, P + 1], count and document_slot [B]: contiguous int32. Cached keys are read for routed rows alone; all
-    arithmetic is float32.
-    Returns both streams' sum [B, 1, H, E] in q's dtype. Raises ValueError on shapes, dtypes or layouts the kernel does
-    not take.
-    """
-    check_heads(q_BTHE, k_BTGE, v_BTGE)
-    check_heads(q_linear_BTHE, k_linear_BTGE, v_BTGE)
-    (B, T, H, E), G, slots = q_BTHE.shape, k_BTGE.shape[2], keys_BPGE.shape[1]
-    if T != 1:
-        raise ValueError(f"attend_decode takes one token, got T={T}; use reflexive_merge and sqsk_merge")
-    if head_BTX.shape != (B, 1, 2 * H):
-        raise ValueError(f"head must be {(B, 1, 2 * H)}, decays first, to fit q, got {tuple(head_BTX.shape)}")
-    if score_BT is not None and (score_BT.shape != (B, 1) or bias is None):
-        raise ValueError(f"score must be {(B, 1)}, with a bias, got {tuple(score_BT.shape)} and bias {bias}")
-    check_in_place("state", state_BHEE, (B, H, E, E), (torch.float32,))
-    ring, kept = (B, max(1, ring_k_BWGE.shape[1]), G, E), (B, slots, G, E)
-    quantized = keys_BPGE.dtype == torch.int8
-    for name, x in (("ring_k", ring_k_BWGE), ("ring_v", ring_v_BWGE)):
-        check_in_place(name, x, ring, (ring_k_BWGE.dtype,))
-    for name, x in (("keys", keys_BPGE), ("values", values_BPGE)):
-        check_in_place(name, x, kept, (torch.int8 if quantized else ring_k_BWGE.dtype,))
-    for name, x in (("key_scales", key_scales_BPG), ("value_scales", value_scales_BPG)) * quantized:
-        check_in_place(name, x, kept[:3], (torch.float32,))
-    for name, x, shape in (("positions", positions_BP, (B, slots)), ("count", count_B, (B,)),
-                           ("document_slot", document_slot_B, (B,))):  # fmt: skip
-        check_in_place(name, x, shape, (torch.int32,))
-    return _attend_decode(
-        q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, decay_log_rate_H, decay_bias_H, least_decay,
-        norm_E, eps, position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE,
-        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, count_B, document_slot_B, key_scales_BPG,
-        value_scales_BPG,
-    )  # fmt: skip
+    return out_BTHE, slot_BT
 
 
 @triton.jit
-def place_decode_kernel(
-    cos, sin, start, position, length, tables, place, B, COS_STEP, COS_LANE, SIN_STEP, SIN_LANE,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, HAS_LENGTH: tl.constexpr,
+def load_rows(x, begin, end, M, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K columns from `begin` of the M rows of x [M, K], zeros outside and from column `end`."""
+    m = tl.arange(0, ROWS)
+    k = begin + tl.arange(0, BLOCK_K)
+    return tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
+
+
+@triton.jit
+def load_factor(norm, begin, end, BLOCK_K: tl.constexpr):
+    """BLOCK_K values from `begin` of a norm's weight, zeros from `end`."""
+    k = begin + tl.arange(0, BLOCK_K)
+    return tl.load(norm + k, mask=k < end, other=0.0)
+
+
+@triton.jit
+def load_weight(weight, row, begin, end, rows, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tile [BLOCK_N, BLOCK_K] of weight [rows, K], zeros outside and from column `end`."""
+    n = tl.arange(0, BLOCK_N)
+    k = begin + tl.arange(0, BLOCK_K)
+    inside = (row + n < rows)[:, None] & (k < end)[None, :]
+    return tl.load(weight + row.to(tl.int64) * K + n[:, None] * K + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def as_tile(rows, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """ROWS rows as the TILE rows of a product, repeated; what they sum to is not stored."""
+    if ROWS == TILE:
+        return rows
+    return tl.reshape(tl.broadcast_to(rows[None, :, :], (TILE // ROWS, ROWS, BLOCK_K)), (TILE, BLOCK_K))
+
+
+@triton.jit
+def norm_scale(squares, K: tl.constexpr, EPS: tl.constexpr):
+    """What RMSNorm multiplies rows by, float32 [ROWS], given sums of their squares [ROWS, N] by columns."""
+    return tl.rsqrt(tl.sum(squares, 1) / K + EPS)
+
+
+@triton.jit
+def load_normed(
+    x, norm, squares, begin, end, M,
+    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of the tables and of the three numbers of each row."""
-    b = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
-    to = tables + b * E + e
-    tl.store(to, tl.load(cos + b * COS_STEP + e * COS_LANE, mask=e < E), mask=e < E)
-    tl.store(to + B * E, tl.load(sin + b * SIN_STEP + e * SIN_LANE, mask=e < E), mask=e < E)
-    tl.store(place + b, tl.load(start + b).to(tl.int64))
-    tl.store(place + B + b, tl.load(position + b).to(tl.int64))
-    if HAS_LENGTH:
-        tl.store(place + 2 * B + b, tl.load(length + b).to(tl.int64))
+    """BLOCK_K columns of the M rows under RMSNorm as a TILE, not yet divided by the rows' lengths, and their squares.
 
-
-@operation("place_decode")
-def _place_decode(
-    cos_BTE: torch.Tensor,
-    sin_BTE: torch.Tensor,
-    start_BT: torch.Tensor,
-    position_BT: torch.Tensor,
-    length_B: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    B, E = start_BT.shape[0], cos_BTE.shape[-1]
-    outputs = _placed(cos_BTE, start_BT)
-    if B:
-        steps = [x for table in (cos_BTE, sin_BTE) for x in (table.expand(B, 1, E).stride(0), table.stride(2))]
-        place_decode_kernel[(B,)](
-            cos_BTE, sin_BTE, start_BT.contiguous(), rows_of(position_BT, B), rows_of(length_B, B), *outputs, B,
-            *steps, E=E, BLOCK_E=triton.next_power_of_2(E), HAS_LENGTH=length_B is not None, num_warps=1,
-        )  # fmt: skip
-    return outputs
-
-
-def _placed(cos_BTE, start_BT):
-    B, E = start_BT.shape[0], cos_BTE.shape[-1]
-    return cos_BTE.new_empty(2, B, 1, E), start_BT.new_empty(3, B, 1, dtype=torch.int64)
-
-
-@_place_decode.register_fake
-def _(cos_BTE, sin_BTE, start_BT, position_BT, length_B):
-    return _placed(cos_BTE, start_BT)
-
-
-def place_decode(cos_BTE, sin_BTE, start_BT, position_BT, length_B):
-    """cos, sin, start, position and length (or None) of one token, as dense tensors that one opaque operation made.
-
-    Compiled code computes its inputs to an operation anew for every one that reads them: each layer would convert and
-    copy these. cos, sin: [B or 1, 1, E], one dtype. start [B, 1], position [B or 1, 1], length [B]: integers.
-    Returns cos and sin [B, 1, E], start and position [B, 1] and length [B] or None, the last three int64.
+    The division can follow the product, which then waits for no sum over the rows. Float16 might not hold such rows:
+    they are float32 there.
     """
-    tables, place = _place_decode(cos_BTE, sin_BTE, start_BT, position_BT, length_B)
-    return tables[0], tables[1], place[0], place[1], None if length_B is None else place[2, :, 0]
+    rows = load_rows(x, begin, end, M, K, ROWS, BLOCK_K)
+    wide = rows.to(tl.float32)
+    if rows.dtype == tl.float16:
+        rows = wide
+    rows = (rows * load_factor(norm, begin, end, BLOCK_K)[None, :]).to(rows.dtype)
+    return as_tile(rows, ROWS, TILE, BLOCK_K), squares + wide * wide
 
 
-__all__ = ["attend_decode", "place_decode"]
+@triton.jit
+def fold_product(total, weight_tile, rows):
+    """total [N, TILE] + weight_tile [N, K] @ rows [TILE, K]^T; TF32 holds float16 values as they are."""
+    if rows.dtype == weight_tile.dtype:
+        total = tl.dot(weight_tile, tl.trans(rows), total, input_precision="tf32x3")
+    else:
+        total = tl.dot(weight_tile.to(tl.float32), tl.trans(rows), total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def scaled(total, squares, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Products [N, TILE] of the ROWS rows repeated, as if RMSNorm had divided the rows before them."""
+    scale = as_tile(tl.reshape(norm_scale(squares, K, EPS), (ROWS, 1)), ROWS, TILE, 1)
+    return total * tl.trans(scale)
+
+
+@triton.jit
+def store_columns(out, tile, column, M, N, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile [BLOCK_N, TILE] as BLOCK_N columns from `column` of out [M, N], in the dtype of `out`."""
+    m = tl.arange(0, TILE)
+    n = column + tl.arange(0, BLOCK_N)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(out + m[None, :] * N + n[:, None], tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_scores(
+    x, norm, weight, score, M, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Scores of the M rows. The decision must be that of `router_score`: rows rounded by the norm, no tensor cores."""
+    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for begin in tl.static_range(0, K, BLOCK_D):
+        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D).to(tl.float32)
+        squares += rows * rows
+    scale = norm_scale(squares, K, EPS)
+    products = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for begin in tl.static_range(0, K, BLOCK_D):
+        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D)
+        factor = load_factor(norm, begin, K, BLOCK_D).to(tl.float32)
+        normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype).to(tl.float32)
+        products += normed * load_factor(weight, begin, K, BLOCK_D).to(tl.float32)[None, :]
+    m = tl.arange(0, ROWS)
+    tl.store(score + m, router_score(products, K), mask=m < M)
+
+
+@kernel("M")
+def project_token_kernel(
+    x, norm, qkv_weight, head_weight, score_weight, qkv, head, score, M,
+    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M]."""
+    TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = TILES_C + (X + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    weight, column, channels = qkv_weight, tile * BLOCK_N, tl.where(tile < TILES_C, C, X)
+    if tile >= TILES_C:
+        weight, column = head_weight, (tile - TILES_C) * BLOCK_N
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if tile < TILES:
+        low = tl.zeros([BLOCK_N, TILE], tl.float32)
+        high = tl.zeros([BLOCK_N, TILE], tl.float32)
+        squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for k in range(0, HALF, BLOCK_K):
+            rows, squares = load_normed(x, norm, squares, k, HALF, M, K, ROWS, TILE, BLOCK_K)
+            low = fold_product(low, load_weight(weight, column, k, HALF, channels, K, BLOCK_N, BLOCK_K), rows)
+            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, ROWS, TILE, BLOCK_K)
+            high = fold_product(high, load_weight(weight, column, HALF + k, K, channels, K, BLOCK_N, BLOCK_K), rows)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        total = scaled(low + high, squares, K, EPS, ROWS, TILE)
+        if tile < TILES_C:
+            store_columns(qkv, total, column, M, C, TILE, BLOCK_N)
+        else:
+            store_columns(head, total, column, M, X, TILE, BLOCK_N)
+    elif score_weight is not None:
+        store_scores(x, norm, score_weight, score, M, K, EPS, ROWS, BLOCK_D)
+
+
+@kernel("M")
+def swiglu_token_kernel(
+    x, norm, gate_weight, up_weight, out, M,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of out [M, N], from two sums over K that share the rows."""
+    column = tl.program_id(0) * BLOCK_N
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    gate = tl.zeros([BLOCK_N, TILE], tl.float32)
+    up = tl.zeros([BLOCK_N, TILE], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        rows, squares = load_normed(x, norm, squares, k, K, M, K, ROWS, TILE, BLOCK_K)
+        gate = fold_product(gate, load_weight(gate_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
+        up = fold_product(up, load_weight(up_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    gate, up = scaled(gate, squares, K, EPS, ROWS, TILE), scaled(up, squares, K, EPS, ROWS, TILE)
+    store_columns(out, gated(gate, up), column, M, N, TILE, BLOCK_N)
+
+
+@kernel("M")
+def linear_add_token_kernel(
+    residual, x, weight, out, M,
+    N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of out [M, N]."""
+    column = tl.program_id(0) * BLOCK_N
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    m = tl.arange(0, TILE)
+    n = column + tl.arange(0, BLOCK_N)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
+    high = tl.zeros([BLOCK_N, TILE], tl.float32)
+    for k in range(0, HALF, BLOCK_K):
+        rows = load_rows(x, k, HALF, M, K, TILE, BLOCK_K)
+        low = fold_product(low, load_weight(weight, column, k, HALF, N, K, BLOCK_N, BLOCK_K), rows)
+        rows = load_rows(x, HALF + k, K, M, K, TILE, BLOCK_K)
+        high = fold_product(high, load_weight(weight, column, HALF + k, K, N, K, BLOCK_N, BLOCK_K), rows)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    store_columns(out, low + high, column, M, N, TILE, BLOCK_N)
+
+
+def project_token_config(element_size):
+    """Block sizes and launch options of `project_token_kernel`.
+
+    H200, bf16, K=2048, 3104 channels, beside launches of its kind, one row and eight: 5.8 and 7.6 us; 16 channels and
+    one warp 5.5 and 16; four warps 9.3 and 12. Before rows took the narrow side of the product 5.8 and 10.
+    """
+    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 4}
+
+
+def _columns(element_size):
+    """BLOCK_K: float32 products on tensor cores take three times the registers."""
+    return 128 if element_size == 2 else 32
+
+
+def swiglu_token_config(element_size):
+    """Block sizes and launch options of `swiglu_token_kernel`.
+
+    H200, bf16, K=2048, N=6912, one row and eight: 15.4 and 16.7 us, 3.7 and 3.4 TB/s; one warp of 16 columns 15.7 and
+    19; four warps of 64 columns 26 and 23.
+    """
+    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 5}
+
+
+def linear_add_token_config(element_size):
+    """Block sizes and launch options of `linear_add_token_kernel`.
+
+    H200, bf16, N=2048, one row and eight: K=6912 9.6 us, K=2048 4.7; 32 columns and two warps 12.0 and 4.9; 512
+    values of K at once 11.5. One sum over all of K instead of two, on the wide side of the product: 11.9 and 5.1.
+    """
+    return {"BLOCK_N": 16, "BLOCK_K": 2 * _columns(element_size), "num_warps": 1, "num_stages": 4}
+
+
+CONFIGS = {
+    "project_token": project_token_config, "swiglu_token": swiglu_token_config,
+    "linear_add_token": linear_add_token_config,
+}  # fmt: skip
+
+
+def _half(K):
+    """Where the columns are cut into two sums: a sum of products is a chain, and two of them overlap."""
+    return triton.cdiv(triton.cdiv(K, 2), 16) * 16
+
+
+@lru_cache(maxsize=1024)
+def _rows_plan(name, x_shape, dtype, element_size, weights, vectors, device):
+    """Block sizes and options of a product of few rows; ValueError for what its kernel does not take.
+
+    weights, vectors: names with shapes and, for weights, dtypes; None for one that is not there.
+    """
+    (B, T, K), config = x_shape, CONFIGS[name](element_size)
+    check(
+        (T == 1, f"x of {name} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
+        (dtype in DTYPES, f"x of {name} must be float32, bfloat16 or float16, got {dtype}; cast it"),
+    )
+    for weight, shape, kind in weights:
+        wanted = f"{weight} must be [N, {K}] in {dtype}, as x of {name} has it, got {tuple(shape)} in {kind}; cast it"
+        check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
+    for vector, shape in vectors:
+        check((shape is None or shape == (K,), f"{vector} must be [{K}], the width of x, got {shape}"))
+    rows = triton.next_power_of_2(max(1, B))
+    # Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more
+    return config | {"K": K, "TILE": max(8, rows)} | dependent(device), rows
+
+
+@project_token.kernel
+def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
+    """One launch for at most 16 rows; sums are float32."""
+    B, C, X = x_BTD.shape[0], qkv_weight_CD.shape[0], head_weight_XD.shape[0]
+    if B > MOST_ROWS:
+        return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
+    score_shape = None if score_weight_D is None else tuple(score_weight_D.shape)
+    weights = (
+        ("qkv_weight", qkv_weight_CD.shape, qkv_weight_CD.dtype),
+        ("head_weight", head_weight_XD.shape, head_weight_XD.dtype),
+    )
+    vectors = (("norm", tuple(norm_D.shape)), ("score_weight", score_shape))
+    constants, rows = _rows_plan(
+        "project_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), weights, vectors, x_BTD.device
+    )
+    qkv_BTC, head_BTX = x_BTD.new_empty(B, 1, C), x_BTD.new_empty(B, 1, X, dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, 1 if score_shape else 0, dtype=torch.float32)
+    if B:
+        K, block = constants["K"], constants["BLOCK_N"]
+        tiles = triton.cdiv(C, block) + triton.cdiv(X, block) + (score_shape is not None)
+        project_token_kernel[(tiles,)](
+            x_BTD.contiguous(), norm_D.contiguous(), qkv_weight_CD.contiguous(), head_weight_XD.contiguous(),
+            None if score_weight_D is None else score_weight_D.contiguous(), qkv_BTC, head_BTX, score_BT, B, C=C, X=X,
+            EPS=eps, ROWS=rows, HALF=_half(K), BLOCK_D=min(4096 // rows, triton.next_power_of_2(K)), **constants,
+        )  # fmt: skip
+    return qkv_BTC, head_BTX, score_BT
+
+
+@swiglu_token.kernel
+def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
+    """One launch for at most 16 rows; gate and up are not rounded before SiLU and product."""
+    B, N = x_BTD.shape[0], gate_weight_ND.shape[0]
+    if B > MOST_ROWS:
+        return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
+    weights = (
+        ("gate_weight", gate_weight_ND.shape, gate_weight_ND.dtype),
+        ("up_weight", up_weight_ND.shape, up_weight_ND.dtype),
+    )
+    vectors = (("norm", tuple(norm_D.shape)),)
+    constants, rows = _rows_plan(
+        "swiglu_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), weights, vectors, x_BTD.device
+    )
+    if up_weight_ND.shape[0] != N:
+        raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
+    out_BTN = x_BTD.new_empty(B, 1, N)
+    if B:
+        swiglu_token_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+            x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), out_BTN,
+            B, N=N, EPS=eps, ROWS=rows, **constants,
+        )  # fmt: skip
+    return out_BTN
+
+
+@linear_add_token.kernel
+def _linear_add_token(residual_BTN, x_BTD, weight_ND):
+    """One launch for at most 16 rows, summed in float32 and rounded once."""
+    B, N = x_BTD.shape[0], weight_ND.shape[0]
+    if B > MOST_ROWS:
+        return linear_add_token.reference(residual_BTN, x_BTD, weight_ND)
+    constants, _ = _rows_plan(
+        "linear_add_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(),
+        (("weight", weight_ND.shape, weight_ND.dtype),), (), x_BTD.device,
+    )  # fmt: skip
+    if residual_BTN.shape != (B, 1, N) or residual_BTN.dtype != x_BTD.dtype:
+        got = f"{tuple(residual_BTN.shape)} in {residual_BTN.dtype}"
+        raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
+    out_BTN = x_BTD.new_empty(B, 1, N)
+    if B:
+        linear_add_token_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+            residual_BTN.contiguous(), x_BTD.contiguous(), weight_ND.contiguous(), out_BTN, B, N=N,
+            HALF=_half(constants["K"]), **constants,
+        )  # fmt: skip
+    return out_BTN

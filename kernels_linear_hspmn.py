@@ -1,21 +1,35 @@
-"""Linear attention on the GPU: chunks in matrix products, the state in registers, and the one-token step.
+"""Linear attention on the GPU: chunks in matrix products, the state in registers.
 
-Meaning and shapes: `linear_attention_ref` in `reference_hspmn`; legend in `kernels_common_hspmn`.
+Meaning and shapes: `linear_attention` in `operations_hspmn`; legend in `kernels_common_hspmn`.
 """
+
+from functools import lru_cache
 
 import torch
 
-from .kernels_common_hspmn import LOG2E, capability, check_heads, has_descriptors, operation, processors, rows_of
+from .kernels_common_hspmn import (
+    LOG2E,
+    ROW_START,
+    TOKEN_START,
+    capability,
+    check,
+    check_heads,
+    check_in_place,
+    has_descriptors,
+    kernel,
+    processors,
+)
+from .operations_hspmn import linear_attention
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel("T")
 def decay_kernel(
     log_decay, length, decays, T,
     H: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, HAS_LENGTH: tl.constexpr,
@@ -53,12 +67,12 @@ def block_output(held, q_tile, k_tile, v_tile, decay, from_begin, visible):
     return tl.dot((scores * weight).to(v_tile.dtype), v_tile, tile, input_precision="tf32x3")
 
 
-@triton.jit(do_not_specialize=["T", "span", "S"])
+@kernel("T", "span", "S")
 def linear_attention_kernel(
     q, k, v, q_map, k_map, v_map, decays, start, length, state_in, out, state_out, carry, T, span, S,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_STATE: tl.constexpr, STATE_ONLY: tl.constexpr,
-    TAIL_STAGES: tl.constexpr,
+    START: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_STATE: tl.constexpr, KEPT: tl.constexpr,
+    STATE_ONLY: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program walks `span` tokens of one head and one block of value columns; the state [E, F] stays in registers.
 
@@ -90,6 +104,8 @@ def linear_attention_kernel(
     state = tl.zeros([BLOCK_F, E], tl.float32)
     if HAS_STATE:
         state = tl.load(state_in + segment + state_at, mask=(f < F)[:, None], other=0.0).to(tl.float32)
+        if START == ROW_START and KEPT:  # of an earlier call, which a document that begins here does not see
+            state = tl.where(tl.load(start + b) < 0, state, 0.0)
     # Offsets inside a tile fit 32 bits, which halves the registers that addresses take
     out_at = t[:, None] * (H * F) + f[None, :]
     sum_decay = 0.0
@@ -107,7 +123,7 @@ def linear_attention_kernel(
                 tl.store(out + ((row - BLOCK_T) * H + h) * F + out_at, ready, mask=(c > begin) & in_f)
             held = state.to(k.dtype.element_ty)
             keep = tl.exp2(total)
-            if HAS_START:
+            if START == TOKEN_START:
                 last_first = tl.load(start + row + BLOCK_T - 1).to(tl.int32)
                 keep = tl.where(last_first < c, keep, 0.0)
             state *= keep
@@ -117,7 +133,7 @@ def linear_attention_kernel(
             k_tile = k_map.load([row.to(tl.int32), (g * E).to(tl.int32)])
             v_tile = v_map.load([row.to(tl.int32), (g * F).to(tl.int32) + column])
             to_end, from_begin, visible = tl.exp2(total - decay), tl.exp2(decay), causal
-            if HAS_START:
+            if START == TOKEN_START:
                 first = tl.load(start + row + t).to(tl.int32)
                 to_end = tl.where(c + t >= last_first, to_end, 0.0)
                 from_begin = tl.where(first < c, from_begin, 0.0)
@@ -144,7 +160,7 @@ def linear_attention_kernel(
         k_tile = tl.load(k + (row * G + g) * E + k_at, mask=real[:, None], other=0.0)
         v_tile = tl.load(v + (row * G + g) * F + v_at, mask=real[:, None] & in_f, other=0.0)
         to_end, from_begin, visible = tl.exp2(total - decay), tl.exp2(decay), causal
-        if HAS_START:
+        if START == TOKEN_START:
             first = tl.load(start + row + t, mask=real, other=0).to(tl.int32)
             last_first = tl.load(start + b * T + tl.minimum(c + BLOCK_T, stop) - 1).to(tl.int32)
             to_end = tl.where(c + t >= last_first, to_end, 0.0)
@@ -170,8 +186,11 @@ def linear_attention_kernel(
             tl.store(state_out + (b * H + h) * E * F + state_at, state, mask=(f < F)[:, None])
 
 
-@triton.jit(do_not_specialize=["S"])
-def segment_states_kernel(state_in, states, carry, S, X: tl.constexpr, BLOCK_X: tl.constexpr, HAS_STATE: tl.constexpr):
+@kernel("S")
+def segment_states_kernel(
+    state_in, start, states, carry, S,
+    H: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr, HAS_STATE: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
     """Replace, in place, what each segment adds to the state by the state before that segment; X = E * F."""
     row = tl.program_id(0).to(tl.int64)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -179,41 +198,14 @@ def segment_states_kernel(state_in, states, carry, S, X: tl.constexpr, BLOCK_X: 
     state = tl.zeros([BLOCK_X], tl.float32)
     if HAS_STATE:
         state = tl.load(state_in + row * X + x, mask=in_x, other=0.0).to(tl.float32)
+        if START == ROW_START:
+            state = tl.where(tl.load(start + row // H) < 0, state, 0.0)
     for s in range(S):
         at = states + (row * S + s) * X + x
         added = tl.load(at, mask=in_x & (s < S - 1), other=0.0)
         keep = tl.exp2(tl.load(carry + row * S + s, mask=s < S - 1, other=0.0))
         tl.store(at, state, mask=in_x)
         state = state * keep + added
-
-
-@triton.jit
-def linear_attention_step_kernel(
-    q, k, v, log_decay, start, length, state, out,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
-):  # fmt: skip
-    """One token: state = decay * state + k v^T in place, out = state^T q; one program per head and value block."""
-    b = tl.program_id(0).to(tl.int64) // H
-    h = tl.program_id(0).to(tl.int64) % H
-    g = h // (H // G)
-    e = tl.arange(0, E)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    in_f = f < F
-    at = (b * H + h) * E * F + e[:, None] * F + f[None, :]
-    held = tl.load(state + at, mask=in_f[None, :], other=0.0)
-    q_row = tl.load(q + (b * H + h) * E + e).to(tl.float32)
-    k_row = tl.load(k + (b * G + g) * E + e).to(tl.float32)
-    v_row = tl.load(v + (b * G + g) * F + f, mask=in_f, other=0.0).to(tl.float32)
-    decay = tl.exp2(tl.load(log_decay + b * H + h).to(tl.float32) * LOG2E)
-    if HAS_START:
-        decay = tl.where(tl.load(start + b) < 0, decay, 0.0)
-    advanced = held * decay + k_row[:, None] * v_row[None, :]
-    if HAS_LENGTH:
-        advanced = tl.where(tl.load(length + b) > 0, advanced, held)
-    tl.store(state + at, advanced, mask=in_f[None, :])
-    row = tl.sum(advanced * q_row[:, None], 0)
-    tl.store(out + (b * H + h) * F + f, row.to(out.dtype.element_ty), mask=in_f)
 
 
 def linear_attention_config(element_size, E, F, compute_capability):
@@ -231,15 +223,6 @@ def linear_attention_config(element_size, E, F, compute_capability):
     return {"BLOCK_T": 64, "BLOCK_F": max(16, min(64, columns)), "num_warps": warps, "num_stages": 2}
 
 
-def _descriptor(x_BTGE, rows, columns):
-    """Tensor descriptor of [B * T, G * E] in tiles, or None where hardware, dtype or alignment have none."""
-    B, T, G, E = x_BTGE.shape
-    # A tile of columns must not reach into the next head
-    if not has_descriptors(x_BTGE) or x_BTGE.data_ptr() % 16 or E % columns or B * T < rows:
-        return None
-    return TensorDescriptor(x_BTGE, [B * T, G * E], [G * E, 1], [rows, columns])
-
-
 def _segments(programs, T, device):
     """Into how many segments a row is cut: one where whole rows fill the chip, else about eight programs each.
 
@@ -251,120 +234,82 @@ def _segments(programs, T, device):
     return max(1, min(8 * fill // programs, triton.cdiv(T, 512)))
 
 
-@operation("linear_attention")
-def _linear_attention(
-    q_BTHE: torch.Tensor,
-    k_BTGE: torch.Tensor,
-    v_BTGF: torch.Tensor,
-    log_decay_BTH: torch.Tensor,
-    start_BT: torch.Tensor | None,
-    length_B: torch.Tensor | None,
-    state_BHEF: torch.Tensor | None,
-    segments: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
-    q, k, v, log_decay = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH))
-    start, length, state = rows_of(start_BT, B), rows_of(length_B, B), rows_of(state_BHEF, B)
-    out_BTHF = q.new_empty(B, T, H, F)
-    last_BHEF = q.new_empty(B, H, E, F, dtype=torch.float32)
-    config = linear_attention_config(q.element_size(), E, F, capability(q.device))
+@lru_cache(maxsize=1024)
+def _plan(q_shape, k_shape, v_shape, state, dtypes, device, element_size, segments):
+    """Segments, tokens of each, value blocks, whether tiles come through descriptors, and constants.
+
+    state: shape and dtype of the state that is written in place, or None.
+    """
+    check_heads(q_shape, k_shape, v_shape, *dtypes)
+    (B, T, H, E), (G, F) = q_shape, v_shape[2:]
+    wanted = ((B, H, E, F), torch.float32)
+    check((state in (None, wanted), f"state must be {wanted} to be updated in place, got {state}"))
+    config = linear_attention_config(element_size, E, F, capability(device))
     blocks = triton.cdiv(F, config["BLOCK_F"])
-    if segments == 0:
-        segments = _segments(B * H * blocks, T, q.device)
+    segments = segments or _segments(B * H * blocks, T, device)
     span = triton.cdiv(triton.cdiv(T, segments), config["BLOCK_T"]) * config["BLOCK_T"]
-    S = triton.cdiv(T, span)
-    maps = [_descriptor(x, config["BLOCK_T"], w) for x, w in ((q, E), (k, E), (v, config["BLOCK_F"]))]
-    maps = [None] * 3 if None in maps else maps
-    sizes = dict(H=H, G=G, E=E, F=F, HAS_START=start is not None, HAS_LENGTH=length is not None, **config)
-    sizes["TAIL_STAGES"] = config["num_stages"] if maps[0] is None else 1
-    grid, before = (B * H * S * blocks,), state
+    # A tile of columns must not reach into the next head
+    tiled = has_descriptors(device, element_size) and F % config["BLOCK_F"] == 0 and B * T >= config["BLOCK_T"]
+    sizes = {"H": H, "G": G, "E": E, "F": F, "TAIL_STAGES": 1 if tiled else config["num_stages"], **config}
+    return triton.cdiv(T, span), span, blocks, tiled, sizes
+
+
+def linear_attention_cut(
+    q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, segments=0
+):  # fmt: skip
+    """`linear_attention` in one pass over the tokens; those past `length_B` give zeros.
+
+    Products are of q's dtype, sums and states float32. segments: cuts of a row that are worked on at once, 0 to choose
+    by the size of the chip; more than one reads k and v twice.
+    """
+    (B, T, H, E), F = q_BTHE.shape, v_BTGF.shape[-1]
+    dtypes = (q_BTHE.dtype, k_BTGE.dtype, v_BTGF.dtype)
+    state = None if state_BHEF is None else (tuple(state_BHEF.shape), state_BHEF.dtype)
+    S, span, blocks, tiled, sizes = _plan(
+        q_BTHE.shape, k_BTGE.shape, v_BTGF.shape, state, dtypes, q_BTHE.device, q_BTHE.element_size(), segments
+    )
+    if state_BHEF is not None and not state_BHEF.is_contiguous():
+        check_in_place("state", state_BHEF, (B, H, E, F), (torch.float32,))
+    out_BTHF = q_BTHE.new_empty(B, T, H, F)
+    if not out_BTHF.numel():
+        return out_BTHF
+    q, k, v, log_decay = q_BTHE.contiguous(), k_BTGE.contiguous(), v_BTGF.contiguous(), log_decay_BTH.contiguous()
+    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+    maps = (None, None, None)
+    if tiled and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        rows, QE, KE, VF = [B * T], H * E, k.shape[2] * E, k.shape[2] * F
+        maps = (
+            TensorDescriptor(q, [*rows, QE], [QE, 1], [sizes["BLOCK_T"], E]),
+            TensorDescriptor(k, [*rows, KE], [KE, 1], [sizes["BLOCK_T"], E]),
+            TensorDescriptor(v, [*rows, VF], [VF, 1], [sizes["BLOCK_T"], sizes["BLOCK_F"]]),
+        )
     decays = q.new_empty(B, H, T, dtype=torch.float32)
-    decay_kernel[(triton.cdiv(T, config["BLOCK_T"]), B)](
-        log_decay, length, decays, T, H=H, HEADS=triton.next_power_of_2(H), BLOCK_T=config["BLOCK_T"],
-        HAS_LENGTH=length is not None, num_warps=4,
+    options = {"START": mode, "HAS_LENGTH": length_B is not None, **sizes}
+    decay_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), B)](
+        log_decay, length_B, decays, T, H=H, HEADS=triton.next_power_of_2(H), BLOCK_T=sizes["BLOCK_T"],
+        HAS_LENGTH=length_B is not None, num_warps=4,
     )  # fmt: skip
+    before, grid, kept = state_BHEF, (B * H * S * blocks,), True
+    last = q.new_empty(B, H, E, F, dtype=torch.float32) if state_BHEF is None else state_BHEF
     if S > 1:
-        before = q.new_empty(B, H, S, E, F, dtype=torch.float32)
+        states, kept = q.new_empty(B, H, S, E, F, dtype=torch.float32), False
         carry = q.new_empty(B, H, S, dtype=torch.float32)
         linear_attention_kernel[grid](
-            q, k, v, *maps, decays, start, length, None, None, before, carry, T, span, S,
-            HAS_STATE=False, STATE_ONLY=True, **sizes,
+            q, k, v, *maps, decays, start, length_B, None, None, states, carry, T, span, S,
+            HAS_STATE=False, KEPT=False, STATE_ONLY=True, **options,
         )  # fmt: skip
         segment_states_kernel[(B * H, triton.cdiv(E * F, 1024))](
-            state, before, carry, S, X=E * F, BLOCK_X=1024, HAS_STATE=state is not None, num_warps=4
-        )
+            before, start, states, carry, S, H=H, X=E * F, BLOCK_X=1024, HAS_STATE=before is not None, START=mode,
+            num_warps=4,
+        )  # fmt: skip
+        before = states
     linear_attention_kernel[grid](
-        q, k, v, *maps, decays, start, length, before, out_BTHF, last_BHEF, None, T, span, S,
-        HAS_STATE=before is not None, STATE_ONLY=False, **sizes,
-    )  # fmt: skip
-    return out_BTHF, last_BHEF
-
-
-@_linear_attention.register_fake
-def _(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, segments):
-    (B, T, H, E), F = q_BTHE.shape, v_BTGF.shape[-1]
-    return q_BTHE.new_empty(B, T, H, F), q_BTHE.new_empty(B, H, E, F, dtype=torch.float32)
-
-
-def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, *, segments=0):
-    """`linear_attention_ref` in one pass over the tokens; tokens past `length_B` give zeros.
-
-    q_BTHE, k_BTGE, v_BTGF: one dtype of float32, bfloat16, float16; E of 16, 32, 64, 128, any F. log_decay_BTH: float
-    <= 0. start_BT (integers), length_B (integers), state_BHEF (float32) may be None. segments: cuts of a row that are
-    worked on at once, 0 to choose by the size of the chip; more than one reads k and v twice.
-    Returns o_BTHF in q's dtype and the last state_BHEF in float32; products in q's dtype, sums in float32.
-    Raises ValueError on shapes or dtypes the kernel does not take.
-    Source: chunkwise Gated Linear Attention (arXiv 2312.06635), state-space dual (arXiv 2405.21060).
-    """
-    check_heads(q_BTHE, k_BTGE, v_BTGF)
-    return _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, segments)
-
-
-@operation("linear_attention_step", mutates_args=("state_BHEF",))
-def _linear_attention_step(
-    q_BTHE: torch.Tensor,
-    k_BTGE: torch.Tensor,
-    v_BTGF: torch.Tensor,
-    log_decay_BTH: torch.Tensor,
-    start_BT: torch.Tensor | None,
-    length_B: torch.Tensor | None,
-    state_BHEF: torch.Tensor,
-) -> torch.Tensor:
-    (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
-    q, k, v, log_decay = (x.contiguous() for x in (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH))
-    out_BTHF = q.new_empty(B, T, H, F)
-    # 32 columns: at B=8, H=16 this is 512 programs, so that reading the state fills the chip
-    block_f = min(32, triton.next_power_of_2(F))
-    linear_attention_step_kernel[(B * H, triton.cdiv(F, block_f))](
-        q, k, v, log_decay, rows_of(start_BT, B), rows_of(length_B, B), state_BHEF, out_BTHF,
-        H=H, G=G, E=E, F=F, BLOCK_F=block_f, HAS_START=start_BT is not None, HAS_LENGTH=length_B is not None,
-        num_warps=4,
+        q, k, v, *maps, decays, start, length_B, before, out_BTHF, last, None, T, span, S,
+        HAS_STATE=before is not None, KEPT=kept, STATE_ONLY=False, **options,
     )  # fmt: skip
     return out_BTHF
 
 
-@_linear_attention_step.register_fake
-def _(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
-    return q_BTHE.new_empty(*q_BTHE.shape[:3], v_BTGF.shape[-1])
-
-
-def linear_attention_step(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
-    """`linear_attention_ref` for T = 1; advances `state_BHEF` IN PLACE and returns o_BTHF in q's dtype alone.
-
-    Shapes as in `linear_attention`; all arithmetic in float32. A row with start 0 begins anew; a row with length 0
-    keeps its state. Raises ValueError if T is not 1 or the state is not contiguous float32 [B, H, E, F].
-    """
-    check_heads(q_BTHE, k_BTGE, v_BTGF)
-    B, T, H, E = q_BTHE.shape
-    if T != 1:
-        raise ValueError(f"linear_attention_step takes one token, got T={T}; use linear_attention")
-    wanted = (B, H, E, v_BTGF.shape[-1])
-    if state_BHEF.shape != wanted or state_BHEF.dtype != torch.float32 or not state_BHEF.is_contiguous():
-        raise ValueError(
-            f"state must be contiguous float32 {wanted} to be updated in place, "
-            f"got {state_BHEF.dtype} {tuple(state_BHEF.shape)}, contiguous={state_BHEF.is_contiguous()}"
-        )
-    return _linear_attention_step(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
-
-
-__all__ = ["linear_attention", "linear_attention_step"]
+@linear_attention.kernel
+def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    return linear_attention_cut(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)

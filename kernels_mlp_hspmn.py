@@ -1,20 +1,20 @@
 """SwiGLU with few passes over memory: two products in one with SiLU between them, and one added to the residual.
 
-Meaning and shapes: `swiglu_ref` and `linear_add_ref` in `reference_hspmn`. M tokens (all leading dimensions), K
+Meaning and shapes: `swiglu` and `linear_add` in `operations_hspmn`. M tokens (all leading dimensions), K
 features of a token before a product, N after it.
 """
 
 import torch
 
-from .kernels_common_hspmn import check_in_place, has_descriptors, operation, processors
-from .reference_hspmn import SILU_LIMIT
+from .kernels_common_hspmn import check_in_place, has_descriptors, kernel, processors
+from .operations_hspmn import SILU_LIMIT, linear_add, swiglu
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 LOWEST = tl.constexpr(-SILU_LIMIT)
 FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
@@ -28,12 +28,12 @@ def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def gated(gate, up):
-    """`gated_product_ref`; NaN stays NaN."""
+    """`gated_product`; NaN stays NaN."""
     gate = tl.where(gate < LOWEST, LOWEST, gate)
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel("M")
 def swiglu_kernel(
     x_map, weight_map, out_map, M, N: tl.constexpr, K: tl.constexpr, UP_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -70,11 +70,16 @@ def swiglu_kernel(
 SWIGLU_CONFIG = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 4}
 
 
-def swiglu_fits(x, gate_weight, up_weight):
+@torch.compiler.assume_constant_result
+def _reads_descriptors(device, element_size):
+    return has_descriptors(device, element_size)
+
+
+def swiglu_fits(x, gate_weight):
     """Whether the kernel takes these: 16 bits with tensor descriptors, 128 rows or more, sides in multiples of 8."""
     N, K = gate_weight.shape
-    alike = gate_weight.dtype == up_weight.dtype == x.dtype and x.shape[-1] == K and up_weight.shape == (N, K)
-    return alike and has_descriptors(x) and x.numel() >= 128 * K and N >= 128 and K >= 64 and N % 8 == K % 8 == 0
+    sides = N >= 128 and K >= 64 and N % 8 == K % 8 == 0
+    return sides and x.numel() >= 128 * K and _reads_descriptors(x.device, x.element_size())
 
 
 def _aligned(x):
@@ -99,9 +104,19 @@ def _weight_map(gate_weight_NK, up_weight_NK):
     return TensorDescriptor(low, [2, N, K], [step // low.element_size(), K, 1], block), low is not gate
 
 
-@operation("swiglu")
-def _swiglu(x: torch.Tensor, gate_weight_NK: torch.Tensor, up_weight_NK: torch.Tensor) -> torch.Tensor:
+@swiglu.kernel
+def _swiglu(x, gate_weight_NK, up_weight_NK):
+    """Sums, SiLU and product are float32 and rounded once; what `swiglu_fits` refuses goes to the reference."""
     (N, K), config = gate_weight_NK.shape, SWIGLU_CONFIG
+    alike = gate_weight_NK.dtype == up_weight_NK.dtype == x.dtype and x.shape[-1] == K
+    if not (alike and up_weight_NK.shape == gate_weight_NK.shape):
+        raise ValueError(
+            f"swiglu takes x [..., K] and weights [N, K] of one dtype; got x {tuple(x.shape)} {x.dtype}, gate_weight "
+            f"{tuple(gate_weight_NK.shape)} {gate_weight_NK.dtype}, up_weight {tuple(up_weight_NK.shape)} "
+            f"{up_weight_NK.dtype}; cast or transpose them"
+        )
+    if not swiglu_fits(x, gate_weight_NK):
+        return swiglu.reference(x, gate_weight_NK, up_weight_NK)
     out = x.new_empty(*x.shape[:-1], N)
     x_MK, out_MN = _aligned(x.reshape(-1, K)), out.view(-1, N)
     M, half = len(x_MK), config["BLOCK_N"] // 2
@@ -115,47 +130,16 @@ def _swiglu(x: torch.Tensor, gate_weight_NK: torch.Tensor, up_weight_NK: torch.T
     return out
 
 
-@_swiglu.register_fake
-def _(x, gate_weight_NK, up_weight_NK):
-    return x.new_empty(*x.shape[:-1], gate_weight_NK.shape[0])
+@linear_add.kernel
+def _linear_add(residual, x, weight_NK):
+    """cuBLAS adds what is there as it writes, which saves a pass over the product.
 
-
-def swiglu(x, gate_weight, up_weight):
-    """`swiglu_ref` in one pass over what `swiglu_fits` allows.
-
-    x: [..., K], bfloat16 or float16. gate_weight, up_weight: [N, K], in x's dtype, as nn.Linear holds them.
-    Sums, SiLU and product are float32 and rounded once, where the layers one by one round gate and up before.
-    Returns a contiguous [..., N] in x's dtype. Raises ValueError on shapes, dtypes or devices it does not take.
+    It is an operator of its own because the compiler would copy the residual first.
     """
-    if not swiglu_fits(x, gate_weight, up_weight):
-        raise ValueError(
-            "swiglu takes 16-bit x [..., K] of at least 128 rows and weights [N, K] of its dtype, N and K multiples "
-            f"of 8, N >= 128, K >= 64, on sm_90 or sm_100; got x {tuple(x.shape)} {x.dtype}, gate_weight "
-            f"{tuple(gate_weight.shape)} {gate_weight.dtype}, up_weight {tuple(up_weight.shape)} {up_weight.dtype} on "
-            f"{x.device}; use swiglu_ref for others"
-        )
-    return _swiglu(x, gate_weight, up_weight)
-
-
-@operation("linear_add", mutates_args=("residual",))
-def _linear_add(residual: torch.Tensor, x: torch.Tensor, weight_NK: torch.Tensor) -> None:
     N, K = weight_NK.shape
+    if weight_NK.dtype != x.dtype or K != x.shape[-1]:
+        got = f"{tuple(weight_NK.shape)} in {weight_NK.dtype}"
+        raise ValueError(f"weight must be [N, {x.shape[-1]}] in {x.dtype}, as x has it, got {got}; cast it")
+    if residual.shape != (*x.shape[:-1], N) or residual.dtype != x.dtype or not residual.is_contiguous():
+        check_in_place("residual", residual, (*x.shape[:-1], N), (x.dtype,))
     residual.view(-1, N).addmm_(x.reshape(-1, K), weight_NK.t())
-
-
-def linear_add(residual, x, weight):
-    """`linear_add_ref` IN PLACE of `residual`, [..., N] and contiguous; x: [..., K], weight: [N, K], of one dtype.
-
-    cuBLAS adds what is there as it writes, which saves a pass over the product. It is an operator of its own because
-    the compiler would copy the residual first. Raises ValueError on shapes, dtypes or layouts that do not fit.
-    """
-    shape = (*x.shape[:-1], weight.shape[0])
-    if weight.dtype != x.dtype or weight.shape[1:] != x.shape[-1:]:
-        raise ValueError(
-            f"weight must be [N, {x.shape[-1]}] in {x.dtype}, got {tuple(weight.shape)} in {weight.dtype}; cast it"
-        )
-    check_in_place("residual", residual, shape, (x.dtype,))
-    _linear_add(residual, x, weight)
-
-
-__all__ = ["linear_add", "swiglu", "swiglu_fits"]

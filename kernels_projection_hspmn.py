@@ -1,27 +1,35 @@
-"""From the shared projection to what the attentions read: convolution, feature map, norms and RoPE in one pass.
+"""From hidden states to what the streams read: norms, narrow products, convolution, feature map, RoPE in few passes.
 
-Meaning and shapes: `split_heads_ref` in `reference_hspmn`; legend in `kernels_common_hspmn`.
+Meaning and shapes: `norm_heads`, `split_heads` and `add_norm` in `operations_hspmn`; legend in `kernels_common_hspmn`.
 """
+
+from functools import cache
 
 import torch
 
 from .kernels_common_hspmn import (
     DTYPES,
     HEAD_WIDTHS,
+    ROW_START,
+    TOKEN_START,
+    check,
     check_in_place,
     dependent,
-    operation,
+    kernel,
     processors,
-    rows_of,
+    router_score,
 )
+from .operations_hspmn import add_norm, norm_heads, place, split_heads
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on reference_hspmn without it") from error
+    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
-MODES = ("gated", "elu")
+FEATURES = ("gated", "elu")
+MOST_HEAD_ROWS = 256  # of `norm_heads`, whose sums of all of them are one tile
+COPIED_TAPS = 65536  # tokens from which on the taps of the convolution are laid out for wide loads
 
 
 @triton.jit
@@ -94,28 +102,30 @@ def store_query_or_key(
 
 
 @triton.jit
-def push_history(x, history, channel, C: tl.constexpr, TAPS: tl.constexpr):
-    """Drop the oldest of the TAPS - 1 tokens of a row's history, for some channels, and append the token at `x`."""
-    for i in tl.static_range(0, TAPS - 2):
-        tl.store(history + i * C + channel, tl.load(history + (i + 1) * C + channel))
-    newest = tl.load(x + channel).to(history.dtype.element_ty)
-    tl.store(history + (TAPS - 2) * C + channel, newest)
+def push_history(x, history, channel, stop, C: tl.constexpr, TAPS: tl.constexpr):
+    """Move a row's history of TAPS - 1 tokens on by the `stop` tokens (at least 1) from x on, for some channels."""
+    for i in tl.static_range(0, TAPS - 1):
+        token = stop + i - (TAPS - 1)
+        new = tl.load(x + token * C + channel, mask=(channel < C) & (token >= 0), other=0.0).to(
+            history.dtype.element_ty
+        )
+        old = tl.load(history + (stop + i) * C + channel, mask=(channel < C) & (token < 0), other=0.0)
+        tl.store(history + i * C + channel, tl.where(token >= 0, new, old))
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel("T")
 def split_heads_kernel(
     x, weight, history, start, length, cos, sin, q_norm, k_norm, q_linear, k_linear, q_rotated, k_rotated, v, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
-    ONE_TABLE: tl.constexpr, HAS_START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    PUSH: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    ONE_TABLE: tl.constexpr, START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other.
 
     A head is held as two halves, so that RoPE pairs registers of one thread and the norms stay inside a warp. Programs
     that follow each other take the heads of the same tokens, so together they read and write whole rows.
-    PUSH: T is 1, and the token enters the history of its channels, which no other program reads, unless its row's
-    length is 0.
+    The programs of a row's first tokens, which alone read the history of their channels, move it on at their end.
     """
     ALL: tl.constexpr = H + 2 * G
     HALF: tl.constexpr = E // 2
@@ -125,7 +135,7 @@ def split_heads_kernel(
     head_begin = program % units * HEADS
     t_begin = program // units % tiles * BLOCK_T
     b = (program // (units * tiles)).to(tl.int64)
-    if PDL:  # only with PUSH
+    if PDL:  # of a single token
         tl.extra.cuda.gdc_wait()
     i = tl.arange(0, BLOCK_T)
     e = tl.arange(0, HALF)
@@ -133,9 +143,11 @@ def split_heads_kernel(
     in_t = t < T
     row = b * T + t_begin
     first = tl.full([BLOCK_T], 1 - TAPS if HAS_HISTORY else 0, tl.int32)
-    if HAS_START:
+    if START == TOKEN_START:
         begin = tl.load(start + row + i, mask=in_t, other=0)
         first = tl.maximum(first, tl.maximum(begin, 1 - TAPS).to(tl.int32))
+    elif START == ROW_START:
+        first = tl.maximum(first, tl.maximum(tl.load(start + b), 1 - TAPS).to(tl.int32))
     # What is left for the tiles fits 32 bits, which halves the registers that addresses take
     x += row * (ALL * E)
     table = (t_begin.to(tl.int64) if ONE_TABLE else row) * E
@@ -165,16 +177,17 @@ def split_heads_kernel(
             )  # fmt: skip
         else:
             store_halves(v, k_at + (head - H - G) * E, low, high, in_t, HALF)
-    if PUSH:
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.debug_barrier()  # every thread has read the history
-        real = True
-        if HAS_LENGTH:
-            real = tl.load(length + b) > 0
-        if real:
-            for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
-                push_history(x, history, head * E + tl.arange(0, E), ALL * E, TAPS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if HAS_HISTORY:
+        if t_begin == 0:
+            tl.debug_barrier()  # every thread has read the history
+            stop = T
+            if HAS_LENGTH:
+                stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+            if stop > 0:
+                for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
+                    push_history(x, history, head * E + tl.arange(0, E), stop, ALL * E, TAPS)
 
 
 def split_heads_config(B, T, heads, E, multiprocessors):
@@ -192,157 +205,258 @@ def split_heads_config(B, T, heads, E, multiprocessors):
     return {"BLOCK_T": block_t, "HEADS": 8 if enough else 1, "num_warps": warps, "num_stages": 1}
 
 
-def _head_shapes(x_BTC, q_norm_E, kv_heads):
-    """Shapes of the query-like and of the key-like outputs."""
-    (B, T, C), E = x_BTC.shape, q_norm_E.shape[0]
-    return (B, T, C // E - 2 * kv_heads, E), (B, T, kv_heads, E)
+@cache
+def _split_plan(
+    x_shape, weight_shape, weight_stride, history_shape, tables, norms, dtype, kv_heads, eps, feature, device
+):
+    """Shapes of query-like and key-like outputs, grid and constants; ValueError for what the kernel does not take."""
+    (B, T, C), E, (H_rows, taps) = x_shape, norms[0][-1], weight_shape
+    check((E in HEAD_WIDTHS, f"head width must be one of {HEAD_WIDTHS}, got {E}; set backend='reference' for others"))
+    H, lags = C // E - 2 * kv_heads, taps - 1
+    heads = f"x must have (H + 2 * kv_heads) * {E} channels with H a multiple of kv_heads ({kv_heads}), got {C}"
+    past = f"history must hold the {lags} tokens before, {(B, lags, C)}, got {history_shape}"
+    check(
+        (C % E == 0 and kv_heads >= 1 and H >= 1 and H % max(1, kv_heads) == 0, heads),
+        (dtype in DTYPES, f"x must be float32, bfloat16 or float16, got {dtype}; cast it"),
+        (feature in FEATURES, f"feature must be one of {FEATURES}, got {feature!r}"),
+        (H_rows == C and taps >= 1, f"weight must be [{C}, taps], got {tuple(weight_shape)}"),
+        (history_shape is None or history_shape == (B, lags, C), past),
+        (norms[1] == norms[0] and len(norms[0]) == 1, f"norm weights must be [{E}], got {norms[0]} and {norms[1]}"),
+    )
+    for name, (rows, *rest) in zip(("cos", "sin"), tables, strict=True):
+        check((rows in (1, B) and rest == [T, E], f"{name} must be [1 or {B}, {T}, {E}], got {(rows, *rest)}"))
+    config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(device))
+    programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
+    constants = {
+        "H": H, "G": kv_heads, "E": E, "TAPS": taps, "CHANNEL_STEP": weight_stride[0], "TAP_STEP": weight_stride[1],
+        "EPS": eps, "ELU": feature == "elu", "HAS_HISTORY": history_shape is not None and lags > 0, **config,
+        **(dependent(device) if T == 1 and history_shape is not None else {"PDL": False}),
+    }  # fmt: skip
+    return (B, T, H, E), (B, T, kv_heads, E), (programs,), constants
 
 
-def _empty_heads(x_BTC, q_norm_E, kv_heads):
-    """The five outputs, not yet written."""
-    q_shape, k_shape = _head_shapes(x_BTC, q_norm_E, kv_heads)
-    return tuple(x_BTC.new_empty(shape) for shape in (q_shape, k_shape, q_shape, k_shape, k_shape))
-
-
-def _launch_split(
-    x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode,
-    length_B=None, push=False,
-):  # fmt: skip
-    outputs = _empty_heads(x_BTC, q_norm_E, kv_heads)
-    B, T, H, E = outputs[0].shape
-    if x_BTC.numel() == 0:
-        return outputs
-    config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(x_BTC.device))
-    taps = weight_CL.shape[1]
-    if T > 16:
+@split_heads.kernel
+def _split_heads(
+    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, feature
+):
+    """All arithmetic is float32, and each output is rounded once: the convolution's result is not rounded to x's
+    dtype before the norms, as the layers one by one would do."""
+    B, T = x_BTC.shape[:2]
+    if B * T >= COPIED_TAPS:
         # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
         weight_CL = weight_CL.t().contiguous().t()
-    has_history = history_BLC is not None and taps > 1
-    history = history_BLC.contiguous() if has_history else None
-    one_table = all(table.shape[0] == 1 or table.stride(0) == 0 for table in (cos_BTE, sin_BTE))
-    cos, sin = (table[:1].contiguous() if one_table else rows_of(table, B) for table in (cos_BTE, sin_BTE))
-    programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
-    split_heads_kernel[(programs,)](
-        x_BTC.contiguous(), weight_CL, history, rows_of(start_BT, B), rows_of(length_B, B), cos, sin,
-        q_norm_E.contiguous(), k_norm_E.contiguous(), *outputs, T,
-        H=H, G=kv_heads, E=E, TAPS=taps, CHANNEL_STEP=weight_CL.stride(0), TAP_STEP=weight_CL.stride(1), EPS=eps,
-        ELU=mode == "elu", ONE_TABLE=one_table, HAS_START=start_BT is not None, HAS_HISTORY=has_history,
-        HAS_LENGTH=length_B is not None, PUSH=push, **config,
-        **(dependent(x_BTC.device) if push else {"PDL": False}),
+    history_shape = None if history_BLC is None else tuple(history_BLC.shape)
+    tables, norms = (tuple(cos_BTE.shape), tuple(sin_BTE.shape)), (tuple(q_norm_E.shape), tuple(k_norm_E.shape))
+    q_shape, k_shape, grid, constants = _split_plan(
+        x_BTC.shape, weight_CL.shape, weight_CL.stride(), history_shape, tables, norms, x_BTC.dtype, kv_heads, eps,
+        feature, x_BTC.device,
+    )  # fmt: skip
+    if history_BLC is not None and not history_BLC.is_contiguous():
+        check_in_place("history", history_BLC, history_shape, (history_BLC.dtype,))
+    q_linear, k_linear, q = x_BTC.new_empty(q_shape), x_BTC.new_empty(k_shape), x_BTC.new_empty(q_shape)
+    outputs = q_linear, k_linear, q, x_BTC.new_empty(k_shape), x_BTC.new_empty(k_shape)
+    if x_BTC.numel() == 0:
+        return outputs
+    one_table = cos_BTE.shape[0] == sin_BTE.shape[0] == 1 or cos_BTE.stride(0) == sin_BTE.stride(0) == 0
+    if one_table:
+        cos, sin = cos_BTE[:1].contiguous(), sin_BTE[:1].contiguous()
+    else:
+        cos, sin = cos_BTE.expand(B, -1, -1).contiguous(), sin_BTE.expand(B, -1, -1).contiguous()
+    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+    split_heads_kernel[grid](
+        x_BTC.contiguous(), weight_CL, history_BLC, start, length_B, cos, sin, q_norm_E.contiguous(),
+        k_norm_E.contiguous(), *outputs, T, ONE_TABLE=one_table, START=mode, HAS_LENGTH=length_B is not None,
+        **constants,
     )  # fmt: skip
     return outputs
 
 
-@operation("split_heads")
-def _split_heads(
-    x_BTC: torch.Tensor,
-    weight_CL: torch.Tensor,
-    history_BLC: torch.Tensor | None,
-    start_BT: torch.Tensor | None,
-    cos_BTE: torch.Tensor,
-    sin_BTE: torch.Tensor,
-    q_norm_E: torch.Tensor,
-    k_norm_E: torch.Tensor,
-    kv_heads: int,
-    eps: float,
-    mode: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
-    return _launch_split(*tensors, kv_heads, eps, mode)
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exact to float32 also where exp(x) is small."""
+    y = tl.exp(-tl.abs(x))
+    u = 1.0 + y
+    log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
 
 
-@_split_heads.register_fake
-def _(x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode):
-    return _empty_heads(x_BTC, q_norm_E, kv_heads)
-
-
-@operation("split_heads_decode", mutates_args=("history_BLC",))
-def _split_heads_decode(
-    x_BTC: torch.Tensor,
-    weight_CL: torch.Tensor,
-    history_BLC: torch.Tensor,
-    start_BT: torch.Tensor | None,
-    length_B: torch.Tensor | None,
-    cos_BTE: torch.Tensor,
-    sin_BTE: torch.Tensor,
-    q_norm_E: torch.Tensor,
-    k_norm_E: torch.Tensor,
-    kv_heads: int,
-    eps: float,
-    feature_map: str,  # not `mode`: torch's functionalisation of mutating operators has a parameter of that name
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
-    return _launch_split(*tensors, kv_heads, eps, feature_map, length_B, push=True)
-
-
-@_split_heads_decode.register_fake
-def _(
-    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps,
-    feature_map,
+@kernel("M")
+def norm_heads_kernel(
+    x, norm, head_weight, log_rate, rate_bias, score_weight, h, decay, gate, score, M, least,
+    H: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    return _empty_heads(x_BTC, q_norm_E, kv_heads)
+    """h [M, D], decay and gate [M, H], score [M] of BLOCK_M rows, which are read twice: the second time from L2."""
+    X: tl.constexpr = 2 * H
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_X)
+    real = (m < M)[:, None]
+    squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        rows = tl.load(x + m[:, None] * D + d[None, :], mask=real & (d < D)[None, :], other=0.0).to(tl.float32)
+        squares += rows * rows
+    scale = tl.rsqrt(tl.sum(squares, 1) / D + EPS)
+    total = tl.zeros([BLOCK_M, BLOCK_X], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        in_d = (d < D)[None, :]
+        rows = tl.load(x + m[:, None] * D + d[None, :], mask=real & in_d, other=0.0)
+        factor = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        weights = tl.load(head_weight + n[:, None] * D + d[None, :], mask=(n < X)[:, None] & in_d, other=0.0)
+        normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype)
+        tl.store(h + m[:, None] * D + d[None, :], normed, mask=real & in_d)
+        total = tl.dot(normed, tl.trans(weights), total, input_precision="tf32x3")
+        if score_weight is not None:  # a sum without tensor cores, as in `score_ref`
+            score_factor = tl.load(score_weight + d, mask=d < D, other=0.0).to(tl.float32)
+            products += normed.to(tl.float32) * score_factor[None, :]
+    rate = tl.exp(tl.load(log_rate + n, mask=n < H, other=0.0).to(tl.float32))
+    rate_input = total + tl.load(rate_bias + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
+    at = m[:, None] * H + n[None, :]
+    tl.store(decay + at, -rate[None, :] * softplus(rate_input) - least, mask=real & (n < H)[None, :])
+    tl.store(gate + at - H, total.to(gate.dtype.element_ty), mask=real & ((n >= H) & (n < X))[None, :])
+    if score_weight is not None:
+        tl.store(score + m, router_score(products, D), mask=m < M)
 
 
-def _check_split(x_BTC, weight_CL, history_BLC, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, mode):
-    (B, T, C), E = x_BTC.shape, q_norm_E.shape[-1]
-    if E not in HEAD_WIDTHS:
-        raise ValueError(f"head width must be one of {HEAD_WIDTHS}, got {E}; set backend='reference' for others")
-    H = C // E - 2 * kv_heads
-    if C % E or kv_heads < 1 or H < 1 or H % kv_heads:
-        raise ValueError(
-            f"x must have (H + 2 * kv_heads) * {E} channels with H a multiple of kv_heads ({kv_heads}), got {C}"
+@kernel("M")
+def add_norm_kernel(
+    x, y, norm, total, h, M, D: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """total = x + y and h = RMSNorm(total) of BLOCK_M rows [D], each a whole tile row."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at, inside = m[:, None] * D + d[None, :], (m < M)[:, None] & (d < D)[None, :]
+    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    rounded = rows.to(total.dtype.element_ty)
+    tl.store(total + at, rounded, mask=inside)
+    rows = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(rows * rows, 1) / D + EPS)
+    factor = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(h + at, (rows * scale[:, None] * factor[None, :]).to(h.dtype.element_ty), mask=inside)
+
+
+def norm_heads_config(element_size):
+    """Block sizes and launch options of `norm_heads_kernel`; 32 rows of 2048 values on all processors are 17 MB."""
+    return {"BLOCK_M": 32, "BLOCK_D": 128 if element_size == 2 else 32, "num_warps": 4, "num_stages": 3}
+
+
+@cache
+def _norm_plan(x_shape, head_shape, vectors, dtype, head_dtype, element_size):
+    """Grid and constants of `norm_heads`; ValueError for what the kernel does not take."""
+    (B, T, D), X = x_shape, head_shape[0]
+    alike = (
+        f"x and head_weight must share a dtype of float32, bfloat16, float16; got {dtype} and {head_dtype}; cast them"
+    )
+    rows = f"head_weight must be [2 to {MOST_HEAD_ROWS}, {D}], an even number of rows, got {tuple(head_shape)}"
+    check(
+        (dtype in DTYPES and head_dtype == dtype, alike),
+        (len(head_shape) == 2 and head_shape[1] == D and X % 2 == 0 and 2 <= X, rows),
+    )
+    for (name, width), shape in vectors:
+        wanted = (D,) if width else (X // 2,)
+        check((shape is None or shape == wanted, f"{name} must be {wanted}, got {shape}"))
+    config = norm_heads_config(element_size)
+    sizes = {"H": X // 2, "D": D, "BLOCK_X": max(16, triton.next_power_of_2(X))}
+    return (triton.cdiv(B * T, config["BLOCK_M"]),), sizes | config
+
+
+@norm_heads.kernel
+def _norm_heads(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, least, score_weight_D):
+    """One pass over memory; the inputs of the decays are not rounded to x's dtype."""
+    (B, T, _), X = x_BTD.shape, head_weight_XD.shape[0]
+    if X > MOST_HEAD_ROWS:
+        return norm_heads.reference(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, least, score_weight_D)
+    score_shape = None if score_weight_D is None else tuple(score_weight_D.shape)
+    vectors = (
+        (("norm", True), tuple(norm_D.shape)), (("log_rate", False), tuple(log_rate_H.shape)),
+        (("rate_bias", False), tuple(rate_bias_H.shape)), (("score_weight", True), score_shape),
+    )  # fmt: skip
+    grid, constants = _norm_plan(
+        x_BTD.shape, head_weight_XD.shape, vectors, x_BTD.dtype, head_weight_XD.dtype, x_BTD.element_size()
+    )
+    h_BTD, gate_BTH = torch.empty_like(x_BTD, memory_format=torch.contiguous_format), x_BTD.new_empty(B, T, X // 2)
+    decay_BTH = x_BTD.new_empty(B, T, X // 2, dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, T if score_shape else 0, dtype=torch.float32)
+    if B * T:
+        norm_heads_kernel[grid](
+            x_BTD.contiguous(), norm_D.contiguous(), head_weight_XD.contiguous(), log_rate_H.contiguous(),
+            rate_bias_H.contiguous(), None if score_weight_D is None else score_weight_D.contiguous(), h_BTD,
+            decay_BTH, gate_BTH, score_BT, B * T, least, EPS=eps, **constants,
+        )  # fmt: skip
+    return h_BTD, decay_BTH, gate_BTH, score_BT
+
+
+@cache
+def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
+    """Grid and constants of `add_norm`: rows of 4096 values per program, which stay in registers."""
+    D = x_shape[-1]
+    alike = f"y must be {tuple(x_shape)} in {dtype}, as x is, got {tuple(y_shape)} in {y_dtype}"
+    check(
+        (y_shape == x_shape and y_dtype == dtype, alike),
+        (norm_shape == (D,), f"norm must be [{D}], the width of x, got {norm_shape}"),
+    )
+    block_d = triton.next_power_of_2(D)
+    block_m = max(1, 4096 // block_d)
+    options = {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(32, block_d // 1024))}
+    return (triton.cdiv(x_shape.numel() // max(D, 1), block_m),), {"D": D} | options
+
+
+@add_norm.kernel
+def _add_norm(x_BTD, y_BTD, norm_D, eps):
+    total_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
+    h_BTD = torch.empty_like(total_BTD)
+    grid, constants = _add_plan(x_BTD.shape, y_BTD.shape, tuple(norm_D.shape), x_BTD.dtype, y_BTD.dtype)
+    if grid[0]:
+        rows = x_BTD.numel() // x_BTD.shape[-1]
+        add_norm_kernel[grid](
+            x_BTD.contiguous(), y_BTD.contiguous(), norm_D.contiguous(), total_BTD, h_BTD, rows, EPS=eps, **constants
         )
-    if x_BTC.dtype not in DTYPES:
-        raise ValueError(f"x must be float32, bfloat16 or float16, got {x_BTC.dtype}; cast it")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    if weight_CL.dim() != 2 or weight_CL.shape[0] != C or weight_CL.shape[1] < 1:
-        raise ValueError(f"weight must be [{C}, taps], got {tuple(weight_CL.shape)}")
-    lags = weight_CL.shape[1] - 1
-    if history_BLC is not None and history_BLC.shape != (B, lags, C):
-        raise ValueError(f"history must hold the {lags} tokens before, {(B, lags, C)}, got {tuple(history_BLC.shape)}")
-    for name, table in (("cos", cos_BTE), ("sin", sin_BTE)):
-        if table.shape[0] not in (1, B) or table.shape[1:] != (T, E):
-            raise ValueError(f"{name} must be [1 or {B}, {T}, {E}], got {tuple(table.shape)}")
-    if k_norm_E.shape != q_norm_E.shape or q_norm_E.dim() != 1:
-        raise ValueError(f"norm weights must be [{E}], got {tuple(q_norm_E.shape)} and {tuple(k_norm_E.shape)}")
+    return total_BTD, h_BTD
 
 
-def split_heads(
-    x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *, kv_heads, eps, mode="gated"
-):
-    """`split_heads_ref` in one read of `x_BTC` and one write of each output; one small launch for one token.
-
-    x_BTC: float32, bfloat16, float16, C = (H + 2 * kv_heads) * E; E of 16, 32, 64, 128. weight_CL, cos, sin and the
-    norm weights: any float dtype, used as they are. history_BLC, start_BT (integers): may be None.
-    All arithmetic is float32 and each output is rounded once: the convolution's result is not rounded to x's dtype
-    before the norms, as the layers one by one would do.
-    Returns contiguous q_linear [B, T, H, E], k_linear [B, T, G, E], q_rotated [B, T, H, E], k_rotated and
-    v [B, T, G, E] in x's dtype. Raises ValueError on shapes, dtypes or a mode the kernel does not take.
-    """
-    _check_split(x_BTC, weight_CL, history_BLC, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, mode)
-    return _split_heads(
-        x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode
-    )
-
-
-def split_heads_decode(
-    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *,
-    kv_heads, eps, mode="gated",
+@kernel("T", "POSITION_STEP")
+def place_kernel(
+    position, document_seen, last_position, frequency, cos, sin, start, places, T, POSITION_STEP, scaling,
+    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, HAS_POSITION: tl.constexpr,
 ):  # fmt: skip
-    """`split_heads_decode_ref`: `split_heads` of a single token that moves `history_BLC` on IN PLACE.
+    """Positions of BLOCK_T tokens of a row and their rows of RoPE's tables; the row's start by its first program."""
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = tl.arange(0, BLOCK_F)
+    seen = tl.load(document_seen + b)
+    at, begun = seen + t, -seen
+    if HAS_POSITION:
+        own = tl.load(position + b * POSITION_STEP)
+        at, begun = own + t, tl.where(own == tl.load(last_position + b) + 1, begun, 0)
+    if tl.program_id(0) == 0:
+        tl.store(start + b, begun)
+    tl.store(places + b * T + t, at, mask=t < T)
+    angle = at.to(tl.float32)[:, None] * tl.load(frequency + f, mask=f < E // 2, other=0.0).to(tl.float32)[None, :]
+    inside = (t < T)[:, None] & (f < E // 2)[None, :]
+    for half in tl.static_range(2):
+        to = (b * T + t)[:, None] * E + half * (E // 2) + f[None, :]
+        tl.store(cos + to, (tl.cos(angle) * scaling).to(cos.dtype.element_ty), mask=inside)
+        tl.store(sin + to, (tl.sin(angle) * scaling).to(sin.dtype.element_ty), mask=inside)
 
-    history_BLC: contiguous [B, L - 1, C] with L at least 2, any float dtype. length_B: integers or None. The rest, and
-    what is returned, as in `split_heads`. Raises ValueError too if T is not 1.
-    """
-    _check_split(x_BTC, weight_CL, history_BLC, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, mode)
-    (B, T, C), lags = x_BTC.shape, weight_CL.shape[1] - 1
-    if T != 1 or lags < 1:
-        raise ValueError(f"split_heads_decode takes one token and at least two taps, got T={T} and {lags + 1} taps")
-    check_in_place("history", history_BLC, (B, lags, C), (history_BLC.dtype,))
-    return _split_heads_decode(
-        x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, mode
-    )
 
-
-__all__ = ["split_heads", "split_heads_decode"]
+@place.kernel
+def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, scaling, dtype):
+    """One launch; compiled code would make each layer's tables anew from what it computed itself."""
+    B, E = document_seen_B.shape[0], 2 * frequency_F.shape[0]
+    check((position_BT is None or tokens == 1, f"position is of a single token, got {tokens}; pass None"))
+    cos_BTE = frequency_F.new_empty(B, tokens, E, dtype=dtype)
+    sin_BTE = frequency_F.new_empty(B, tokens, E, dtype=dtype)
+    start_BT, place_BT = document_seen_B.new_empty(B, 1), document_seen_B.new_empty(B, tokens)
+    if B and tokens:
+        step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
+        block = min(32, triton.next_power_of_2(tokens))
+        place_kernel[(triton.cdiv(tokens, block), B)](
+            None if position_BT is None else position_BT.contiguous(), document_seen_B, last_position_B, frequency_F,
+            cos_BTE, sin_BTE, start_BT, place_BT, tokens, step, scaling, E=E, BLOCK_T=block,
+            BLOCK_F=triton.next_power_of_2(E // 2), HAS_POSITION=position_BT is not None, num_warps=4,
+        )  # fmt: skip
+    return cos_BTE, sin_BTE, start_BT, place_BT

@@ -9,7 +9,7 @@ Shape suffixes: B batch, T tokens, K routed slots, P key slots, H query heads, G
 D hidden size, L layers.
 """
 
-import copy
+import os
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +27,24 @@ from .block_hspmn import (
     ReflexiveStream,
     RMSNorm,
     SharedProjection,
-    advance_cache,
     make_stream,
+    pick_backend,
     restore_rows,
+    router_statistics,
 )
 from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import compact, pick_backend, take_rows
+from .operations_hspmn import LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
 
 logger = logging.get_logger(__name__)
 
-PREFILL_CHUNK = 4096  # tokens per row that `prefill` reads at once
-WHOLE_PROMPT = 16384  # longest prompt, in tokens per row, that `generate` reads at once
-SHOWN_CHUNKS = 16  # from how many pieces on a progress bar is shown
+LEAST_PIECE = 1024  # tokens per row that are read at once however little memory is free
+MEMORY_SHARE = 0.5  # of the free memory that reading a prompt may take
+BAR_DELAY = 5.0  # seconds after which reading a prompt shows a progress bar
+STOP_EVERY = 16  # decoded tokens between two looks for the end of text
+# What chooses tokens on the device alone; anything else goes through the loop of transformers
+WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 @dataclass
@@ -49,8 +54,8 @@ class HSPMNOutput(ModelOutput):
     past_key_values: the cache or None. hidden_states: L + 1 tensors [B, T, D] if asked for.
     aux_loss: scalar, the weighted entropy losses of all layers. router_scores: float32 [L, B, T], the score of each
     token before the bias. router_mask: bool [L, B, T], whether the token entered the contextual stream.
-    router_load, router_overflow, router_entropy: float32 [L], see `RouterStats`; None for a single token outside
-    training.
+    router_load, router_overflow, router_entropy: float32 [L], see `RouterStatistics`; None for a single token on
+    kernels.
     """
 
     loss: torch.FloatTensor | None = None
@@ -196,8 +201,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
         position_BT = self._check_positions(position_ids, B, T)
         real_BT = self._real_tokens(attention_mask, B, T, past_key_values)
         rows = length_B = None
-        if real_BT is not None:
-            index_BT, slot_BT, length_B = compact(real_BT, T, "reference")
+        if real_BT is not None and T == 1:  # nothing to move
+            length_B, rows = real_BT[:, 0].long(), (real_BT.long() - 1,) * 2
+        elif real_BT is not None:
+            index_BT, slot_BT, length_B = compact(real_BT, T)
             rows, length_B = (slot_BT, index_BT), length_B.long()
             x_BTD = take_rows(x_BTD, index_BT, slot_BT)
             if position_BT is not None:
@@ -205,27 +212,24 @@ class HSPMNModel(HSPMNPreTrainedModel):
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
         stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend)
 
-        states, routes, aux_loss = [], [], x_BTD.new_zeros((), dtype=torch.float32)
+        states, routes = [], []
         for layer in self.layers:
             if output_hidden_states:
                 states.append(restore_rows(x_BTD, rows))
             bias = layer.router.bias.clone() if self.training and layer.router is not None else None
-            x_BTD, layer_aux, _, route = layer(
-                x_BTD, stream, past_key_values=past_key_values, output_router=True, router_bias=bias
-            )
-            aux_loss = aux_loss + layer_aux.to(aux_loss.device)
+            x_BTD, route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True, router_bias=bias)
             routes.append(route)
         x_BTD = restore_rows(self.norm(x_BTD), rows)
         if past_key_values is not None:
-            advance_cache(past_key_values, T, stream)
+            past_key_values.advance(T, stream)
+        statistics = self._statistics(routes, B * T if length_B is None else length_B.sum().clamp(min=1))
         if self.training:
-            self._update_biases(routes, real_BT)
+            self._update_biases(routes, statistics, B * T if length_B is None else length_B.sum())
         outputs = HSPMNOutput(
             last_hidden_state=x_BTD,
             past_key_values=past_key_values,
             hidden_states=(*states, x_BTD) if output_hidden_states else None,
-            aux_loss=aux_loss,
-            **self._router_outputs(routes, rows, x_BTD),
+            **self._router_outputs(routes, statistics, rows, x_BTD),
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
@@ -272,43 +276,71 @@ class HSPMNModel(HSPMNPreTrainedModel):
             )
         return attention_mask[:, -T:].bool()
 
+    def _statistics(self, routes, real):
+        """`RouterStatistics` of the layers that route, on one device; None if they made no sums or there are none."""
+        shares, routed = [], []
+        for layer, route in zip(self.layers, routes, strict=True):
+            if route is not None and route.sums_B4 is not None:
+                shares.append(layer.router.share)
+                routed.append(route)
+        if not routed:
+            return None
+        device = shares[0].device
+        if shares[-1].device != device:  # a model spread over several devices
+            shares = [share.to(device) for share in shares]
+            routed = [route._replace(sums_B4=route.sums_B4.to(device)) for route in routed]
+        return router_statistics(routed, real, torch.stack(shares), self.config)
+
     @torch.no_grad()
-    def _update_biases(self, routes, real_BT):
+    def _update_biases(self, routes, statistics, real):
         """One bias step per layer from the loads of this forward, averaged over ranks by their real tokens."""
-        routed = [(layer, route) for layer, route in zip(self.layers, routes, strict=True) if route is not None]
-        if not routed or self.config.router_mode == "topk":
+        if statistics is None or self.config.router_mode == "topk":
             return
-        device = routed[0][1].stats.load.device
-        first = routed[0][1].slot_BT
-        real = torch.full((), first.numel(), device=device) if real_BT is None else real_BT.sum()
-        loads = torch.stack([route.stats.load.to(device) for _, route in routed])
-        sums = torch.cat([loads * real, real.to(loads.dtype)[None]])
+        loads = statistics.load
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = torch.cat([loads * real, loads.new_ones(1) * real])
             torch.distributed.all_reduce(sums)
-        loads = sums[:-1] / sums[-1].clamp(min=1)
-        for (layer, _), load in zip(routed, loads, strict=True):
+            loads = sums[:-1] / sums[-1].clamp(min=1)
+        routed = [layer for layer, route in zip(self.layers, routes, strict=True) if route is not None]
+        for layer, load in zip(routed, loads, strict=True):
             layer.router.update_bias(load.to(layer.router.bias.device))
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            for layer, route in routed:
-                if route.stats.overflow > 0:
+        if loads.device.type == "cpu" and not torch.compiler.is_compiling():
+            for layer, overflow in zip(routed, statistics.overflow, strict=True):
+                if overflow > 0:
                     logger.warning_once(
                         f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
                         f"{self.config.capacity_factor} holds; the latest were dropped (see router_overflow)"
                     )
 
-    @staticmethod
-    def _router_outputs(routes, rows, x_BTD):
-        device = x_BTD.device
-        zero = torch.zeros((), device=device)
-        none = torch.zeros(x_BTD.shape[:2], device=device)
-        scores = [none if r is None else restore_rows(r.score_BT.to(device), rows) for r in routes]
-        masks = [none.bool() if r is None else restore_rows((r.slot_BT >= 0).to(device), rows) for r in routes]
-        outputs = {"router_scores": torch.stack(scores), "router_mask": torch.stack(masks)}
-        if any(route is not None and route.stats is None for route in routes):
-            return outputs
-        stats = [(zero,) * 3 if route is None else [x.to(device) for x in route.stats[:3]] for route in routes]
-        load, overflow, entropy = (torch.stack(values) for values in zip(*stats, strict=True))
-        return outputs | {"router_load": load, "router_overflow": overflow, "router_entropy": entropy}
+    def _router_outputs(self, routes, statistics, rows, x_BTD):
+        """Router fields of `HSPMNOutput`; zeros for the layers that route nothing."""
+        device, scores, slots, places = x_BTD.device, [], [], []
+        no_score = no_slot = None
+        if None in routes:
+            no_score, no_slot = (
+                torch.zeros(x_BTD.shape[:2], device=device),
+                torch.full(x_BTD.shape[:2], -1, device=device),
+            )
+        for route in routes:
+            if route is None:
+                scores.append(no_score)
+                slots.append(no_slot)
+            else:
+                places.append(len(scores))
+                scores.append(route.score_BT.to(device))
+                slots.append(route.slot_BT.to(device))
+        scores_BTL, mask_BTL = torch.stack(scores, -1), torch.stack(slots, -1) >= 0
+        outputs = {"router_scores": restore_rows(scores_BTL, rows).permute(2, 0, 1)}
+        outputs |= {"router_mask": restore_rows(mask_BTL, rows).permute(2, 0, 1)}
+        outputs["aux_loss"] = scores_BTL.new_zeros(()) if statistics is None else statistics.aux_loss.to(device)
+        if statistics is not None or not places:
+            columns = [torch.zeros(3, device=device)] * len(routes)
+            if places:
+                found_3N = torch.stack(statistics[:3]).to(device)
+                for place, column in zip(places, found_3N.unbind(1), strict=True):
+                    columns[place] = column
+            outputs["router_load"], outputs["router_overflow"], outputs["router_entropy"] = torch.stack(columns, 1)
+        return outputs
 
 
 class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
@@ -361,13 +393,36 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             )
         return with_head(outputs, logits, loss, self.training, return_dict)
 
+    def piece_size(self, rows):
+        """Tokens per row of `rows` rows that one forward may read in half of the memory that is free now.
+
+        Counted are the widest moment of a block, what every layer's router and cache keep per token, and, where the
+        reference runs, its scores.
+        """
+        config, device = self.config, self.device
+        H, G, E, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        heads = (6 * H + 5 * G) * E
+        per_token = (
+            4 * D + max(heads, config.intermediate_size + config.routed_intermediate_size)
+        ) * self.dtype.itemsize
+        per_token += sum(share > 0 for share in config.layer_sparsity) * (2 * G * E * self.dtype.itemsize + 64)
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            free -= torch.cuda.memory_allocated(device)
+        else:
+            pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 2**20
+            free = pages * os.sysconf("SC_PAGE_SIZE")
+        if pick_backend(config.backend, device, E) != "triton":
+            per_token += 4 * H * (4 * LINEAR_CHUNK + 8 * config.sliding_window + 4 * QUERY_SPAN)
+        return max(LEAST_PIECE, int(MEMORY_SHARE * free / (rows * per_token)) // LEAST_PIECE * LEAST_PIECE)
+
     @torch.no_grad()
     def prefill(
         self,
         input_ids,
         attention_mask=None,
         past_key_values=None,
-        chunk_size=PREFILL_CHUNK,
+        chunk_size=None,
         logits_to_keep=1,
         position_ids=None,
         progress=None,
@@ -378,9 +433,10 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, N]. attention_mask: [B, N] or [B, cached columns + N]. position_ids: [B or 1, N].
             past_key_values: cache to continue, an `HSPMNCache` is created if None.
-            chunk_size: tokens per row read at once, at least 1; the first piece is the shorter one.
+            chunk_size: tokens per row read at once, at least 1; the first piece is the shorter one. None: as many as
+                `piece_size` allows.
             logits_to_keep: last tokens to compute logits for, 1 to `chunk_size`.
-            progress: whether to show a progress bar; None: for 16 pieces or more. transformers'
+            progress: whether to show a progress bar; None: once reading has taken five seconds. transformers'
                 `logging.disable_progress_bar()` turns it off everywhere.
             forward_kwargs: other arguments of `forward`, for the last piece.
 
@@ -389,6 +445,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         """
         self._check_causal("prefill()")
         N = input_ids.shape[1]
+        chunk_size = self.piece_size(len(input_ids)) if chunk_size is None else chunk_size
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if not 1 <= logits_to_keep <= min(chunk_size, N):
@@ -398,8 +455,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             )
         cache = HSPMNCache(self.config) if past_key_values is None else past_key_values
         ends = list(range(N, 0, -chunk_size))[::-1]
-        show = len(ends) >= SHOWN_CHUNKS if progress is None else progress
-        with logging.tqdm(total=N, desc="prefill", unit="tok", unit_scale=True, disable=not show) as bar:
+        options = {"disable": progress is False, "delay": 0.0 if progress else BAR_DELAY}
+        with logging.tqdm(total=N, desc="prefill", unit="tok", unit_scale=True, **options) as bar:
             for begin, end in zip([0, *ends], ends, strict=False):
                 inputs = {
                     "input_ids": input_ids[:, begin:end],
@@ -416,13 +473,15 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         return outputs
 
     def generate(self, *args, **kwargs):
-        """`GenerationMixin.generate`; prompts of more than 16,384 tokens are read in pieces of 4,096.
+        """`GenerationMixin.generate`; a prompt is read at once, or in as few pieces as the free memory allows.
 
-        `prefill_chunk_size` sets another size of the pieces, for prompts of any length. Raises ValueError for a router
-        that cannot decide for one decoded token.
+        `prefill_chunk_size` sets another size of the pieces. Raises ValueError for a router that cannot decide for one
+        decoded token.
 
-        cache_implementation="static" allocates an `HSPMNStaticCache` that nothing can overflow; pass a smaller one as
-        `past_key_values`. On CUDA, decoding steps are then compiled and replayed as a CUDA graph.
+        On CUDA a decoding step is captured and replayed as a CUDA graph for greedy decoding and for sampling with a
+        temperature, top-k, top-p or min-p; other options go through transformers' loop. `disable_compile=True` turns
+        that off. cache_implementation="static" allocates an `HSPMNStaticCache` that nothing can overflow; pass a
+        smaller one as `past_key_values`.
         """
         self._check_causal("generate()")
         return super().generate(*args, **kwargs)
@@ -451,26 +510,99 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             cache = HSPMNStaticCache(self.config, rows, length, device=self.device, dtype=self.dtype)
         else:
             cache = HSPMNCache(self.config)
+        cache.outlives_call = generation_config.return_dict_in_generate
         model_kwargs["past_key_values"] = cache
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """None: the model counts positions itself, from the cache and without padding."""
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """The prompt of `generate`, in pieces if it is long; never compiled, because kernels serve long calls."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if cache is None or model_kwargs.get("inputs_embeds") is not None:
+        if cache is None or model_kwargs.get("inputs_embeds") is not None or not input_ids.shape[1]:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         # transformers' rule: ids as wide as the mask (or the mask of ones that it dropped) hold the cached ones too
         columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         new = input_ids.shape[1] - (cache.get_seq_length() if columns == input_ids.shape[1] else 0)
-        size = generation_config.prefill_chunk_size or (PREFILL_CHUNK if new > WHOLE_PROMPT else new)
-        if new <= size:
-            whole = copy.copy(generation_config)
-            whole.prefill_chunk_size = None
-            return super()._prefill(input_ids, whole, model_kwargs, is_first_iteration)
         inputs = self.prepare_inputs_for_generation(
             input_ids, next_sequence_length=new, is_first_iteration=is_first_iteration, **model_kwargs
         )
         inputs.pop("use_cache", None)
+        size = generation_config.prefill_chunk_size or self.piece_size(len(input_ids))
         return self.prefill(chunk_size=size, **inputs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
+        """transformers' loop, or its tokens from a captured step where they can be chosen on the device alone."""
+        cache, asked = kwargs.get("past_key_values"), generation_config
+        plain = (
+            type(cache).__name__ in ("HSPMNCache", "HSPMNStaticCache")
+            and input_ids.is_cuda
+            and not (args or kwargs.get("synced_gpus") or kwargs.get("streamer") or asked.return_dict_in_generate)
+            and not (asked.disable_compile or asked.compile_config)
+            and kwargs.get("inputs_embeds") is None
+            and kwargs.get("position_ids") is None
+            and all(type(processor).__name__ in WARPERS for processor in logits_processor)
+            and all(type(criterion).__name__ in STOPS for criterion in stopping_criteria)
+        )
+        if not plain:
+            return super()._sample(input_ids, logits_processor, stopping_criteria, asked, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("synced_gpus", "streamer")}
+        return self._decode_captured(input_ids, logits_processor, stopping_criteria, asked, kwargs)
+
+    def _decode_captured(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
+        """The tokens of transformers' `_sample`: the host looks for the end of text every `STOP_EVERY` tokens.
+
+        The first step runs eagerly, which builds its kernels, the next is captured, and all others replay it until a
+        cache that grows has moved. Tokens decoded past the end are dropped, and with them their draws of the random
+        generator.
+        """
+        cache, (B, N) = model_kwargs["past_key_values"], input_ids.shape
+        most = stopping_criteria.max_length
+        eos = [x.eos_token_id for x in stopping_criteria if hasattr(x, "eos_token_id")]
+        look = STOP_EVERY if eos and not cache.outlives_call else 1  # a cache that is used on must not read on
+        ids, step_ids = input_ids.new_empty(B, most), input_ids.new_empty(B, 1)
+        ids[:, :N] = input_ids
+        unfinished_B = torch.ones(B, dtype=torch.bool, device=ids.device)
+        running = torch.ones(most, dtype=torch.bool, device=ids.device)
+        draws, graph, layers, places = {}, None, cache.layers, None
+
+        def step():
+            return self(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+        logits = self._prefill(input_ids, generation_config, model_kwargs).logits
+        for n in range(N, most):
+            scores = logits_processor(ids[:, :n], logits[:, -1].to(copy=True, dtype=torch.float32))
+            if generation_config.do_sample:
+                chosen_B = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+                draws[n] = torch.cuda.get_rng_state(ids.device) if eos else None
+            else:
+                chosen_B = scores.argmax(-1)
+            if eos:
+                chosen_B = torch.where(unfinished_B, chosen_B, generation_config._pad_token_tensor.to(ids.device))
+                unfinished_B = unfinished_B & ~torch.isin(chosen_B, eos[0].to(ids.device))
+                running[n] = unfinished_B.any()
+            ids[:, n] = chosen_B
+            if eos and ((n - N + 1) % look == 0 or n == most - 1):
+                ended = (~running[max(N, n - look + 1) : n + 1]).nonzero().flatten().tolist()
+                if ended:
+                    n = max(N, n - look + 1) + ended[0]
+                    if draws:
+                        torch.cuda.set_rng_state(draws[n], ids.device)
+                    return ids[:, : n + 1]
+            if n < most - 1:
+                step_ids.copy_(chosen_B[:, None])
+                cache.reserve(1, for_next_call=True)
+                if n > N and places != (places := [layer.keys.data_ptr() for layer in layers]):
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        logits = step()
+                    graph.replay()
+                elif graph is None:
+                    logits = step()
+                else:
+                    graph.replay()
+                    cache.replayed()
+        return ids
 
     def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, **kwargs):
         """As in `GenerationMixin`; what a compiled decoding step cannot check is checked here."""

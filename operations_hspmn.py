@@ -1,136 +1,777 @@
-"""Which implementation runs an operation: the reference on CPU, FlexAttention for gradients on CUDA, kernels without.
+"""Every operation of HSPMN, in plain PyTorch: the executable specification of the kernels and of every gradient.
 
-The one place of that choice. Shapes and meaning of every operation are those of `reference_hspmn`; `backend` is what
-`pick_backend` returned.
+An operation is one typed function, its reference. From that come the schema, the shapes that `torch.compile` sees and
+the gradient; Triton kernels, FlexAttention and hand-written gradients register beside it. `operations(backend)` says
+which form of each runs.
+
+Legend of shape suffixes:
+    B batch, T tokens of this call, K routed slots of this call, P key slots (cached ones first), S key tokens,
+    H query heads, G key/value heads (H = G * R), E head width, F value width, C channels, W window, D model width,
+    X any width, N any number, L taps.
+
+Two integer tensors carry packing, padding and cache continuation through every operation:
+    start_BT  index of the first token that token t may see, counted in tokens of this call; negative values reach
+              into the cached past (-3: the last three cached tokens are visible). It never decreases along a row;
+              [B, 1] says it for a row's only document, None that every row is one document from token 0.
+    length_B  tokens of this call that are real; rows are right-padded, so they are tokens 0 .. length - 1.
+              None: all are.
+Tensors of the cache are written IN PLACE by every form of an operation; None stands for a call without a cache.
 """
 
-import functools
+import hashlib
 import math
+from functools import cache, partial, update_wrapper
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from transformers.utils.import_utils import is_triton_available
 
-from .reference_hspmn import (
-    add_sinks_ref,
-    attend_decode_ref,
-    compact_ref,
-    gated_norm_ref,
-    linear_add_ref,
-    linear_attention_recurrent_ref,
-    linear_attention_ref,
-    local_attention_ref,
-    norm_heads_ref,
-    project_decode_ref,
-    route_ref,
-    split_heads_decode_ref,
-    split_heads_ref,
-    sqsk_attention_ref,
-    swiglu_decode_ref,
-    swiglu_ref,
-    take_rows_ref,
-)
-
-HAS_TRITON = is_triton_available()
-if HAS_TRITON:
-    from .kernels_common_hspmn import HEAD_WIDTHS, interpreted
-    from .kernels_hspmn import MOST_HEAD_ROWS
-    from .kernels_hspmn import attend_decode as attend_decode_kernel
-    from .kernels_hspmn import compact as compact_kernel
-    from .kernels_hspmn import linear_add as linear_add_kernel
-    from .kernels_hspmn import linear_add_decode as linear_add_decode_kernel
-    from .kernels_hspmn import linear_attention as linear_attention_kernel
-    from .kernels_hspmn import linear_attention_step as linear_attention_step_kernel
-    from .kernels_hspmn import local_attention as local_attention_kernel
-    from .kernels_hspmn import norm_heads as norm_heads_kernel
-    from .kernels_hspmn import place_decode as place_decode_kernel
-    from .kernels_hspmn import project_decode as project_decode_kernel
-    from .kernels_hspmn import reflexive_merge as reflexive_merge_kernel
-    from .kernels_hspmn import route as route_kernel
-    from .kernels_hspmn import split_heads as split_heads_kernel
-    from .kernels_hspmn import split_heads_decode as split_heads_decode_kernel
-    from .kernels_hspmn import sqsk_attention as sqsk_attention_kernel
-    from .kernels_hspmn import sqsk_merge as sqsk_merge_kernel
-    from .kernels_hspmn import swiglu as swiglu_kernel
-    from .kernels_hspmn import swiglu_decode as swiglu_decode_kernel
-    from .kernels_hspmn import take_rows as take_rows_kernel
-    from .kernels_mlp_hspmn import swiglu_fits
-    from .kernels_rows_hspmn import MOST_ROWS
-
+LINEAR_CHUNK = 64  # tokens per chunk of the linear attention
+LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; longer rows loop over spans
+QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
+SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
+SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
+LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
+HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
+EVERY_TOKEN = 2**31 - 1  # as many first tokens of a document as there can be
 FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
 
+# One file may be loaded as several modules of a process (a checkout and a saved model): each registers its own names
+NAMESPACE = "hspmn_" + hashlib.sha1(__name__.encode()).hexdigest()[:8]
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+REGISTRY = {}  # operations by name
 
-def pick_backend(requested, device, head_dim):
-    """What runs the operations on `device` now: "reference", "flex" (with gradients) or "triton" (without).
 
-    "auto" takes the reference on CPU; on CUDA the kernels where no gradient is recorded, else FlexAttention.
-    Raises ValueError if the requested one cannot run there; a forced choice is never replaced silently.
+class Operation:
+    """A typed reference function and the other forms that compute it.
+
+    Called as the reference is, with the backend as a keyword: `route(*args, backend="triton")`. Attributes:
+    `reference`; `mutates`, the names of the arguments written in place; `differentiable`, whether the kernel trains.
     """
-    if requested == "auto":
-        if device.type != "cuda":
-            return "reference"
-        usable = HAS_TRITON and head_dim in HEAD_WIDTHS and not torch.is_grad_enabled()
-        return "triton" if usable else "flex"
-    if requested == "flex" and device.type != "cuda":
-        raise ValueError(f"backend='flex' needs a CUDA device, got {device.type}; set backend='auto' or 'reference'")
-    if requested == "triton":
-        if not HAS_TRITON:
-            raise ValueError("backend='triton' needs the triton package; install it or set backend='auto'")
-        if device.type != "cuda" and not interpreted():
-            raise ValueError(f"backend='triton' needs a CUDA device, got {device.type}; set backend='auto'")
-        if torch.is_grad_enabled():
-            raise ValueError("backend='triton' computes no gradients; use torch.no_grad(), or backend='auto' to train")
-    return requested
+
+    def __init__(self, reference, mutates=()):
+        update_wrapper(self, reference)
+        self.reference, self.mutates, self.differentiable = reference, mutates, False
+        self._forms = {"reference": reference}
+
+    def __call__(self, *args, backend="reference"):
+        """Run the form of `backend`."""
+        return self.form(backend)(*args)
+
+    def form(self, backend):
+        """The function that runs on a backend: its own form, where it has a gradient if one is needed."""
+        if backend == "flex" and "flex" not in self._forms and self.differentiable:
+            backend = "triton"
+        return self._forms.get(backend, self.reference)
+
+    def kernel(self, launch):
+        """Register the launcher of a Triton kernel as a custom operator, opaque to `torch.compile`.
+
+        Registered through `torch.library.Library`: `torch.library.custom_op` takes 317 us per call of 29 arguments on
+        a CPU core where this takes 9. `triton_op` was weighed and left: inductor takes an input for written where its
+        analysis of a kernel fails (scans do that), which clones it, and `wrap_triton` refuses the interpreter.
+        """
+        name = self.__name__
+        LIBRARY.define(name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, launch, key)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=LIBRARY)
+        self._forms["triton"] = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._forms["launch"] = launch
+        return launch
+
+    def flex(self, function):
+        """Register the form that FlexAttention computes, with gradients, on CUDA."""
+        self._forms["flex"] = function
+        return function
+
+    def gradient(self, setup, backward):
+        """Register the kernel's gradient; with one, the kernel trains too. The reference has autograd's.
+
+        setup(ctx, inputs, output) keeps what is needed; backward(kernel, ctx, *grads) has one gradient per argument.
+        """
+        name, back = f"{NAMESPACE}::{self.__name__}", partial(backward, self._forms["triton"])
+        torch.library.register_autograd(name, back, setup_context=setup, lib=LIBRARY)
+        self.differentiable = True
+
+    def _fake(self, *args):
+        """Outputs of the reference as fresh tensors, as kernels allocate them."""
+        out = self.reference(*args)
+        if isinstance(out, tuple):
+            return tuple(x.new_empty(x.shape) for x in out)
+        return None if out is None else out.new_empty(out.shape)
 
 
-def takes_rows(x_BTD, backend):
-    """Whether `project_decode`, `swiglu_decode` and `linear_add_decode` take a token of so many rows."""
-    return backend != "triton" or x_BTD.shape[0] <= MOST_ROWS
+def operation(*mutates):
+    """Make a typed reference an `Operation`; `mutates`: the arguments that it writes in place."""
+
+    def register(reference):
+        REGISTRY[reference.__name__] = Operation(reference, mutates)
+        return REGISTRY[reference.__name__]
+
+    return register
 
 
-class _TakeRows(torch.autograd.Function):
-    """`take_rows_ref` whose backward is a gather too: `inverse` maps rows of `x` to slots of the result."""
+@cache
+def operations(backend):
+    """The form of every operation on a backend, as attributes by name.
 
-    @staticmethod
-    def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(index, inverse)
-        return take_rows_ref(x, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, inverse = ctx.saved_tensors
-        return take_rows_ref(grad, inverse), None, None
+    "reference"; "flex", which has gradients, on CUDA; "triton", which a compiler may see; "launch", the same without
+    the dispatcher in between, for eager calls that record no gradient.
+    """
+    return SimpleNamespace(**{name: op.form(backend) for name, op in REGISTRY.items()})
 
 
-def take_rows(x_BTX, index_BK, inverse_BT, backend="reference"):
-    """Rows of `x` named by `index` (-1: zeros); `inverse`, the opposite map, spares backward an atomic scatter."""
-    if backend == "triton":
-        return take_rows_kernel(x_BTX, index_BK)
-    return _TakeRows.apply(x_BTX, index_BK, inverse_BT)
+def wide(x):
+    """`x` in float32, or in float64 if it is float64: what scores, softmaxes and states are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def route(h_BTD, weight_D, bias, noise_floor, backend):
-    """See `route_ref`. Compiled code fuses the reference into what computes `h`; the kernel serves eager calls."""
-    if backend == "triton" and not torch.compiler.is_compiling():
-        return route_kernel(h_BTD, weight_D, bias, noise_floor)
-    return route_ref(h_BTD, weight_D, bias, noise_floor)
+def spans(tokens, most):
+    """Ranges (begin, end) of at most `most` tokens; one of all where the number is still a symbol."""
+    if isinstance(tokens, torch.SymInt) or tokens <= most:
+        return [(0, tokens)]
+    return [(begin, min(begin + most, tokens)) for begin in range(0, tokens, most)]
 
 
-def norm_heads(x_BTD, norm_D, eps, head_weight_XD, score_weight_D, backend):
-    """See `norm_heads_ref`; more rows of `head_weight` than the kernel takes go to separate products."""
-    normed = norm_heads_ref if backend != "triton" or head_weight_XD.shape[0] > MOST_HEAD_ROWS else norm_heads_kernel
-    return normed(x_BTD, norm_D, eps, head_weight_XD, score_weight_D)
+# Routing
 
 
-def compact(mask_BT, capacity, backend):
-    """See `compact_ref`; a single token is its own slot or has none."""
-    if mask_BT.shape[1] == capacity == 1:
-        slot_BT = mask_BT.long() - 1
-        return slot_BT, slot_BT, mask_BT[:, 0].to(torch.int32)
-    return compact_kernel(mask_BT, capacity) if backend == "triton" else compact_ref(mask_BT, capacity)
+def router_score(h_BTD, weight_D):
+    """Router score of each token, 2 h.w / sqrt(D), in float32 whatever the autocast or TF32 setting.
+
+    It is a sum of products, not a matmul, so no reduced-precision mode applies.
+    """
+    h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
+    return (h_BTD * weight_D).sum(-1) * (SCORE_GAIN * h_BTD.shape[-1] ** -0.5)
 
 
-@functools.cache
+def compact(mask_BT, capacity):
+    """Ordered compaction of the true entries of a mask into `capacity` slots per row.
+
+    Returns index_BK (int64, the token of each slot, -1 for an empty slot), slot_BT (int64, the slot of each token,
+    -1 for a token without one) and count_B (int32, used slots). Entries past the capacity, the latest, get none.
+    """
+    slot_BT = mask_BT.long().cumsum(1) - 1
+    slot_BT = torch.where(mask_BT & (slot_BT < capacity), slot_BT, -1)
+    token_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(slot_BT)
+    index_BK = slot_BT.new_full((mask_BT.shape[0], capacity + 1), -1)
+    index_BK = index_BK.scatter(1, torch.where(slot_BT < 0, capacity, slot_BT), token_BT)[:, :capacity]
+    return index_BK, slot_BT, (slot_BT >= 0).sum(1, dtype=torch.int32)
+
+
+def assign(score_BT, wanted_BT, real_BT, noise_floor, capacity):
+    """Gates, slots and statistics, as `route` returns them, of tokens that are wanted or not."""
+    gate_BT = score_BT.sigmoid()
+    index_BK, slot_BT, count_B = compact(wanted_BT, capacity)
+    entropy_BT = F.softplus(score_BT) - gate_BT * score_BT
+    sums_B2 = torch.where(real_BT, torch.stack([entropy_BT, gate_BT]), 0).sum(-1).T
+    sums_B4 = torch.cat([torch.stack([wanted_BT.sum(1), count_B], 1).to(sums_B2.dtype), sums_B2], 1)
+    return gate_BT * (gate_BT >= noise_floor), index_BK, slot_BT, count_B, sums_B4
+
+
+@operation()
+def route(
+    score_BT: Tensor, bias: Tensor, start_BT: Tensor | None, length_B: Tensor | None, noise_floor: float, initial: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gates of router scores, and the ordered slots of the tokens whose score and bias exceed 0.
+
+    bias: scalar; it steers the decision and never enters the gate (arXiv 2408.15664). noise_floor: gates below it
+    are 0. initial: so many first tokens of every document are routed whatever their score. capacity: slots per row;
+    the latest tokens beyond it get none.
+
+    Returns gate_BT in score's dtype (float32); index_BK and slot_BT (int64) and count_B (int32), see `compact`; and
+    sums_B4 over a row's real tokens: routed, with a slot, entropy of the gates in nats, gates.
+    """
+    token_T = torch.arange(score_BT.shape[1], device=score_BT.device)
+    real_BT = torch.ones_like(score_BT, dtype=torch.bool) if length_B is None else token_T < length_B[:, None]
+    wanted_BT = score_BT + bias > 0
+    if initial:
+        wanted_BT = wanted_BT | (token_T - (0 if start_BT is None else start_BT) < initial)
+    return assign(score_BT, wanted_BT & real_BT, real_BT, noise_floor, capacity)
+
+
+def first_slot(index_BK, slot_BT, start_BT, held_B=None, document_slot_B=None):
+    """First slot of the document of each routed token, [B, K] int32; slots are counted with the `held_B` cached ones.
+
+    document_slot_B: the first slot of each row's document that began in an earlier call.
+    """
+    routed_BT, start_BT = slot_BT >= 0, start_BT.expand_as(slot_BT)
+    before_BT = (routed_BT.cumsum(1) - routed_BT.long()).gather(1, start_BT.clamp(min=0))
+    if held_B is not None:
+        before_BT = torch.where(start_BT < 0, document_slot_B[:, None], before_BT + held_B[:, None])
+    return before_BT.gather(1, index_BK.clamp(min=0)).to(torch.int32)
+
+
+@operation()
+def take_rows(x_BTX: Tensor, index_BK: Tensor, inverse_BT: Tensor) -> Tensor:
+    """Rows of `x_BTX` [B, T, ...] named by `index_BK`, as [B, K, ...]; index -1 gives zeros.
+
+    inverse_BT: the opposite map, for each row of x its row of the result or -1, with which a kernel's backward is a
+    gather too and no atomic scatter.
+    """
+    index = index_BK.reshape(*index_BK.shape, *[1] * (x_BTX.dim() - 2))
+    rows = x_BTX.gather(1, index.clamp(min=0).expand(-1, -1, *x_BTX.shape[2:]))
+    return torch.where(index >= 0, rows, 0)
+
+
+# From hidden states to heads
+
+
+@operation()
+def place(
+    tokens: int, position_BT: Tensor | None, document_seen_B: Tensor, last_position_B: Tensor, frequency_F: Tensor,
+    scaling: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Where the tokens of a cached call stand: T of each row's document, or a single one with its own position.
+
+    tokens: T. position_BT: None to count on in the row's document, or [B or 1, 1] position ids of a single token,
+    which starts a document if it is not `last_position_B` + 1. document_seen_B: tokens of the row's document so far.
+    frequency_F, scaling: RoPE's inverse frequencies [E / 2] and the factor of its tables.
+    Returns cos and sin [B, T, E] in `dtype`, start [B, 1] and position [B, T] in int64.
+    """
+    start_BT = -document_seen_B[:, None]
+    if position_BT is None:
+        position_BT = torch.arange(tokens, device=start_BT.device) - start_BT
+    else:
+        position_BT = position_BT.expand_as(start_BT) + 0
+        start_BT = torch.where(position_BT == last_position_B[:, None] + 1, start_BT, 0)
+    frequency_F = wide(frequency_F)  # also where a model, and its frequencies with it, is cast
+    angle_BTE = (position_BT[..., None].to(frequency_F.dtype) * frequency_F).repeat(1, 1, 2)
+    return (angle_BTE.cos() * scaling).to(dtype), (angle_BTE.sin() * scaling).to(dtype), start_BT, position_BT
+
+
+def causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B):
+    """Depthwise causal convolution: y_t = sum_i weight_i x_(t - L + 1 + i) over visible tokens, in x's dtype.
+
+    weight_CL: the last of the L taps weighs the current token; one tap leaves x as it is. history_BLC: the L - 1 real
+    tokens before this call, moved on IN PLACE, or None for zeros.
+    """
+    T, lags = x_BTC.shape[1], weight_CL.shape[1] - 1
+    if not lags:
+        return x_BTC
+    before = x_BTC.new_zeros(x_BTC.shape[0], lags, x_BTC.shape[2]) if history_BLC is None else history_BLC
+    padded, weight_CL = torch.cat([before.to(x_BTC.dtype), x_BTC], 1), weight_CL.to(x_BTC.dtype)
+    token_T = torch.arange(T, device=x_BTC.device)
+    y_BTC = x_BTC * weight_CL[:, -1]
+    for lag in range(1, lags + 1):
+        past_BTC = padded[:, lags - lag : lags - lag + T]
+        if start_BT is not None:
+            past_BTC = torch.where((token_T - lag >= start_BT)[..., None], past_BTC, 0)
+        y_BTC = y_BTC + past_BTC * weight_CL[:, -1 - lag]
+    if history_BLC is not None:
+        latest_BLC = padded[:, T:]
+        if length_B is not None:
+            index_BL = length_B[:, None] + torch.arange(lags, device=x_BTC.device)
+            latest_BLC = padded.gather(1, index_BL[..., None].expand(-1, -1, x_BTC.shape[2]))
+        history_BLC.copy_(latest_BLC)
+    return y_BTC
+
+
+def feature_map(x, kind):
+    """What the linear attention reads of q and k, "gated": SiLU divided by its length (at least 1e-12), "elu":
+    elu(x) + 1."""
+    wider = F.silu(x).to(torch.promote_types(x.dtype, torch.float32))
+    if kind == "gated":
+        return F.normalize(wider, dim=-1).to(x.dtype)
+    return (F.elu(x.to(wider.dtype)) + 1).to(x.dtype)
+
+
+def rotate(x_BTHE, cos_BTE, sin_BTE):
+    """RoPE (arXiv 2104.09864) of halves, in x's dtype; the tables' first dimension is 1 or B."""
+    low, high = x_BTHE.chunk(2, -1)
+    cos, sin = cos_BTE[:, :, None].to(x_BTHE.dtype), sin_BTE[:, :, None].to(x_BTHE.dtype)
+    return x_BTHE * cos + torch.cat([-high, low], -1) * sin
+
+
+@operation("history_BLC")
+def split_heads(
+    x_BTC: Tensor, weight_CL: Tensor, history_BLC: Tensor | None, start_BT: Tensor | None, length_B: Tensor | None,
+    cos_BTE: Tensor, sin_BTE: Tensor, q_norm_E: Tensor, k_norm_E: Tensor, kv_heads: int, eps: float, feature: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """From the shared projection to what both streams read: convolution, heads, feature map, norms and RoPE.
+
+    x_BTC: C = (H + 2 * kv_heads) * E channels, queries first, then keys, then values. weight_CL, history_BLC: of
+    `causal_conv`. q_norm_E, k_norm_E: weights of the RMSNorm per head, with `eps` inside its root. feature: the kind
+    of `feature_map`.
+
+    Returns q_linear [B, T, H, E], k_linear [B, T, G, E], q [B, T, H, E], k and v [B, T, G, E] in x's dtype, in which
+    the convolution and RoPE are computed too (a kernel may round less).
+    """
+    E = q_norm_E.shape[0]
+    x_BTC = causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B)
+    q, k, v = x_BTC.unflatten(-1, (-1, E)).split((x_BTC.shape[2] // E - 2 * kv_heads, kv_heads, kv_heads), 2)
+    q_normed, k_normed = (
+        F.rms_norm(x, (E,), weight.to(x.dtype), eps).to(x.dtype) for x, weight in ((q, q_norm_E), (k, k_norm_E))
+    )
+    features = feature_map(q, feature), feature_map(k, feature)
+    return *features, rotate(q_normed, cos_BTE, sin_BTE), rotate(k_normed, cos_BTE, sin_BTE), v
+
+
+def log_decay(decay_BTH, log_rate_H, bias_H, least):
+    """Log-decay per token and head, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
+
+    least: nats per token that every head forgets at least, so that no state remembers without end.
+    """
+    kind = torch.promote_types(decay_BTH.dtype, torch.float32)
+    return -log_rate_H.to(kind).exp() * F.softplus(decay_BTH.to(kind) + bias_H.to(kind)) - least
+
+
+@operation()
+def norm_heads(
+    x_BTD: Tensor, norm_D: Tensor, eps: float, head_weight_XD: Tensor, log_rate_H: Tensor, rate_bias_H: Tensor,
+    least: float, score_weight_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """RMSNorm of a block's input, and what the linear attention and the router make of it in narrow products.
+
+    head_weight_XD: the H rows of the decays' inputs, then the H rows of the gates. log_rate, rate_bias, least: of
+    `log_decay`. Returns h [B, T, D] in x's dtype, log_decay [B, T, H] in float32, the gates before their sigmoid
+    [B, T, H] in x's dtype, and the score [B, T] in float32, [B, 0] without a weight.
+    """
+    h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
+    decay_BTH, gate_BTH = F.linear(h_BTD, head_weight_XD).chunk(2, -1)
+    score_BT = wide(h_BTD)[:, :0, 0] if score_weight_D is None else router_score(h_BTD, score_weight_D)
+    return h_BTD, log_decay(decay_BTH, log_rate_H, rate_bias_H, least), gate_BTH, score_BT
+
+
+@operation()
+def add_norm(x_BTD: Tensor, y_BTD: Tensor, norm_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and its RMSNorm, in x's dtype."""
+    sum_BTD = x_BTD + y_BTD
+    return sum_BTD, F.rms_norm(sum_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
+
+
+# The reflexive stream
+
+
+def linear_attention_recurrent(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
+    """Decayed linear attention, one token at a time: S_t = exp(log_decay_t) S_(t-1) + k_t v_t^T and o_t = S_t^T q_t.
+
+    The state restarts at zero at a token with start_t = t; tokens past `length_B` leave it as it was.
+    Returns o_BTHF in q's dtype and the last state in float32 or wider.
+    Source: Linear Transformers (arXiv 2006.16236); scalar decay per head as in Mamba-2 (arXiv 2405.21060).
+    """
+    (B, T), R, dtype = q_BTHE.shape[:2], q_BTHE.shape[2] // k_BTGE.shape[2], q_BTHE.dtype
+    q_BTHE, k_BTGE, v_BTGF = wide(q_BTHE), wide(k_BTGE), wide(v_BTGF)
+    start_BT = None if start_BT is None else start_BT.expand(B, T)
+    state, outputs = state_BHEF.to(q_BTHE.dtype), []
+    for t in range(T):
+        update = (k_BTGE[:, t, :, :, None] * v_BTGF[:, t, :, None]).repeat_interleave(R, 1)
+        decay = log_decay_BTH[:, t].to(state.dtype).exp()[..., None, None]
+        if start_BT is not None:
+            decay = decay * (start_BT[:, t] < t)[:, None, None, None]
+        advanced = decay * state + update
+        if length_B is not None:
+            advanced = torch.where((t < length_B)[:, None, None, None], advanced, state)
+        state = advanced
+        outputs.append((q_BTHE[:, t, :, None] @ state).squeeze(-2))
+    return torch.stack(outputs, 1).to(dtype), state
+
+
+@operation("state_BHEF")
+def linear_attention(
+    q_BTHE: Tensor, k_BTGE: Tensor, v_BTGF: Tensor, log_decay_BTH: Tensor, start_BT: Tensor | None,
+    length_B: Tensor | None, state_BHEF: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`linear_attention_recurrent` in chunks of `LINEAR_CHUNK` tokens: the same result from matrix products.
+
+    Products run in q's dtype, decays and states in float32. state_BHEF: float32, advanced IN PLACE, or None for zeros.
+    Returns o_BTHF in q's dtype; what it holds past `length_B` is finite and means nothing. Source: chunkwise form of
+    Gated Linear Attention (arXiv 2312.06635) and the state-space dual (arXiv 2405.21060).
+    """
+    B, T, H, E = q_BTHE.shape
+    kind = torch.promote_types(q_BTHE.dtype, torch.float32)
+    state = q_BTHE.new_zeros(B, H, E, v_BTGF.shape[-1], dtype=kind) if state_BHEF is None else state_BHEF.to(kind)
+    start_BT = None if start_BT is None else start_BT.expand(B, T)
+    if length_B is not None:
+        real_BT = torch.arange(T, device=q_BTHE.device) < length_B[:, None]
+        log_decay_BTH = torch.where(real_BT[..., None], log_decay_BTH, 0)
+        k_BTGE = torch.where(real_BT[..., None, None], k_BTGE, 0)
+    outputs = []
+    for begin, end in spans(T, LINEAR_SPAN):
+        span, start = slice(begin, end), None if start_BT is None else start_BT[:, begin:end] - begin
+        out, state = _linear_attention_span(
+            q_BTHE[:, span], k_BTGE[:, span], v_BTGF[:, span], log_decay_BTH[:, span], start, state
+        )
+        outputs.append(out)
+    if state_BHEF is not None:
+        state_BHEF.copy_(state)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, state_BHEF):
+    B, T, H, E = q_BTHE.shape
+    G, V = v_BTGF.shape[2:]
+    R, L = H // G, min(LINEAR_CHUNK, T)
+    N = -(-T // L)
+    padding = N * L - T
+    if padding:  # empty tokens: no key, no decay
+        tail = (0, 0, 0, 0, 0, padding)
+        q_BTHE, k_BTGE, v_BTGF = F.pad(q_BTHE, tail), F.pad(k_BTGE, tail), F.pad(v_BTGF, tail)
+        log_decay_BTH = F.pad(log_decay_BTH, tail[2:])
+    # [B, N, G, R, L, E] and [B, N, G, L, E]: query heads that share a key head are rows of one product
+    q = q_BTHE.reshape(B, N, L, G, R, E).permute(0, 1, 3, 4, 2, 5)
+    k = k_BTGE.reshape(B, N, L, G, E).transpose(2, 3)
+    v = v_BTGF.reshape(B, N, L, G, V).transpose(2, 3)
+    decay = log_decay_BTH.to(state_BHEF.dtype).reshape(B, N, L, G, R)
+    decay = decay.permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, N, G, R, L]
+
+    token_L = torch.arange(L, device=q.device)
+    visible = token_L[:, None] >= token_L  # [L, L] query by key
+    if start_BT is not None:
+        start = start_BT if not padding else torch.cat([start_BT, start_BT[:, -1:].expand(-1, padding)], 1)
+        start = start.reshape(B, N, L) - torch.arange(0, N * L, L, device=q.device)[:, None]  # within its chunk
+        visible = visible & (token_L >= start[..., None])
+        visible = visible[:, :, None, None]
+    weight = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf")).exp()
+    scores = (q.reshape(B, N, G, R * L, E) @ k.transpose(-1, -2)).reshape(B, N, G, R, L, L)
+    out = (scores * weight).to(v.dtype).reshape(B, N, G, R * L, L) @ v
+    out = out.reshape(B, N, G, R, L, V)
+
+    to_end = (decay[..., -1:] - decay).exp()  # [B, N, G, R, L]
+    if start_BT is not None:
+        to_end = to_end * (token_L >= start[:, :, -1:])[:, :, None, None]
+    updates = (k[:, :, :, None] * to_end[..., None]).to(k.dtype).transpose(-1, -2) @ v[:, :, :, None]
+    # States at the N + 1 chunk borders from the initial state and the N updates, in one triangular product
+    total = F.pad(decay[..., -1].reshape(B, N, H).cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # [B, H, N + 1]
+    border = torch.arange(N + 1, device=q.device)
+    reached = border[:, None] >= border
+    if start_BT is not None:
+        resets = F.pad((start[:, :, -1] >= 0).long().cumsum(1), (1, 0))  # chunks that hold a document's start
+        reached = (reached & (resets[:, :, None] == resets[:, None, :]))[:, None]
+    carry = (total[..., :, None] - total[..., None, :]).masked_fill(~reached, float("-inf")).exp()
+    sources = torch.cat([state_BHEF[:, None], updates.to(state_BHEF.dtype).reshape(B, N, H, E, V)], 1)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the states to bfloat16
+        states = torch.einsum("bhnm,bmhx->bnhx", carry, sources.flatten(3)).reshape(B, N + 1, G, R, E, V)
+
+    from_begin = decay.exp()
+    if start_BT is not None:
+        from_begin = from_begin * (start < 0)[:, :, None, None]
+    out = out + (q @ states[:, :-1].to(q.dtype)) * from_begin[..., None]
+    out = out.permute(0, 1, 4, 2, 3, 5).reshape(B, N * L, H, V)[:, :T]
+    return out.to(q_BTHE.dtype), states[:, -1].reshape(B, H, E, V)
+
+
+def masked_attention(q_BTHE, k_BNSGE, v_BNSGE, visible_BNTS):
+    """Attention of N blocks of queries, each over its own S keys; T = N * (queries per block)."""
+    (B, T, H, E), (N, _, G) = q_BTHE.shape, k_BNSGE.shape[1:4]
+    kind = torch.promote_types(q_BTHE.dtype, torch.float32)
+    if not k_BNSGE.shape[2]:
+        return torch.zeros_like(q_BTHE), q_BTHE.new_full((B, T, H), float("-inf"), dtype=kind)
+    q = q_BTHE.reshape(B, N, T // N, G, H // G, E).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)  # [B, N, G, R * T/N, E]
+    k, v = k_BNSGE.transpose(2, 3), v_BNSGE.transpose(2, 3)  # [B, N, G, S, E]
+    visible = visible_BNTS[:, :, None, None]
+    scores = (q @ k.transpose(-1, -2)).to(kind).unflatten(3, (H // G, T // N)) * E**-0.5
+    scores = scores.masked_fill(~visible, HIDDEN_SCORE)
+    weights, empty = scores.softmax(-1), ~visible.any(-1)
+    # the largest weight is exp(largest score - lse), so the sum of exponentials is not needed a second time
+    lse = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(empty, float("-inf"))
+    out = (weights.to(v.dtype).flatten(3, 4) @ v).unflatten(3, (H // G, T // N)).masked_fill(empty[..., None], 0)
+    out = out.permute(0, 1, 4, 2, 3, 5).reshape(B, T, H, E)
+    return out, lse.permute(0, 1, 4, 2, 3).reshape(B, T, H)
+
+
+@operation()
+def local_attention(
+    q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, start_BT: Tensor | None, window: int, ring_k_BWGE: Tensor | None,
+    ring_v_BWGE: Tensor | None, seen_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Softmax attention of token t over the visible tokens among t - window + 1 .. t.
+
+    ring_*: keys and values of the last `window` real tokens before this call, of which there were `seen_B`; token i
+    of a row lies at i modulo the window. None: none are visible. Blocks of queries see only their own stretch of keys,
+    so time and memory are O(T * window). Returns out_BTHE in q's dtype and the log-sum-exp of the scores lse_BTH in
+    float32; scores are scaled by 1/sqrt(E).
+    """
+    B, T, G, E = k_BTGE.shape
+    block = min(window, T)
+    N = -(-T // block)
+    padding = N * block - T
+    start_BT = q_BTHE[:1, :, 0, 0].new_zeros(1, T, dtype=torch.long) if start_BT is None else start_BT.expand(-1, T)
+    past_k = past_v = k_BTGE.new_zeros(B, window, G, E)
+    if ring_k_BWGE is None:
+        start_BT = start_BT.clamp(min=0)
+    else:
+        slot_BW = (seen_B[:, None] + torch.arange(window, device=seen_B.device)) % window
+        slot = slot_BW[..., None, None].expand_as(ring_k_BWGE)
+        past_k, past_v = ring_k_BWGE.gather(1, slot).to(k_BTGE.dtype), ring_v_BWGE.gather(1, slot).to(v_BTGE.dtype)
+    tail = (0, 0, 0, 0, 0, padding)
+    q, k, v = F.pad(q_BTHE, tail), torch.cat([past_k, k_BTGE], 1), torch.cat([past_v, v_BTGE], 1)
+    # Stretches of window + block keys, one per block of queries; blocks are `window` long unless there is one
+    kv = F.pad(torch.stack([k, v]), tail).unflatten(2, (-1, window) if N > 1 else (1, -1))
+    k, v = torch.cat([kv[:, :, :-1], kv[:, :, 1:]], 3) if N > 1 else kv
+    token = torch.arange(N * block, device=q.device).reshape(N, block, 1)
+    key = torch.arange(-window, block, device=q.device) + torch.arange(0, N * block, block, device=q.device)[:, None]
+    key = key[:, None]  # [N, 1, window + block]
+    start = F.pad(start_BT, (0, padding)).reshape(-1, N, block, 1)
+    visible = ((key <= token) & (key > token - window) & (key >= start)).expand(B, -1, -1, -1)
+    out, lse = masked_attention(q, k, v, visible)
+    return out[:, :T], lse[:, :T]
+
+
+@operation()
+def reflexive_merge(
+    q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, start_BT: Tensor | None, window: int, ring_k_BWGE: Tensor | None,
+    ring_v_BWGE: Tensor | None, seen_B: Tensor | None, linear_BTHE: Tensor, head_gate_BTH: Tensor, norm_E: Tensor,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """The reflexive stream: local attention + RMSNorm(linear) * sigmoid(head_gate), norm and gate per head.
+
+    linear_BTHE: output of the linear attention. head_gate_BTH: before the sigmoid. The first eight are those of
+    `local_attention`. Returns [B, T, H, E] in q's dtype; norm, gate and sum are float32 or wider.
+    """
+    local_BTHE, _ = local_attention.reference(
+        q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B
+    )
+    normed_BTHE = F.rms_norm(wide(linear_BTHE), norm_E.shape, wide(norm_E), eps)
+    return (local_BTHE + normed_BTHE * wide(head_gate_BTH).sigmoid()[..., None]).to(q_BTHE.dtype)
+
+
+# The contextual stream and the cache
+
+
+@operation()
+def sqsk_attention(
+    q_BKHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """SQSK attention: routed query i sees the routed keys first_i .. held + i, in slots; empty slots give zeros.
+
+    Slots are ordered by position, so this is dense causal attention on the compacted rows. k_BPGE holds `held_B`
+    earlier slots (None: none) followed by those of this call; count_B of the K query slots are used; first_BK is the
+    first visible slot (documents packed in one row), or None for slot 0. RoPE has been applied at original positions.
+    Returns out_BKHE in q's dtype and the log-sum-exp of the scores lse_BKH in float32, -inf where nothing is seen.
+    """
+    K, P = q_BKHE.shape[1], k_BPGE.shape[1]
+    slot_K, key_P = torch.arange(K, device=q_BKHE.device), torch.arange(P, device=q_BKHE.device)
+    last_BK = torch.where(slot_K < count_B[:, None], slot_K + (0 if held_B is None else held_B[:, None]), -1)
+    outputs = []
+    for begin, end in spans(K, QUERY_SPAN):
+        visible = key_P <= last_BK[:, begin:end, None]
+        if first_BK is not None:
+            visible = visible & (key_P >= first_BK[:, begin:end, None])
+        outputs.append(masked_attention(q_BKHE[:, begin:end], k_BPGE[:, None], v_BPGE[:, None], visible[:, None]))
+    if len(outputs) == 1:
+        return outputs[0]
+    return tuple(torch.cat(parts, 1) for parts in zip(*outputs, strict=True))
+
+
+def add_sinks(out_BTHE, lse_BTH, q_BTHE, sink_k_NGE, sink_v_NGE):
+    """Attention output as if N learned keys and values had taken part in the softmax (arXiv 2309.17453)."""
+    N, G, E = sink_k_NGE.shape
+    q = wide(q_BTHE).unflatten(2, (G, -1))
+    scores = torch.einsum("btgre,nge->btgrn", q, wide(sink_k_NGE)).flatten(2, 3) * E**-0.5
+    total = torch.logaddexp(lse_BTH, scores.logsumexp(-1))
+    weights = (scores - total[..., None]).exp().unflatten(2, (G, -1))
+    sinks = torch.einsum("btgrn,nge->btgre", weights, wide(sink_v_NGE)).flatten(2, 3)
+    return (wide(out_BTHE) * (lse_BTH - total).exp()[..., None] + sinks).to(out_BTHE.dtype)
+
+
+@operation("reflexive_BTHE")
+def sqsk_merge(
+    reflexive_BTHE: Tensor, gate_BT: Tensor, q_BTHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, index_BK: Tensor,
+    first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor,
+) -> None:  # fmt: skip
+    """Add gate * SQSK attention to the routed tokens of `reflexive_BTHE`, IN PLACE; the others are not touched.
+
+    index_BK, count_B: of `route`. held_B given: k_BPGE and v_BPGE are the sparse store, as in `sqsk_attention`. None:
+    they are this call's keys and values in token order (P = T).
+    """
+    token = index_BK.clamp(min=0)[..., None, None].expand(-1, -1, *q_BTHE.shape[2:])
+    if held_B is None:
+        k_BPGE, v_BPGE = (take_rows.reference(x, index_BK, index_BK) for x in (k_BPGE, v_BPGE))
+    out_BKHE, _ = sqsk_attention.reference(q_BTHE.gather(1, token), k_BPGE, v_BPGE, first_BK, held_B, count_B)
+    weight_BK = torch.where(index_BK >= 0, gate_BT.gather(1, token[..., 0, 0]), 0)
+    added_BKHE = (out_BKHE * weight_BK[..., None, None]).to(reflexive_BTHE.dtype)
+    reflexive_BTHE.scatter_add_(1, token, torch.where(weight_BK[..., None, None] > 0, added_BKHE, 0))
+
+
+def quantize(x_BKGE):
+    """int8 [B, K, G, E] and, of each head, the scale [B, K, G] that takes its largest element to 127; zeros have 0."""
+    x_BKGE = wide(x_BKGE)
+    peak_BKG = x_BKGE.abs().amax(-1)
+    held_BKG = peak_BKG > LEAST_PEAK
+    # Products with reciprocals, which is what CUDA makes of divisions by a number: the kernel has the same bits then
+    factor_BKG = torch.where(held_BKG, peak_BKG.reciprocal() * 127, 0)
+    scale_BKG = torch.where(held_BKG, peak_BKG * (1 / 127), 0)
+    return (x_BKGE * factor_BKG[..., None] + 0.5).floor().to(torch.int8), scale_BKG
+
+
+def write_slots(kept_BPGE, scales_BPG, at, x_BKGE):
+    """Put rows into the slots `at` of a sparse store, IN PLACE; their scales too if the store is int8."""
+    if kept_BPGE.dtype == torch.int8:
+        x_BKGE, scale_BKG = quantize(x_BKGE)
+        scales_BPG.index_put_(at, scale_BKG.to(scales_BPG.dtype))
+    # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
+    kept_BPGE.index_put_(at, x_BKGE.to(kept_BPGE.dtype))
+
+
+def read_slots(kept_BPGE, scales_BPG, dtype):
+    """A sparse store without its spare slot, as it is or, if it is int8, what it stands for in `dtype`."""
+    kept_BPGE = kept_BPGE[:, :-1]
+    if kept_BPGE.dtype != torch.int8:
+        return kept_BPGE
+    return (kept_BPGE.to(scales_BPG.dtype) * scales_BPG[:, :-1, :, None]).to(dtype)
+
+
+def push_window(k_BTGE, v_BTGE, seen_B, length_B, ring_k_BWGE, ring_v_BWGE):
+    """Overwrite the ring of `local_attention` with the last real tokens of this call, IN PLACE."""
+    T, W = k_BTGE.shape[1], ring_k_BWGE.shape[1]
+    last_B1 = (seen_B + (T if length_B is None else length_B))[:, None] - 1
+    token_BW = last_B1 - (last_B1 - torch.arange(W, device=seen_B.device)) % W - seen_B[:, None]
+    token, new = token_BW.clamp(min=0)[..., None, None].expand_as(ring_k_BWGE), (token_BW >= 0)[..., None, None]
+    for ring_BWGE, x_BTGE in ((ring_k_BWGE, k_BTGE), (ring_v_BWGE, v_BTGE)):
+        ring_BWGE.copy_(torch.where(new, x_BTGE.gather(1, token).to(ring_BWGE.dtype), ring_BWGE))
+
+
+@operation(
+    "ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "key_scales_BPG", "value_scales_BPG"
+)
+def extend(
+    k_BTGE: Tensor, v_BTGE: Tensor, position_BT: Tensor, start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor,
+    index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor,
+    keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor,
+    key_scales_BPG: Tensor, value_scales_BPG: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a call leaves to the next: its last tokens in the window's ring, its routed tokens in the sparse store.
+
+    k_BTGE, v_BTGE: of `split_heads`; position_BT: position ids, first dimension 1 or B. seen_B: real tokens before
+    this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. ring_* [B, W, G, E]:
+    as in `local_attention`. keys, values [B, P + 1, G, E] and positions [B, P + 1] (int32): the sparse store, whose
+    last slot takes discarded writes; held_B (int32): tokens routed before, of which at most P have a slot;
+    document_slot_B (int32): the first slot of each row's document; *_scales_BPG: of `quantize` if keys and values are
+    int8, else unused. Ring and store are written IN PLACE.
+
+    Returns first_BK of `sqsk_attention` (int32) and, int32 [4, B]: slots held before, tokens of this call that have
+    one (the latest are left out of a full store), and the next call's `held_B` and `document_slot_B`. A layer that
+    routes nothing returns empty ones.
+    """
+    if ring_k_BWGE.shape[1]:
+        push_window(k_BTGE, v_BTGE, seen_B, length_B, ring_k_BWGE, ring_v_BWGE)
+    if index_BK is None:
+        return held_B[:0], held_B[:0]
+    (B, K), P = index_BK.shape, keys_BPGE.shape[1] - 1
+    before_B, after_B = held_B.clamp(max=P), held_B + count_B
+    kept_B = after_B.clamp(max=P) - before_B
+    slot_K = torch.arange(K, device=held_B.device)
+    slot_BK = torch.where(slot_K < kept_B[:, None], before_B[:, None] + slot_K, P)
+    at = (torch.arange(B, device=held_B.device)[:, None], slot_BK.long())
+    write_slots(keys_BPGE, key_scales_BPG, at, take_rows.reference(k_BTGE, index_BK, slot_BT))
+    write_slots(values_BPGE, value_scales_BPG, at, take_rows.reference(v_BTGE, index_BK, slot_BT))
+    position_BK = position_BT.expand_as(slot_BT).gather(1, index_BK.clamp(min=0))
+    positions_BP.index_put_(at, position_BK.to(positions_BP.dtype))
+    first_BK = first_slot(index_BK, slot_BT, start_BT, held_B, document_slot_B)
+    last_B1 = torch.full_like(slot_BT[:, :1], slot_BT.shape[1] - 1)
+    document_B = first_slot(last_B1, slot_BT, start_BT, held_B, document_slot_B)[:, 0]
+    return first_BK, torch.stack([before_B, kept_B, after_B, document_B])
+
+
+# One decoded token
+
+
+@operation()
+def project_token(
+    x_BTD: Tensor, norm_D: Tensor, eps: float, qkv_weight_CD: Tensor, head_weight_XD: Tensor,
+    score_weight_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """RMSNorm of a single token (T = 1) and what a block's attentions and router make of it.
+
+    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] (the inputs of the decays, then the gates) and the score [B, 1],
+    [B, 0] without a weight, in float32.
+    """
+    h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
+    score_BT = wide(h_BTD)[:, :0, 0] if score_weight_D is None else router_score(h_BTD, score_weight_D)
+    return F.linear(h_BTD, qkv_weight_CD), wide(F.linear(h_BTD, head_weight_XD)), score_BT
+
+
+@operation(
+    "state_BHEE", "ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "held_B",
+    "document_slot_B", "key_scales_BPG", "value_scales_BPG",
+)  # fmt: skip
+def attend_token(
+    q_linear_BTHE: Tensor, k_linear_BTGE: Tensor, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, head_BTX: Tensor,
+    log_rate_H: Tensor, rate_bias_H: Tensor, least: float, norm_E: Tensor, eps: float, position_BT: Tensor,
+    start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor, score_BT: Tensor | None, bias: Tensor | None,
+    noise_floor: float, initial: int, state_BHEE: Tensor, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor, keys_BPGE: Tensor,
+    values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor, key_scales_BPG: Tensor,
+    value_scales_BPG: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
+
+    q_linear, k_linear, q, k, v: of `split_heads`. head_BTX: of `project_token`. log_rate, rate_bias, least: of
+    `log_decay`. norm_E, eps: of `reflexive_merge`. score_BT, bias, noise_floor, initial: of `route`, with score None
+    for a layer that routes nothing. The rest is that of `extend`. State, ring, store and counts are updated IN PLACE.
+    A routed token without a free slot is counted and otherwise treated as one that is not routed; the output of
+    padding (length 0) means nothing.
+    Returns the sum [B, 1, H, E] in q's dtype and slot_BT (int64), 0 for a token that has a slot, else -1.
+    """
+    decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
+    decay_BTH = log_decay(decay_BTH, log_rate_H, rate_bias_H, least)
+    inputs = (q_linear_BTHE, k_linear_BTGE, v_BTGE, decay_BTH, start_BT, length_B)
+    linear_BTHE, state = linear_attention_recurrent(*inputs, state_BHEE)
+    state_BHEE.copy_(state)
+    ring = (ring_k_BWGE, ring_v_BWGE)
+    window = (q_BTHE, k_BTGE, v_BTGE, start_BT, ring_k_BWGE.shape[1], *ring, seen_B)
+    merged_BTHE = reflexive_merge.reference(*window, linear_BTHE, gate_BTH, norm_E, eps)
+    route_of, index_BK, slot_BT, count_B = None, None, torch.full_like(start_BT, -1), None
+    if score_BT is not None:
+        route_of = route.reference(score_BT, bias, start_BT, length_B, noise_floor, initial, 1)
+        index_BK, slot_BT, count_B = route_of[1:4]
+    store = (keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG)
+    place = (position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B)
+    first_BK, numbers_4B = extend.reference(k_BTGE, v_BTGE, *place, *ring, *store)
+    if route_of is None:
+        return merged_BTHE, slot_BT
+    before_B, kept_B, after_B, document_B = numbers_4B
+    held_B.copy_(after_B)
+    document_slot_B.copy_(document_B)
+    kv = (read_slots(keys_BPGE, key_scales_BPG, q_BTHE.dtype), read_slots(values_BPGE, value_scales_BPG, q_BTHE.dtype))
+    sqsk_merge.reference(merged_BTHE, route_of[0], q_BTHE, *kv, index_BK, first_BK, before_B, kept_B)
+    return merged_BTHE, torch.where(kept_B[:, None] > 0, slot_BT, -1)
+
+
+@operation()
+def swiglu_token(x_BTD: Tensor, norm_D: Tensor, eps: float, gate_weight_ND: Tensor, up_weight_ND: Tensor) -> Tensor:
+    """`swiglu` of RMSNorm(x), of a single token (T = 1)."""
+    h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
+    return gated_product(F.linear(h_BTD, gate_weight_ND), F.linear(h_BTD, up_weight_ND))
+
+
+@operation()
+def linear_add_token(residual_BTN: Tensor, x_BTD: Tensor, weight_ND: Tensor) -> Tensor:
+    """residual [B, 1, N] + the product of x [B, 1, D] with the weight, in x's dtype."""
+    return residual_BTN + F.linear(x_BTD, weight_ND)
+
+
+# SwiGLU
+
+
+def gated_product(gate, up):
+    """silu(max(gate, -SILU_LIMIT)) * up, in their dtype."""
+    return F.silu(gate.clamp(min=-SILU_LIMIT)) * up
+
+
+@operation()
+def swiglu(x: Tensor, gate_weight_NK: Tensor, up_weight_NK: Tensor) -> Tensor:
+    """`gated_product` of x's products with the weights (arXiv 2002.05202), x [..., K].
+
+    Returns [..., N] in x's dtype, in which gate and up are rounded too (a kernel may round less).
+    """
+    return gated_product(F.linear(x, gate_weight_NK), F.linear(x, up_weight_NK))
+
+
+@operation("residual")
+def linear_add(residual: Tensor, x: Tensor, weight_NK: Tensor) -> None:
+    """Add the product of x [..., K] with the weight to residual [..., N], IN PLACE."""
+    residual.add_(F.linear(x, weight_NK))
+
+
+# FlexAttention
+
+
+@cache
 def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
@@ -171,12 +812,17 @@ def _blocks(first_BN, last_BN, columns):
     return count_BN, index_BNM.clamp(max=columns - 1)
 
 
-def _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window):
+@local_attention.flex
+def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B):
+    if ring_k_BWGE is not None:
+        inputs = (q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B)
+        return local_attention.reference(*inputs)
     B, T = q_BTHE.shape[:2]
     N = -(-T // FLEX_BLOCK)
     block_N = torch.arange(N, device=q_BTHE.device)
     first_BN = ((block_N * FLEX_BLOCK - window + 1).clamp(min=0) // FLEX_BLOCK).expand(B, N)
     counts, indices = _blocks(first_BN, block_N.expand(B, N), N)
+    start_BT = None if start_BT is None else start_BT.expand(B, T)
 
     def visible(b, h, query, key):
         near = (key <= query) & (key > query - window)
@@ -185,8 +831,11 @@ def _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window):
     return _flex(q_BTHE, k_BTGE, v_BTGE, _block_mask(counts, indices, None, None, visible, T))
 
 
-def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
+@sqsk_attention.flex
+def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     """Compacted causal attention; blocks past a row's count are not visited, so no [K, K] mask exists."""
+    if held_B is not None:
+        return sqsk_attention.reference(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B)
     B, K = q_BKHE.shape[:2]
     N = -(-K // FLEX_BLOCK)
     block_N = torch.arange(N, device=q_BKHE.device)
@@ -204,134 +853,4 @@ def _sqsk_flex(q_BKHE, k_BKGE, v_BKGE, first_BK, count_B):
         return causal if first_BK is None else causal & (key >= first_BK[b, query])
 
     mask = _block_mask(counts, indices, full_counts, full_indices, visible, K)
-    return _flex(q_BKHE, k_BKGE, v_BKGE, mask)
-
-
-def split_heads(
-    x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *, kv_heads, eps, mode, backend
-):
-    """See `split_heads_ref`."""
-    split = split_heads_kernel if backend == "triton" else split_heads_ref
-    tensors = (x_BTC, weight_CL, history_BLC, start_BT, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
-    return split(*tensors, kv_heads=kv_heads, eps=eps, mode=mode)
-
-
-def split_heads_decode(
-    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, *,
-    kv_heads, eps, mode, backend,
-):  # fmt: skip
-    """See `split_heads_decode_ref`; the kernel moves the history on in place."""
-    tensors = (x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E)
-    if backend == "triton":
-        return *split_heads_decode_kernel(*tensors, kv_heads=kv_heads, eps=eps, mode=mode), history_BLC
-    return split_heads_decode_ref(*tensors, kv_heads=kv_heads, eps=eps, mode=mode)
-
-
-def linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, backend):
-    """See `linear_attention_ref`; the kernel of a single token advances a given state in place."""
-    inputs = (q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
-    single = q_BTHE.shape[1] == 1 and state_BHEF is not None
-    if backend != "triton":
-        return (linear_attention_recurrent_ref if single else linear_attention_ref)(*inputs)
-    if single:
-        return linear_attention_step_kernel(*inputs), state_BHEF
-    return linear_attention_kernel(*inputs)
-
-
-def local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend):
-    """See `local_attention_ref`; `history` is None or the keys and values of the window before this call."""
-    if history is None and backend == "flex":
-        return _local_flex(q_BTHE, k_BTGE, v_BTGE, start_BT, window)
-    attend = functools.partial(local_attention_kernel, with_lse=True) if backend == "triton" else local_attention_ref
-    return attend(q_BTHE, k_BTGE, v_BTGE, start_BT, window, *(history or (None, None)))
-
-
-def reflexive_merge(
-    q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps, history, backend
-):
-    """See `reflexive_merge_ref`; `history` as in `local_attention`."""
-    if backend == "triton":
-        inputs = (q_BTHE, k_BTGE, v_BTGE, start_BT, window, linear_BTHE, head_gate_BTH, norm_E, eps)
-        return reflexive_merge_kernel(*inputs, *(history or (None, None)))
-    local_BTHE, _ = local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, history, backend)
-    return (local_BTHE + gated_norm_ref(linear_BTHE, head_gate_BTH, norm_E, eps)).to(q_BTHE.dtype)
-
-
-def place_decode(cos_BTE, sin_BTE, start_BT, position_BT, length_B, backend):
-    """Where a single token stands, dense tensors in the order given: the kernel makes them once for all layers."""
-    place = (cos_BTE, sin_BTE, start_BT, position_BT, length_B)
-    return place_decode_kernel(*place) if backend == "triton" else place
-
-
-def attend_decode(heads, head_BTX, parameters, eps, stream, router, state_BHEE, ring, store, backend):
-    """See `attend_decode_ref`; the kernel advances the state in place, and both ring, store and counts.
-
-    heads: the five tensors of `split_heads`. parameters: of the decays and the norm. stream: the call's `Stream`.
-    router: score_BT, bias, noise_floor and initial. ring: keys and values of the window. store: what the `store` of
-    a layer's cache gives.
-    """
-    place = (stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B)
-    inputs = (*heads, head_BTX, *parameters, eps, *place, *router, state_BHEE, *ring, *store)
-    return (attend_decode_kernel(*inputs), state_BHEE) if backend == "triton" else attend_decode_ref(*inputs)
-
-
-def project_decode(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, backend):
-    """See `project_decode_ref`."""
-    project = project_decode_kernel if backend == "triton" else project_decode_ref
-    return project(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-
-
-def swiglu_decode(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, backend):
-    """See `swiglu_decode_ref`."""
-    swiglu = swiglu_decode_kernel if backend == "triton" else swiglu_decode_ref
-    return swiglu(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
-
-
-def linear_add_decode(residual_BTN, x_BTD, weight_ND, backend):
-    """See `linear_add_ref`, here of a single token."""
-    return (linear_add_decode_kernel if backend == "triton" else linear_add_ref)(residual_BTN, x_BTD, weight_ND)
-
-
-def sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, backend):
-    """See `sqsk_attention_ref`; `cached_B` None means that no slot precedes this call."""
-    if backend == "triton":
-        return sqsk_attention_kernel(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B, with_lse=True)
-    if cached_B is None and backend == "flex":
-        return _sqsk_flex(q_BKHE, k_BPGE, v_BPGE, first_BK, count_B)
-    cached_B = torch.zeros_like(count_B) if cached_B is None else cached_B
-    return sqsk_attention_ref(q_BKHE, k_BPGE, v_BPGE, first_BK, cached_B, count_B)
-
-
-def sqsk_merge(reflexive_BTHE, q_BTHE, kv, route, first_BK, cached_B, sinks, backend):
-    """`reflexive` + gate * SQSK attention at the routed tokens; the kernel adds in place.
-
-    kv: keys and values in token order if `cached_B` is None, else the sparse store whose first `cached_B` slots
-    precede this call's. route: the `Route` of the layer. sinks: learned keys and values, or None.
-    """
-    index_BK, slot_BT, gate_BT, count_B = route.index_BK, route.slot_BT, route.gate_BT, route.count_B
-    if backend == "triton" and sinks is None:
-        sqsk_merge_kernel(reflexive_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, cached_B, count_B)
-        return reflexive_BTHE
-    q_BKHE = take_rows(q_BTHE, index_BK, slot_BT, backend)
-    if cached_B is None:
-        kv = [take_rows(x, index_BK, slot_BT, backend) for x in kv]
-    out_BKHE, lse_BKH = sqsk_attention(q_BKHE, *kv, first_BK, cached_B, count_B, backend)
-    if sinks is not None:
-        out_BKHE = add_sinks_ref(out_BKHE, lse_BKH, q_BKHE, *sinks)
-    contextual_BTHE = take_rows(out_BKHE, slot_BT, index_BK, backend)
-    return reflexive_BTHE + contextual_BTHE * gate_BT[..., None, None].to(contextual_BTHE.dtype)
-
-
-def swiglu(x_BTD, gate_weight_ND, up_weight_ND, backend):
-    """See `swiglu_ref`; the kernel where it is the faster one, see `swiglu_fits`."""
-    if backend == "triton" and swiglu_fits(x_BTD, gate_weight_ND, up_weight_ND):
-        return swiglu_kernel(x_BTD, gate_weight_ND, up_weight_ND)
-    return swiglu_ref(x_BTD, gate_weight_ND, up_weight_ND)
-
-
-def linear_add(residual_BTN, x_BTD, weight_ND, backend):
-    """See `linear_add_ref`; the kernel adds in place."""
-    if backend != "triton":
-        return linear_add_ref(residual_BTN, x_BTD, weight_ND)
-    linear_add_kernel(residual_BTN, x_BTD, weight_ND)
-    return residual_BTN
+    return _flex(q_BKHE, k_BPGE, v_BPGE, mask)

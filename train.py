@@ -10,50 +10,33 @@ The result is a folder of weights, tokenizer, code and model card that the Auto 
 every option: those of this file first, then those of `transformers.TrainingArguments`.
 """
 
-import dataclasses
-import difflib
-import hashlib
 import json
 import logging
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import datasets
-import numpy as np
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.hf_argparser import HfArg
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-if __package__:
-    from .evaluate import fit_byte_pairs
-else:  # run as a script
-    from evaluate import fit_byte_pairs
+if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
+    sys.modules["hspmn"] = ModuleType("hspmn")
+    sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
-CHECKOUT = Path(__file__).resolve().parent
+from hspmn.corpus import bigram_loss, collate, fit_tokenizer, load_documents, pack
+from hspmn.results import check_name, config_with, parse_overrides, refuse
+
 DEFAULT_STEPS = 600
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-BUILDERS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "json", ".json": "json"}
-BUILDERS |= {".parquet": "parquet"}
-# Folders of the standard library that hold tests, installed packages or generated tables instead of written code
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
 LOAD_WARNING = (0.25, 2.0)  # shares of its target between which a layer's load is unremarkable
 
@@ -74,8 +57,7 @@ class ModelArguments:
     intermediate_size: int | None = HfArg(default=None, help="SwiGLU width (new: 8/3 hidden_size, rounded up)")
     sparsity_k: list[float] = HfArg(
         default_factory=list,
-        help="share of tokens routed to full attention, one or one per layer (new: 0.2 on average, in every fourth "
-        "layer and the last)",
+        help="routed share, one or one per layer (new: 0.2 on average, in every fourth and the last)",
     )
     config_overrides: list[str] = HfArg(
         default_factory=list, help="other HSPMNConfig fields as key=value, values in JSON: sliding_window=64"
@@ -101,9 +83,7 @@ class DataArguments:
     validation_fraction: float = HfArg(default=0.05, help="share of the documents held out for it")
     validation_blocks: int = HfArg(default=256, help="blocks to validate on at most")
     seq_len: int = HfArg(default=256, help="tokens per block")
-    isolate_documents: bool = HfArg(
-        default=False, help="restart positions at each document, so that it sees nothing of those packed before it"
-    )
+    isolate_documents: bool = HfArg(default=False, help="hide the documents packed before from each document")
     tokenizer_name: str | None = HfArg(default=None, help="saved tokenizer (default: the model's, or a new one)")
     vocab_size: int = HfArg(default=2048, help="tokens of a new tokenizer")
     tokenizer_documents: int = HfArg(default=10_000, help="documents that a new tokenizer is fitted on at most")
@@ -126,9 +106,7 @@ class HSPMNTrainingArguments(TrainingArguments):
     full_precision: bool = HfArg(default=False, help="float32 on a GPU too (default there: bfloat16 autocast)")
     prompt: str = HfArg(default="def ", help="prompt of the sample generated at the end")
     report_to: str = HfArg(default="none", help="none, tensorboard or wandb")
-    learning_rate: float = HfArg(
-        default=0.0, help="peak learning rate (0: 0.5 / hidden_size, or a tenth of that in fine-tuning)"
-    )
+    learning_rate: float = HfArg(default=0.0, help="peak (0: 0.5 / hidden_size, or a tenth of that in fine-tuning)")
     lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate after the warm-up")
     warmup_steps: float = HfArg(default=0.05, help="warm-up steps, or their share of all steps if below 1")
     weight_decay: float = HfArg(default=0.1, help="AdamW's weight decay")
@@ -153,30 +131,16 @@ class HSPMNTrainingArguments(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
 
 
-class Parser(HfArgumentParser):
-    """Argument parser whose errors are one line, not the several hundred lines of usage."""
-
-    def error(self, message):
-        """End the program with status 2."""
-        self.exit(2, f"train.py: {message}\n")
-
-
-def refuse(message):
-    """End the program with one line that names the flag, its value and the way out."""
-    raise SystemExit(f"train.py: {message}")
-
-
 def parse_arguments(argv):
     """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
-    parser = Parser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False, prog="train.py")
+    parser = HfArgumentParser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False)
+    parser.error = refuse  # one line, not the several hundred of the usage
     try:
         *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         refuse(error)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        refuse(f"unknown argument {unknown[0]}; {f'did you mean {close[0]}?' if close else '--help lists all'}")
+        check_name("argument", unknown[0].split("=")[0], parser._option_string_actions)
     check_arguments(*arguments)
     return arguments
 
@@ -208,163 +172,6 @@ def check_arguments(model_args, data_args, training_args):
         refuse(f"--resume_from_checkpoint {resume} is no checkpoint folder (it has no trainer_state.json)")
 
 
-def local_files(sources):
-    """Files named by `sources` or found in its folders, and the `datasets` builder that reads them all."""
-    files = []
-    for source in map(Path, sources):
-        if not source.exists():
-            refuse(f"--dataset {source} does not exist")
-        found = [source]
-        if source.is_dir():
-            found = sorted(file for file in source.rglob("*") if file.is_file() and file.suffix in BUILDERS)
-            if not found:
-                refuse(f"--dataset {source} holds no file of a known type ({', '.join(BUILDERS)})")
-        files += found
-    builders = {BUILDERS.get(file.suffix) for file in files}
-    if len(builders) > 1 or None in builders:
-        suffixes = ", ".join(sorted({file.suffix or "no suffix" for file in files}))
-        refuse(f"--dataset must hold files of one type of {', '.join(BUILDERS)}, got {suffixes}")
-    for file in files:
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            refuse(f"--dataset {file} cannot be read: {error.strerror}")
-    if not any(file.stat().st_size for file in files):
-        refuse(f"--dataset {' '.join(sources)} is empty; give a file with at least one document")
-    return [str(file) for file in files], builders.pop()
-
-
-def is_local(sources):
-    """Whether `sources` are files or folders: they exist, they are several, or they are spelt like a path."""
-    first = Path(sources[0])
-    spelt_like_one = first.is_absolute() or sources[0].startswith(".") or first.suffix in BUILDERS
-    return len(sources) > 1 or first.exists() or spelt_like_one
-
-
-def standard_library():
-    """Sources of the running Python's standard library, a `Dataset` with the columns text and path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in root.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(root).parts))
-    rows = {"path": [], "text": []}
-    for file in files:
-        text = file.read_text("utf-8", errors="replace")
-        if text.strip():
-            rows["path"].append(file.relative_to(root).as_posix())
-            rows["text"].append(text)
-    if not files:
-        refuse(f"the standard library at {root} has no .py files; pass --dataset")
-    return datasets.Dataset.from_dict(rows)
-
-
-def load_split(args, split):
-    """One split of the data as a (streaming or in-memory) dataset."""
-    try:
-        if is_local(args.dataset):
-            files, builder = local_files(args.dataset)
-            options = {"sample_by": "document"} if builder == "text" else {}
-            return datasets.load_dataset(builder, data_files=files, split="train", streaming=args.streaming, **options)
-        return datasets.load_dataset(args.dataset[0], args.dataset_config, split=split, streaming=args.streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        refuse(f"--dataset {' '.join(args.dataset)} cannot be read: {reason}")
-
-
-def load_documents(args):
-    """Train and validation documents as datasets of one column, `text`."""
-    if not args.dataset:
-        documents = standard_library()
-        share = [int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) / 2**32 for path in documents["path"]]
-        held_out = np.array(share) < args.validation_fraction
-        documents = documents.select_columns(["text"])
-        return documents.select(np.flatnonzero(~held_out)), documents.select(np.flatnonzero(held_out))
-    if args.validation_split and is_local(args.dataset):
-        refuse(f"--validation_split {args.validation_split} needs a named dataset; local files have no splits")
-    documents = only_text(load_split(args, args.train_split), args)
-    if args.validation_split:
-        return documents, only_text(load_split(args, args.validation_split), args)
-    if args.streaming:  # the first documents are held out: a stream has neither a length nor an end to split by
-        held_out = max(1, int(args.validation_fraction * args.tokenizer_documents))
-        validation = list(documents.take(held_out))
-        return documents.skip(held_out), datasets.Dataset.from_list(validation)
-    if len(documents) == 1:  # one file: its end is held out
-        text = documents[0]["text"]
-        cut = int(len(text) * (1 - args.validation_fraction))
-        return (datasets.Dataset.from_dict({"text": [part]}) for part in (text[:cut], text[cut:]))
-    split = documents.train_test_split(max(1, round(args.validation_fraction * len(documents))), seed=0)
-    return split["train"], split["test"]
-
-
-def only_text(documents, args):
-    """`documents` reduced to its text column under the name `text`; refuses empty data."""
-    first = next(iter(documents), None)
-    if first is None:
-        refuse(f"--dataset {' '.join(args.dataset)} is empty; give a file or split with at least one document")
-    if not isinstance(first.get(args.text_column), str):
-        refuse(f"--text_column {args.text_column} is no text column; the data has {', '.join(first)}")
-    documents = documents.select_columns([args.text_column])
-    if args.text_column != "text":
-        documents = documents.rename_column(args.text_column, "text")
-    if not args.streaming:
-        check_size(documents, args)
-    return documents
-
-
-def check_size(documents, args):
-    """Refuse documents that hold no text or less than one block; a token is at least one byte."""
-    most_tokens = 0
-    for row in documents:
-        most_tokens += len(row["text"].encode()) + 1 if row["text"] else 0
-        if most_tokens >= args.seq_len:
-            return
-    if not most_tokens:
-        refuse(f"--dataset {' '.join(args.dataset)} is empty; give a file with at least one document")
-    refuse(f"--seq_len {args.seq_len} is longer than the data ({most_tokens} tokens at most); lower it or add text")
-
-
-def train_tokenizer(texts, vocab_size):
-    """A tokenizer of `vocab_size` tokens fitted on an iterable of texts; it pads on the left."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fit_byte_pairs(texts, vocab_size, [END_OF_TEXT, PADDING]),
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def pack(documents, tokenizer, seq_len, batch_size=256):
-    """`documents` as blocks of `seq_len` token ids, each document followed by the end-of-text token.
-
-    What is left of a batch of documents after its last full block is dropped.
-    """
-
-    def to_blocks(batch):
-        texts = [text for text in batch["text"] if text]
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        ids = list(chain.from_iterable((*row, tokenizer.eos_token_id) for row in rows))
-        return {"input_ids": [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)]}
-
-    return documents.map(to_blocks, batched=True, batch_size=batch_size, remove_columns=["text"])
-
-
-class Collator:
-    """Stacks blocks into model inputs; with `isolate`, positions restart after each end-of-text token."""
-
-    def __init__(self, end_of_text, isolate):
-        self.end_of_text, self.isolate = end_of_text, isolate
-
-    def __call__(self, rows):
-        """Rows with `input_ids` to a batch."""
-        ids_BT = torch.tensor([row["input_ids"] for row in rows])
-        batch = {"input_ids": ids_BT, "labels": ids_BT}
-        if self.isolate:
-            token_T = torch.arange(ids_BT.shape[1])
-            starts_BT = torch.zeros_like(ids_BT)
-            starts_BT[:, 1:] = torch.where(ids_BT[:, :-1] == self.end_of_text, token_T[1:], 0)
-            batch["position_ids"] = token_T - starts_BT.cummax(1).values
-        return batch
-
-
 def make_blocks(data_args, training_args, tokenizer, documents):
     """Train and validation blocks; refuses data that do not fill one batch."""
     with training_args.main_process_first(desc="packing"):
@@ -391,68 +198,6 @@ def make_blocks(data_args, training_args, tokenizer, documents):
     return train, validation
 
 
-class Bigram:
-    """Interpolated Kneser-Ney bigram with one discount, fitted on blocks of token ids."""
-
-    def __init__(self, blocks, vocab_size):
-        self.vocab_size = vocab_size
-        self.codes, self.counts = np.unique(self._pairs(blocks), return_counts=True)
-        first, second = np.divmod(self.codes, vocab_size)
-        self.total = np.bincount(first, self.counts, vocab_size)
-        self.followers = np.bincount(first, minlength=vocab_size)
-        preceders = np.bincount(second, minlength=vocab_size) + 0.5  # half a count keeps unseen tokens possible
-        self.lower = preceders / preceders.sum()
-
-    def _pairs(self, blocks):
-        return (blocks[:, :-1].astype(np.int64) * self.vocab_size + blocks[:, 1:]).ravel()
-
-    def loss(self, blocks, discount):
-        """Mean nats per token of all tokens but the first of each block."""
-        pairs = self._pairs(blocks)
-        first, second = np.divmod(pairs, self.vocab_size)
-        place = np.searchsorted(self.codes, pairs).clip(max=len(self.codes) - 1)
-        count = np.where(self.codes[place] == pairs, self.counts[place], 0)
-        saved = np.where(self.total[first] > 0, discount * self.followers[first], 1.0)
-        mass = np.maximum(count - discount, 0) + saved * self.lower[second]
-        return float(-np.log(mass / np.maximum(self.total[first], 1)).mean())
-
-
-def bigram_loss(train, validation, vocab_size, max_tokens):
-    """Validation loss of a bigram fitted on at most `max_tokens` training tokens, with the discount that suits a
-    held-out twentieth of them best."""
-    if isinstance(train, datasets.Dataset):
-        rows = train.select(range(min(len(train), max(2, max_tokens // len(train[0]["input_ids"])))))["input_ids"]
-    else:
-        rows = [row["input_ids"] for row in islice(train, max(2, max_tokens // len(validation[0]["input_ids"])))]
-    blocks = np.array(rows, dtype=np.int32)
-    tuned = max(1, len(blocks) // 20)
-    part = Bigram(blocks[:-tuned], vocab_size) if len(blocks) > tuned else Bigram(blocks, vocab_size)
-    discount = min(np.arange(0.3, 1.0, 0.05), key=lambda d: part.loss(blocks[-tuned:], d))
-    return Bigram(blocks, vocab_size).loss(np.array(validation["input_ids"], dtype=np.int32), discount)
-
-
-def config_changes(model_args):
-    """Config fields that the command line sets; refuses names that HSPMNConfig lacks."""
-    config = AutoConfig.from_pretrained(CHECKOUT, trust_remote_code=True)
-    names = [field.name for field in dataclasses.fields(config) if field.init]
-    changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
-    if model_args.sparsity_k:
-        changes["sparsity_k"] = model_args.sparsity_k if len(model_args.sparsity_k) > 1 else model_args.sparsity_k[0]
-    for override in model_args.config_overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            refuse(f"--config_overrides {override} must have the form key=value")
-        if key not in names:
-            close = difflib.get_close_matches(key, names, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            refuse(f"--config_overrides {key} is no field of HSPMNConfig{hint}")
-        try:
-            changes[key] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[key] = value
-    return changes
-
-
 def new_model(changes, vocab_size, seq_len):
     """Config fields of a new model: `changes`, and what suits its size for those left open.
 
@@ -476,24 +221,19 @@ def new_model(changes, vocab_size, seq_len):
 
 def make_config(model_args, vocab_size, seq_len):
     """Configuration of a new model, or of the saved one with the command line's changes."""
-    changes = config_changes(model_args)
-    source = model_args.model_name_or_path or CHECKOUT
-    if model_args.model_name_or_path:  # a trained router needs no annealing
-        changes = {"sparsity_anneal_fraction": 0.0} | changes
-    else:
-        changes = new_model(changes, vocab_size, seq_len)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=True, **changes)
-        config.validate()
-    except (OSError, ValueError) as error:
-        refuse(str(error).strip().splitlines()[0])
-    if model_args.model_name_or_path:
-        saved = AutoConfig.from_pretrained(source, trust_remote_code=True)
-        for name in SIZES:
-            asked, held = getattr(config, name), getattr(saved, name)
-            if asked != held:
-                refuse(f"--{name} {asked} differs from {source}, which has {held}; leave it out")
-    return config
+    changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
+    if model_args.sparsity_k:
+        changes["sparsity_k"] = model_args.sparsity_k if len(model_args.sparsity_k) > 1 else model_args.sparsity_k[0]
+    changes |= parse_overrides("--config_overrides", model_args.config_overrides)
+    source = model_args.model_name_or_path
+    if not source:
+        return config_with(new_model(changes, vocab_size, seq_len), "--config_overrides")
+    saved = config_with({}, source=source)
+    for name in SIZES:
+        if changes.get(name, getattr(saved, name)) != getattr(saved, name):
+            refuse(f"--{name} {changes[name]} differs from {source}, which has {getattr(saved, name)}; leave it out")
+    # a trained router needs no annealing
+    return config_with({"sparsity_anneal_fraction": 0.0} | changes, "--config_overrides", source)
 
 
 def make_model(model_args, config, tokenizer):
@@ -513,14 +253,11 @@ def make_tokenizer(model_args, data_args, training_args, documents):
     name = training_args.resume_from_checkpoint or model_args.model_name_or_path or data_args.tokenizer_name
     if name:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
         except (OSError, ValueError) as error:
             refuse(f"no tokenizer can be loaded from {name}: {str(error).strip().splitlines()[0]}")
-        if tokenizer.eos_token_id is None:
-            refuse(f"the tokenizer of {name} has no end-of-text token; documents could not be told apart")
-        return tokenizer
     texts = (row["text"] for row in islice(documents, data_args.tokenizer_documents) if row["text"])
-    return train_tokenizer(texts, data_args.vocab_size)
+    return fit_tokenizer(texts, data_args.vocab_size, padding=True)
 
 
 class AnnealingCallback(TrainerCallback):
@@ -585,10 +322,8 @@ class HSPMNTrainer(Trainer):
             logs |= {f"target/{layer}": target for layer, target in enumerate(targets)}
             for layer, (load, target) in enumerate(zip(loads, targets, strict=True)):
                 if not LOAD_WARNING[0] * target <= load <= LOAD_WARNING[1] * target:
-                    logger.warning(
-                        "step %d: layer %d routes %.3f of its tokens, far from its target %.3f",
-                        *(self.state.global_step, layer, load, target),
-                    )
+                    text = "step %d: layer %d routes %.3f of its tokens, far from its target %.3f"
+                    logger.warning(text, self.state.global_step, layer, load, target)
         super().log(logs, start_time)
 
 
@@ -597,10 +332,8 @@ def generate_sample(model, tokenizer, prompt, max_new_tokens=64):
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     set_seed(0)
-    ids_BT = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_k=50,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
+    ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
 
 
@@ -651,27 +384,12 @@ What its training printed:
 """
 
 
-def describe(train, data_args):
-    """The training data in a few words."""
-    name = " ".join(data_args.dataset) or f"standard library of Python {sys.version.split()[0]}"
-    if isinstance(train, datasets.Dataset):
-        return f"{name}, {len(train) * data_args.seq_len:,} training tokens"
-    return f"{name}, streamed"
-
-
-def device_name(training_args):
-    """What the run computes on, in words."""
-    if training_args.device.type == "cuda":
-        return f"{training_args.world_size} x {torch.cuda.get_device_name()}"
-    threads = torch.get_num_threads()
-    return f"{training_args.device.type.upper()} with {threads} thread{'s' if threads > 1 else ''}"
-
-
 def main(argv=None):
     """Run a training job; `argv` defaults to the command line. Returns the measured results."""
     begin = time.monotonic()
     model_args, data_args, training_args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()  # those of writing and reading files; training keeps its own
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs it raises too
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
     if not training_args.learning_rate:
@@ -685,7 +403,7 @@ def main(argv=None):
     trainer = HSPMNTrainer(
         model,
         training_args,
-        data_collator=Collator(tokenizer.eos_token_id, data_args.isolate_documents),
+        data_collator=partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -696,8 +414,14 @@ def main(argv=None):
     if not training_args.disable_tqdm:
         trainer.add_callback(LogCallback())
 
-    results = {"train_data": describe(train, data_args), "validation_tokens": len(validation) * data_args.seq_len}
-    results |= {"parameters": model.num_parameters(), "device": device_name(training_args)}
+    source = " ".join(data_args.dataset) or f"standard library of Python {sys.version.split()[0]}"
+    streamed = not isinstance(train, datasets.Dataset)
+    size = "streamed" if streamed else f"{len(train) * data_args.seq_len:,} training tokens"
+    device = f"{training_args.device.type.upper()} with {torch.get_num_threads()} threads"
+    if training_args.device.type == "cuda":
+        device = f"{training_args.world_size} x {torch.cuda.get_device_name()}"
+    results = {"train_data": f"{source}, {size}", "validation_tokens": len(validation) * data_args.seq_len}
+    results |= {"parameters": model.num_parameters(), "device": device}
     if data_args.baseline_tokens:
         results["bigram_loss"] = bigram_loss(train, validation, len(tokenizer), data_args.baseline_tokens)
     results["loss_before"] = trainer.evaluate()["eval_loss"]

@@ -1,9 +1,10 @@
-"""Writes the tables of README.md between `<!-- results:NAME -->` and `<!-- /results -->` from the results files.
+"""Writes the tables between `<!-- results:NAME -->` and `<!-- /results -->` of README pages from the results files.
 
-    python benchmarks/report.py              rewrite README.md from benchmarks/results/*.json
-    python benchmarks/report.py --check      change nothing; exit code 1 if README.md is not what the files give
+    python benchmarks/report.py              rewrite README.md and benchmarks/README.md from benchmarks/results/*.json
+    python benchmarks/report.py --check      change nothing; exit code 1 if a page is not what the files give
 
-A section takes the metrics named here; other rows of its file are left out.
+benchmarks/README.md has every section, README.md any of them. A section takes the metrics named here; other rows of
+its file are left out.
 """
 
 import argparse
@@ -14,19 +15,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 SECTION = re.compile(r"<!-- results:(\w+) -->\n(.*?)<!-- /results -->", re.DOTALL)
 NOTHING = "-"
+HSPMN = ("hspmn", "hspmn_routing", "hspmn_reflexive", "hspmn_even")  # first in every group of rows, in this order
+EVEN = "Original setting: 0.2 of the tokens are routed in every layer."
+BOTH = (
+    "`hspmn`: default configuration, 0.8 of the tokens in every fourth layer, none elsewhere; its block is the mean "
+    "of one `hspmn_routing` and three `hspmn_reflexive`. `hspmn_even`: original setting, 0.2 in every layer."
+)
 
 
 class Section(NamedTuple):
     """One table: the command that measures it, its columns, and the part of a case name that keeps rows together.
 
-    columns: by heading, a function from a case and the values by (case, metric) to a text.
+    has_even: whether its cases are of two configurations, which the table then names.
     """
 
     command: str
-    columns: dict
+    columns: tuple
     group: int = -1
+    has_even: bool = False
 
 
 def metric(name, form):
@@ -47,9 +56,10 @@ def span(low, high, form):
 def over_dense(case, values):
     """Speed over that of the dense model in the same case, `<model>/...`."""
     dense = f"dense/{case.partition('/')[2]}"
-    if not {(case, "tok_s"), (dense, "tok_s")} <= values.keys():
-        return NOTHING
-    return f"{values[case, 'tok_s'] / values[dense, 'tok_s']:.2f}x"
+    for name, power in (("tok_s", 1), ("ttft_ms", -1)):
+        if {(case, name), (dense, name)} <= values.keys():
+            return f"{(values[case, name] / values[dense, name]) ** power:.2f}x"
+    return NOTHING
 
 
 def three_digits(value):
@@ -62,64 +72,70 @@ def millions(value):
     return f"{value / 1e6:,.2f} M" if value >= 1e5 else f"{value:,.0f}"
 
 
-WHOLE, THREE_PLACES = "{:,.0f}".format, "{:.3f}".format
-MS, TOK_S, PEAK = metric("ms", three_digits), metric("tok_s", millions), metric("peak_gb", "{:.1f}".format)
+WHOLE, TWO_PLACES, THREE_PLACES = "{:,.0f}".format, "{:.2f}".format, "{:.3f}".format
+COLUMNS = {name: metric(name, THREE_PLACES) for name in ("val", "recall", "other", "accuracy")}
+COLUMNS |= {f"{way} ms": metric(f"{way}_ms", three_digits) for way in ("eager", "compiled", "graph")}
+COLUMNS |= {
+    "std of val": metric("val_std", THREE_PLACES), "load / target": span("load_min", "load_max", TWO_PLACES),
+    "KV bytes per token": metric("kv_bytes_per_token", WHOLE), "training tok/s": metric("train_tok_s", millions),
+    "ms": metric("ms", three_digits), "tok/s": metric("tok_s", millions), "over dense": over_dense,
+    "peak GB": metric("peak_gb", "{:.1f}".format), "first token ms": metric("ttft_ms", three_digits),
+    "one forward ms": metric("forward_ms", three_digits), "launches": metric("launches", three_digits),
+    "host us": metric("host_us", three_digits),
+    "TFLOP/s": metric("tflops", three_digits), "TB/s": metric("tb_s", three_digits),
+    "floor ratio": metric("floor_ratio", TWO_PLACES), "tokens": metric("tokens", WHOLE),
+    "prefill tok/s": metric("prefill_tok_s", millions), "decode tok/s": metric("decode_tok_s", millions),
+}  # fmt: skip
+SPEEDS = ("ms", "tok/s", "peak GB", "over dense")
 SECTIONS = {
     "quality": Section(
         "python benchmarks/quality.py",
-        {name: metric(name, THREE_PLACES) for name in ("val", "recall", "other")}
-        | {
-            "std of val": metric("val_std", THREE_PLACES),
-            "load / target": span("load_min", "load_max", "{:.2f}".format),
-            "KV bytes per token": metric("kv_bytes_per_token", WHOLE),
-            "training tok/s": metric("train_tok_s", millions),
-        },
+        ("val", "recall", "other", "std of val", "load / target", "KV bytes per token", "training tok/s"),
     ),
-    "throughput": Section(
-        "python benchmark.py --mode throughput",
-        {"ms": MS, "tok/s": TOK_S, "peak GB": PEAK, "over dense": over_dense},
+    "serve": Section(
+        "python benchmark.py --mode serve",
+        ("first token ms", "one forward ms", "tok/s", "peak GB", "over dense", "launches", "host us"),
     ),
-    "latency": Section(
-        "python benchmark.py --mode latency",
-        {f"{way} ms": metric(f"{way}_ms", three_digits) for way in ("eager", "compiled", "graph")},
-    ),
-    "kernels": Section(
-        "python benchmark.py --mode kernels",
-        {"ms": MS, "TFLOP/s": metric("tflops", three_digits), "TB/s": metric("tb_s", three_digits)},
-        group=0,
-    ),
+    "throughput": Section("python benchmark.py --mode throughput", SPEEDS, has_even=True),
+    "latency": Section("python benchmark.py --mode latency", ("eager ms", "compiled ms", "graph ms"), has_even=True),
+    "train": Section("python benchmark.py --mode train", SPEEDS, has_even=True),
+    "kernels": Section("python benchmark.py --mode kernels", ("ms", "TFLOP/s", "TB/s"), group=0),
     "decode": Section(
-        "python benchmark.py --mode decode",
-        {"ms": MS, "tok/s": TOK_S, "floor ratio": metric("floor_ratio", "{:.2f}".format), "over dense": over_dense},
+        "python benchmark.py --mode decode", ("ms", "tok/s", "floor ratio", "over dense"), has_even=True
     ),
     "context": Section(
-        "python benchmark.py --mode context",
-        {"tokens": metric("tokens", WHOLE), "prefill tok/s": metric("prefill_tok_s", millions)}
-        | {"decode tok/s": metric("decode_tok_s", millions), "peak GB": PEAK},
+        "python benchmark.py --mode context", ("tokens", "prefill tok/s", "decode tok/s", "peak GB"), has_even=True
     ),
-    "needle": Section("python evaluate.py --task needle FOLDER", {"accuracy": metric("accuracy", THREE_PLACES)}, 0),
-    "mqar": Section("python evaluate.py --task mqar", {"accuracy": metric("accuracy", THREE_PLACES)}),
+    "needle": Section("python evaluate.py --task needle FOLDER", ("accuracy",), group=0),
+    "mqar": Section("python benchmarks/mqar.py", ("accuracy",)),
 }
 
 
 def table(section, rows):
     """Lines of the Markdown table of a section, cases as rows; cases without any of its metrics are left out."""
     values = {(row["case"], row["metric"]): row["value"] for row in rows}
-    found = {case: [text(case, values) for text in section.columns.values()] for case, _ in values}
+    found = {case: [COLUMNS[name](case, values) for name in section.columns] for case, _ in values}
     kept = [case for case, cells in found.items() if any(cell != NOTHING for cell in cells)]
-    groups = list(dict.fromkeys(case.split("/")[section.group] for case in kept))
-    kept.sort(key=lambda case: groups.index(case.split("/")[section.group]))  # repeated cases come last in the file
+
+    def group(case):
+        return "/" in case and case.split("/")[section.group]
+
+    groups = list(dict.fromkeys(map(group, kept)))
+
+    def place(case):  # repeated cases come last in the file
+        model = case.split("/")[0]
+        return groups.index(group(case)), HSPMN.index(model) if model in HSPMN else len(HSPMN)
+
     lines = [["case", *section.columns], ["---", *["---:"] * len(section.columns)]]
-    return [f"| {' | '.join(cells)} |" for cells in [*lines, *([case, *found[case]] for case in kept)]]
+    lines += ([case, *found[case]] for case in sorted(kept, key=place))
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def section_text(name, folder):
-    """What stands between the markers of section `name`; raises ValueError for a name without a section."""
-    if name not in SECTIONS:
-        raise ValueError(f"README.md has a section results:{name}; known are {', '.join(SECTIONS)}")
-    path = folder / f"{name}.json"
+    """What stands between the markers of section `name`."""
+    section, path = SECTIONS[name], folder / f"{name}.json"
     if not path.exists():
-        return f"not measured yet: `{SECTIONS[name].command}`\n"
+        return f"not measured yet: `{section.command}`\n"
     document = json.loads(path.read_text())
     versions = [f"{name} {version}" for name, version in document["versions"].items() if name in ("torch", "triton")]
     source = ", ".join([document["device"], document["date"].split()[0], *versions])
@@ -127,34 +143,41 @@ def section_text(name, folder):
     command = f"`{document['command']}`"
     if gathered > 1:
         command = f"{gathered} commands, all in `commands` of `{path.name}`, the last {command}"
-    return "\n".join([f"{source}: {command}", "", *table(SECTIONS[name], document["rows"]), "", ""])
-
-
-def report(text, folder):
-    """The README `text` with every section as the results files in `folder` give it."""
-    missing = SECTIONS.keys() - {name for name, _ in SECTION.findall(text)}
-    if missing:
-        raise ValueError(f"README.md has no section <!-- results:{sorted(missing)[0]} --> ... <!-- /results -->")
-    return SECTION.sub(lambda m: f"<!-- results:{m[1]} -->\n{section_text(m[1], folder)}<!-- /results -->", text)
+    lines = [f"{source}: {command}", ""]
+    if section.has_even:
+        lines += [BOTH if any(row["case"].startswith("hspmn_even/") for row in document["rows"]) else EVEN, ""]
+    return "\n".join([*lines, *table(section, document["rows"]), "", ""])
 
 
 def main(argv=None):
-    """Rewrite README.md or check it; returns the exit code."""
+    """Rewrite the pages or check them; returns the exit code."""
     parser = argparse.ArgumentParser(
         "benchmarks/report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md differs")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page differs")
+    parser.add_argument(
+        "--pages", type=Path, nargs="+", default=PAGES, help="files with sections, each on one of them"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the files")
     args = parser.parse_args(argv)
-    old = args.readme.read_text("utf-8")
-    new = report(old, args.results)
-    if args.check and new != old:
-        print(f"{args.readme.name} differs from {args.results.name}/*.json: run python benchmarks/report.py")
-        return 1
-    if new != old:
-        args.readme.write_text(new, "utf-8")
-    return 0
+    old = {page: page.read_text("utf-8") for page in args.pages}
+    named = {name for text in old.values() for name, _ in SECTION.findall(text)}
+    for name in sorted(named ^ SECTIONS.keys()):
+        problem = "is unknown" if name in named else "is missing"
+        parser.exit(
+            2, f"report.py: --pages: section <!-- results:{name} --> {problem}; there is one for each of SECTIONS\n"
+        )
+    different = 0
+    for page, text in old.items():
+        new = SECTION.sub(
+            lambda m: f"<!-- results:{m[1]} -->\n{section_text(m[1], args.results)}<!-- /results -->", text
+        )
+        if new != text and args.check:
+            print(f"{page.name} differs from {args.results.name}/*.json: run python benchmarks/report.py")
+            different = 1
+        elif new != text:
+            page.write_text(new, "utf-8")
+    return different
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import pytest
 import torch
 from caches import assert_same, static_cache, used
 from caches import feed as feed_pieces
-from hspmn.cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNCacheLayer
+from hspmn.block_hspmn import Route, Stream
+from hspmn.cache_hspmn import SLOT_BLOCK, HSPMNCache
+from hspmn.operations_hspmn import operations
 
 
 def tokens(B, T, seed=0):
@@ -23,12 +25,22 @@ def feed(model, ids, cache=None, **kwargs):
 
 
 @pytest.fixture
-def layer(tiny_config):
-    """A layer for keys of shape [2, K, 1, 2]."""
+def append(tiny_config):
+    """Function from a token's key, value, position and whether it is routed, per row, to the layer that stores it."""
     config = tiny_config(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=2, sparsity_k=0.5)
-    layer = HSPMNCacheLayer(config)
-    layer.lazy_initialization(torch.ones(2, 1))
-    return layer
+    cache, seen_B = HSPMNCache(config), torch.zeros(2, dtype=torch.long)
+
+    def append(k, v, position, count_B):
+        cache.start_call(2, 1, torch.device("cpu"))
+        if not cache.layers[0].is_initialized:
+            cache.layers[0].lazy_initialization(k)
+        slot = count_B.long()[:, None] - 1
+        route = Route(None, None, slot, slot, count_B, None)
+        stream = Stream(torch.full((2, 1), position), None, None, torch.full((2, 1), -1), None, seen_B)
+        cache.layers[0].update(k, v, stream, route, operations("reference"))
+        return cache.layers[0]
+
+    return append
 
 
 @pytest.fixture(params=["gated", "elu"])
@@ -44,11 +56,11 @@ def cache(model):
 # Growth
 
 
-def test_appending_reallocates_rarely_and_never_copies_in_between(layer):
+def test_appending_reallocates_rarely_and_never_copies_in_between(append):
     x, count = torch.ones(2, 1, 1, 2), torch.ones(2, dtype=torch.int32)
     capacities, addresses = [], set()
     for step in range(4000):
-        layer.update(x * step, -x * step, torch.full((2, 1), 3 * step), count)
+        layer = append(x * step, -x * step, 3 * step, count)
         capacities.append(layer.slots)
         addresses.add(layer.keys.data_ptr())
     assert capacities == sorted(capacities) and all(slots % SLOT_BLOCK == 0 for slots in capacities)
@@ -60,11 +72,11 @@ def test_appending_reallocates_rarely_and_never_copies_in_between(layer):
     assert torch.equal(layer.positions[0, :4000], (3 * step).int())
 
 
-def test_slots_are_held_for_routed_tokens_and_not_for_all(layer):
+def test_slots_are_held_for_routed_tokens_and_not_for_all(append):
     x = torch.ones(2, 1, 1, 2)
     for step in range(2000):
         routed = torch.tensor([step % 10 == 0, step % 20 == 0], dtype=torch.int32)
-        layer.update(x, x, torch.full((2, 1), step), routed)
+        layer = append(x, x, step, routed)
     assert layer.count.tolist() == [200, 100]
     assert layer.slots <= 2 * SLOT_BLOCK
     assert layer.positions[1, :100].tolist() == list(range(0, 2000, 20))

@@ -93,8 +93,7 @@ def pieces(model):
 
 def test_generate_reads_long_prompts_in_pieces(model, pieces, monkeypatch):
     expected = generate(model, tokens(2, 20))
-    monkeypatch.setattr("hspmn.modeling_hspmn.PREFILL_CHUNK", 6)
-    monkeypatch.setattr("hspmn.modeling_hspmn.WHOLE_PROMPT", 19)
+    monkeypatch.setattr(type(model), "piece_size", lambda self, rows: 6)
     pieces.clear()
     assert torch.equal(generate(model, tokens(2, 20)), expected)
     assert pieces == [2, 6, 6, 6, *[1] * 11]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from caches import MOVES, feed, static_cache
-from hspmn.benchmark_context import set_model_loads
 from hspmn.cache_hspmn import HSPMNCache
 from torch.nn import functional as F
 
@@ -64,12 +63,16 @@ def new_cache(model, kind):
 
 
 def set_loads(model, ids_BT):
-    """In the first layer a score belongs to a token id, and the quantile of a load is one of them: go between two."""
-    set_model_loads(model, ids_BT)
-    every_id, bias = torch.arange(model.config.vocab_size, device=DEVICE)[None], model.model.layers[0].router.bias
-    scores = model(every_id, use_cache=False).router_scores[0, 0].sort().values
-    above = torch.searchsorted(scores, -bias)
-    bias.fill_(-scores[above - 1 : above + 1].mean())
+    """Twice, because a layer's routing changes the next one's input.
+
+    In the first layer a score belongs to a token id, and the quantile of a load is one of them: go between two.
+    """
+    for _ in range(2):
+        scores_LBT = model(ids_BT, use_cache=False, logits_to_keep=1).router_scores
+        for layer, scores_BT in zip(model.model.layers, scores_LBT, strict=True):
+            cut = scores_BT.quantile(1 - layer.router.sparsity_k)
+            below = scores_BT[scores_BT < cut - 1e-3 * scores_BT.std()].max()
+            layer.router.bias.fill_(-(cut + below) / 2)
 
 
 @pytest.fixture(scope="module", params=ROUNDING, ids=str)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from caches import MOVES, assert_same, every_tensor, feed, static_cache
 from hspmn.cache_hspmn import HSPMNCache, HSPMNStaticCache
-from hspmn.reference_hspmn import local_attention_ref, window_decode_ref
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -70,21 +69,6 @@ def test_static_equals_growing_equals_uncached(model, cuts, kind):
         assert torch.equal(routed, expected.router_mask)
         assert cache.get_seq_length() == 30 and cache.has_previous_state()
     assert_same(fixed, growing)
-
-
-def test_a_single_token_reads_the_ring_as_the_window_in_order():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, T, H, 4, generator=generator) for T, H in ((1, 6), (12, 2), (12, 2)))
-    window, seen = 5, torch.tensor([11, 11])
-    slots = torch.arange(7, 12) % window  # the tokens 7 .. 11 of a row in its ring
-    ring_k, ring_v = (torch.zeros(2, window, 2, 4).index_copy_(1, slots, x[:, 7:]) for x in (k, v))
-    for start in (0, -3, -11):
-        start_BT = torch.full((2, 1), start)
-        history = [x[:, 6:11] for x in (k, v)]
-        want = local_attention_ref(q, k[:, 11:], v[:, 11:], start_BT, window, *history)
-        got = window_decode_ref(q, ring_k, ring_v, seen % window, start_BT)
-        for x, y in zip(got, want, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 # Addresses and rows that move

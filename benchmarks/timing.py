@@ -4,8 +4,8 @@ B batch, S and T tokens, H query heads, G key/value heads, E head width, D hidde
 """
 
 import gc
-import statistics
 import time
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from .evaluate import config_with, parse_overrides
+from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
+from ..results import config_with, parse_overrides
 
 SLOW_MS = 300.0  # calls longer than this are timed five times
 
@@ -37,27 +38,20 @@ class Shape(NamedTuple):
         return f"B{self.B}_S{self.S}"
 
 
-def measure(call, args, before=None):
+def measure(call, args, before=None, wall=False):
     """Milliseconds of `args.reps` calls after a warm-up of three; `before` runs before each, untimed.
 
-    Resets the peak memory counter after the warm-up. CUDA events on CUDA, the clock elsewhere.
+    Between CUDA events, without waiting for one call before the next is queued; by the clock on a CPU and for `wall`:
+    from an idle device until the result is there. Resets the peak memory counter after the warm-up.
     """
     before = before or (lambda: None)
     for _ in range(3):
-        before()
-        call()
-    synchronize(args)
+        spent = wall_ms(call, args, before)
+    reps = args.reps if spent < SLOW_MS else min(args.reps, 5)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    call()
-    synchronize(args)
-    reps = args.reps if 1e3 * (time.perf_counter() - begun) < SLOW_MS else min(args.reps, 5)
-    return measure_cuda(call, reps, before) if args.device.type == "cuda" else measure_clock(call, reps, before)
-
-
-def measure_cuda(call, reps, before):
-    """Milliseconds of each call between CUDA events, without waiting for one before the next is queued."""
+    if wall or args.device.type != "cuda":
+        return [wall_ms(call, args, before) for _ in range(reps)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(reps)]
     for begin, end in events:
         before()
@@ -68,24 +62,30 @@ def measure_cuda(call, reps, before):
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def measure_clock(call, reps, before):
-    """Milliseconds of each call by the clock."""
-    times = []
-    for _ in range(reps):
-        before()
-        begun = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - begun))
-    return times
+def wall_ms(call, args, before=lambda: None):
+    """Milliseconds of one call by the clock, from an idle device to an idle device."""
+    before()
+    synchronize(args)
+    begun = time.perf_counter()
+    call()
+    synchronize(args)
+    return 1e3 * (time.perf_counter() - begun)
 
 
-def timing(times, tokens, args):
-    """Median and P95 milliseconds, tokens per second, and peak memory on CUDA, as metrics."""
-    metrics = {"ms": statistics.median(times), "p95_ms": float(np.quantile(times, 0.95))}
-    metrics["tok_s"] = 1e3 * tokens / metrics["ms"]
-    if args.device.type == "cuda":
-        metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return metrics
+def spread(times, way=""):
+    """Median and P95 of milliseconds as metrics, named by the way that was measured."""
+    return {f"{way}ms": median(times), f"{way}p95_ms": float(np.quantile(times, 0.95))}
+
+
+def timing(times, tokens):
+    """`spread` and tokens per second, as metrics."""
+    metrics = spread(times)
+    return metrics | {"tok_s": 1e3 * tokens / metrics["ms"]}
+
+
+def peak_memory(args):
+    """Peak memory since it was reset as a metric; nothing where nobody counts it."""
+    return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if args.device.type == "cuda" else {}
 
 
 def synchronize(args):
@@ -106,7 +106,7 @@ def copy_rate(args):
     """Bytes per second, read and written, of a device copy."""
     source = torch.ones(2**28 if args.device.type == "cuda" else 2**24, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (1e-3 * statistics.median(measure(lambda: target.copy_(source), args)))
+    return 2 * source.numel() / (1e-3 * median(measure(lambda: target.copy_(source), args)))
 
 
 def compiled(function, args, fullgraph=True):
@@ -133,10 +133,16 @@ def capture(call):
     return graph, output
 
 
-def host_syncs(call):
-    """How often the host waits for the device, or copies from it, between the first and the last launch of a call.
+def replayed(step, args):
+    """A call that replays `step` from a CUDA graph where there is CUDA; else `step`, which has run once."""
+    step()  # compiles it
+    return capture(step)[0].replay if args.device.type == "cuda" else step
 
-    None if the profiler saw no launch, as where it may not read the device's counters.
+
+def host_work(call):
+    """Launches of a call, and how often the host waits for the device, or copies from it, between the first and last.
+
+    Both are None if the profiler saw no launch, as where it may not read the device's counters.
     """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
@@ -145,34 +151,29 @@ def host_syncs(call):
     on_host = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CPU]
     launches = [event.time_range for event in on_host if event.name.startswith("cu") and "Launch" in event.name]
     if not launches:
-        return None
+        return None, None
     begin, end = min(span.start for span in launches), max(span.end for span in launches)
     waits = [event for event in on_host if "Synchronize" in event.name and begin <= event.time_range.start <= end]
-    return len(waits) + sum("Memcpy DtoH" in event.name for event in trace.events())
+    return len(launches), len(waits) + sum("Memcpy DtoH" in event.name for event in trace.events())
 
 
-def shared_sizes(args, layers, intermediate_size):
-    """Fields that every decoder has."""
-    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    sizes = {name: getattr(args, name) for name in names}
-    return sizes | {
+def model_config(args, name, layers, intermediate_size):
+    """Configuration of a model of the sizes in `args`: a Llama with SDPA for dense, else an HSPMN with `--set`.
+
+    hspmn is the default one, of whose layers hspmn_routing and hspmn_reflexive are the two kinds; hspmn_even routes
+    the same share in every layer.
+    """
+    fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    sizes = {field: getattr(args, field) for field in fields} | {
         "num_hidden_layers": layers, "intermediate_size": intermediate_size, "tie_word_embeddings": True,
         "max_position_embeddings": 1048576, "rms_norm_eps": 1e-6,
     }  # fmt: skip
-
-
-def hspmn_config(args, layers, intermediate_size):
-    """Configuration of an HSPMN of the sizes in `args`, with the fields of `--set`."""
-    fields = shared_sizes(args, layers, intermediate_size)
-    fields |= {"sparsity_k": args.sparsity_k, "sliding_window": args.sliding_window}
-    return config_with(fields | parse_overrides(args.set))
-
-
-def dense_config(args, layers, intermediate_size):
-    """Configuration of a Llama of the same sizes, with SDPA."""
-    config = LlamaConfig(**shared_sizes(args, layers, intermediate_size))
-    config._attn_implementation = "sdpa"
-    return config
+    if name == "dense":
+        return LlamaConfig(**sizes, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)
+    shares = {"hspmn": None, "hspmn_even": args.sparsity_k, "hspmn_reflexive": [0.0]}
+    shares["hspmn_routing"] = [CONCENTRATED_SHARE * ROUTING_PERIOD]
+    own = {"sparsity_k": shares[name], "sliding_window": args.sliding_window}
+    return config_with(sizes | own | parse_overrides("--set", args.set))
 
 
 def random_hidden(args, B, S, seed=0):

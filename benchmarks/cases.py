@@ -1,0 +1,543 @@
+"""Inputs of every operation: one maker for the tests of its kernel and for `benchmark.py --mode kernels`.
+
+Legend of shape suffixes as in `operations_hspmn`. Nothing here imports Triton before a kernel is measured.
+"""
+
+import importlib
+import importlib.util
+from functools import partial
+from inspect import signature
+from statistics import median
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
+from ..operations_hspmn import EVERY_TOKEN, REGISTRY, compact, quantize
+from .timing import LeftOut, measure
+
+CHECKED_QUERIES = 512  # the last ones of the last row, over all their keys
+FEW_ROWS = 16  # that the kernels of a single token's products take
+
+
+class Sizes(NamedTuple):
+    """Sizes of the inputs, by default those of a layer of the measured model; P: slots of the sparse store.
+
+    share: routed tokens. even: all rows are full and alike, as benchmarks want them; else the second one is short and
+    the third one empty.
+    """
+
+    B: int = 1
+    T: int = 4096
+    H: int = 16
+    G: int = 4
+    E: int = 128
+    D: int = 2048
+    N: int = 8192
+    W: int = 128
+    P: int = 4096
+    taps: int = 4
+    share: float = 0.2
+    even: bool = False
+
+
+class Case(NamedTuple):
+    """Positional arguments of an operation, and masks over their leading dimensions.
+
+    compared: by output number (0 for a single tensor) or name of an argument written in place, which elements mean
+    something; all where there is no mask. unread: by argument name, elements that must not change any of these.
+    """
+
+    args: tuple
+    compared: dict = {}
+    unread: dict = {}
+
+
+class Draw:
+    """Random tensors of one set of sizes, whose fields are its attributes too."""
+
+    def __init__(self, sizes, dtype, device):
+        self.dtype, self.device = dtype, torch.device(device)
+        vars(self).update(sizes._asdict())
+
+    def normal(self, *shape, dtype=None):
+        """Unit-variance values."""
+        return torch.randn(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def wide(self, *shape):
+        """Unit-variance values in float32."""
+        return self.normal(*shape, dtype=torch.float32)
+
+    def weights(self, number, outputs, inputs):
+        """Weights that keep the variance."""
+        return [self.normal(outputs, inputs) / inputs**0.5 for _ in range(number)]
+
+    def norm(self, width):
+        """A norm's weight and epsilon."""
+        return torch.rand(width, device=self.device).to(self.dtype) + 0.5, 1e-6
+
+    def heads(self, T, width=None):
+        """Queries [B, T, H, E], keys [B, T, G, E] of about unit length and values [B, T, G, width]."""
+        q, k = self.normal(self.B, T, self.H, self.E), self.normal(self.B, T, self.G, self.E)
+        return q, k / self.E**0.5, self.normal(self.B, T, self.G, width or self.E)
+
+    def rings(self):
+        """Keys and values of the window's ring."""
+        return [self.normal(self.B, self.W, self.G, self.E) for _ in range(2)]
+
+    def rows(self, *values, dtype=torch.int64):
+        """One number per row: the values in turn, or the first of them in all rows that are even."""
+        values = values[:1] if self.even else values
+        return torch.tensor([values[b % len(values)] for b in range(self.B)], dtype=dtype, device=self.device)
+
+    def slots(self, *values):
+        """`rows` in int32."""
+        return self.rows(*values, dtype=torch.int32)
+
+    def upto(self, width, limit_B):
+        """Whether each of `width` columns lies below its row's limit."""
+        return torch.arange(width, device=self.device) < limit_B[:, None]
+
+    def length(self, padded):
+        """Real tokens per row, or None."""
+        return self.rows(self.T, self.T // 2, 0, max(self.T - 1, 0)) if padded else None
+
+    def start(self, kind, past=0, length_B=None):
+        """`start_BT`: None, one per "row", or one per token of "packed" documents, none of which begins in padding."""
+        if kind is None:
+            return None
+        if kind == "row":
+            return self.rows(-past, 0, -1, -past // 2)[:, None]
+        token_T = torch.arange(self.T, device=self.device)
+        begins_BT = torch.rand(self.B, self.T, device=self.device) < 4 / self.T
+        if length_B is not None:
+            begins_BT &= self.upto(self.T, length_B)
+        return torch.where(begins_BT, token_T, -past).cummax(1).values
+
+    def route(self, T, length_B=None):
+        """index_BK, slot_BT and count_B of a share of each row's tokens; rows that are not even have free slots."""
+        K = max(1, round(self.share * T))
+        wanted_B = self.rows(K, (K + 1) // 2, 0)
+        routed_BT = torch.rand(self.B, T, device=self.device).argsort(1).argsort(1) < wanted_B[:, None]
+        if length_B is not None:
+            routed_BT &= self.upto(T, length_B)
+        return compact(routed_BT, K if self.even else min(T, K + 2))
+
+    def first(self, K, past, held_B):
+        """First visible slot of each of K queries; a row's first document began `past` slots before the call."""
+        first_BK = self.start("packed", past)[:, :K]
+        return first_BK if held_B is None else (first_BK + held_B[:, None]).clamp(min=0)
+
+    def store(self, held_B, whole=False):
+        """The last seven arguments of `extend`, keys and values int8 if they are to be `whole`; and masks, by name,
+        that leave out the spare slot."""
+        kept = self.heads(self.P + 1)[1:]
+        scales = [self.wide(self.B, 1, self.G) for _ in range(2)]  # not used
+        if whole:
+            kept, scales = zip(*map(quantize, kept), strict=True)
+        positions_BP = torch.zeros(self.B, self.P + 1, dtype=torch.int32, device=self.device)
+        opened_B = self.slots(min(70, self.P // 2), 0, 0, 1).minimum(held_B)
+        names = ("keys_BPGE", "values_BPGE", "positions_BP") + ("key_scales_BPG", "value_scales_BPG") * whole
+        masks = dict.fromkeys(names, self.upto(self.P + 1, self.rows(self.P)))
+        return (*kept, positions_BP, held_B, opened_B, *scales), masks
+
+
+CASES = {}  # by operation and variant: function from sizes, dtype and device to a `Case`
+
+
+def case(operation, variant, sizes, dtype, device):
+    """A `Case` drawn from the generator that `torch.manual_seed` sets."""
+    return CASES[operation][variant](sizes, dtype, device)
+
+
+def variants(name, **options):
+    """Register a maker of an operation's inputs, with the keyword arguments that each variant gives it."""
+
+    def register(maker):
+        def make(sizes, dtype, device, **kwargs):
+            made = maker(Draw(sizes, dtype, device), **kwargs)
+            return made if isinstance(made, Case) else Case(made)
+
+        CASES[name] = {variant: partial(make, **kwargs) for variant, kwargs in options.items()}
+        return maker
+
+    return register
+
+
+for _name, _maker in {
+    "take_rows": lambda m: (m.heads(m.T)[2], *m.route(m.T)[:2]),
+    "add_norm": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.D), *m.norm(m.D)),
+    "swiglu": lambda m: (m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D)),
+    "linear_add": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.N), *m.weights(1, m.D, m.N)),
+    "swiglu_token": lambda m: (3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *m.weights(2, m.N, m.D)),
+    "linear_add_token": lambda m: (m.normal(m.B, 1, m.D), m.normal(m.B, 1, m.N), *m.weights(1, m.D, m.N)),
+}.items():
+    variants(_name, plain={})(_maker)
+
+
+@variants(
+    "route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
+    row={"kind": "row", "initial": 3}, every={"initial": EVERY_TOKEN}, full={"slots": 1 / 3},
+)  # fmt: skip
+def _route(m, kind=None, padded=False, initial=0, slots=1.0):
+    length_B, bias = m.length(padded), torch.tensor(0.1, device=m.device)
+    return m.wide(m.B, m.T), bias, m.start(kind, 1, length_B), length_B, 0.3, initial, max(1, int(slots * m.T))
+
+
+@variants(
+    "split_heads", plain={}, packed={"kind": "packed"}, history={"kind": "row", "past": 9}, elu={"feature": "elu"},
+    continued={"kind": "packed", "past": 2, "padded": True},
+)  # fmt: skip
+def _split_heads(m, kind=None, past=0, padded=False, feature="gated"):
+    C, lags, length_B, compared, unread = (m.H + 2 * m.G) * m.E, m.taps - 1, m.length(padded), {}, {}
+    history_BLC = m.normal(m.B, lags, C) if past else None
+    if padded:  # the row's first document began `past` tokens ago; what lies before it may move up
+        lag_L = torch.arange(lags, device=m.device)
+        unread["history_BLC"] = (lag_L < lags - past).expand(m.B, lags)
+        compared["history_BLC"] = length_B[:, None] + lag_L >= lags - past
+    angle_BTE = 6 * torch.rand(1 if kind is None else m.B, m.T, m.E, device=m.device)
+    tables = [x.to(m.dtype) for x in (angle_BTE.cos(), angle_BTE.sin())]
+    (q_norm_E, eps), (k_norm_E, _) = m.norm(m.E), m.norm(m.E)
+    start_BT, taps_CL = m.start(kind, past, length_B), m.normal(C, m.taps)
+    args = (m.normal(m.B, m.T, C), taps_CL, history_BLC, start_BT, length_B, *tables, q_norm_E, k_norm_E, m.G, eps)
+    return Case((*args, feature), compared, unread)
+
+
+@variants("norm_heads", scored={}, plain={"scored": False})
+def _norm_heads(m, scored=True):
+    rates = (m.wide(m.H) - 2, 4 * m.wide(m.H), 1 / 128)
+    score_weight_D = 0.25 * m.wide(m.D) if scored else None
+    return 3 * m.normal(m.B, m.T, m.D), *m.norm(m.D), *m.weights(1, 2 * m.H, m.D), *rates, score_weight_D
+
+
+@variants("project_token", scored={}, plain={"scored": False})
+def _project_token(m, scored=True):
+    weights = m.weights(1, (m.H + 2 * m.G) * m.E, m.D) + m.weights(1, 2 * m.H, m.D)
+    return 3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *weights, m.wide(m.D) / m.D**0.5 if scored else None
+
+
+@variants(
+    "linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
+    packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True}, normaliser={"columns": 1},
+)  # fmt: skip
+def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
+    length_B, width = m.length(padded), m.E + columns
+    heads, decay_BTH = m.heads(m.T, width), -(torch.rand(m.B, m.T, m.H, device=m.device) ** 3)
+    state_BHEF = m.wide(m.B, m.H, m.E, width) if state else None
+    args = (*heads, decay_BTH, m.start(kind, 3, length_B), length_B, state_BHEF)
+    if not padded:
+        return args
+    real_BT, names = m.upto(m.T, length_B), ("q_BTHE", "k_BTGE", "v_BTGF", "log_decay_BTH")
+    return Case(args, {0: real_BT}, dict.fromkeys(names, ~real_BT))
+
+
+WINDOWS = {
+    "plain": {}, "packed": {"kind": "packed"}, "ring": {"kind": "row", "cached": True},
+    "packed_ring": {"kind": "packed", "cached": True},
+}  # fmt: skip
+
+
+@variants("local_attention", **WINDOWS)
+def _local_attention(m, kind=None, cached=False):
+    ring = (*m.rings(), m.rows(m.T, 3, 0, m.W)) if cached else (None, None, None)
+    return *m.heads(m.T), m.start(kind, (m.W // 2 + 1) * cached), m.W, *ring
+
+
+@variants("reflexive_merge", **WINDOWS)
+def _reflexive_merge(m, kind=None, cached=False):
+    gate_BTH = m.normal(m.B, m.T, 2 * m.H).chunk(2, -1)[1]  # strided, as the model's projection gives it
+    return *_local_attention(m, kind, cached), m.normal(m.B, m.T, m.H, m.E), gate_BTH, *m.norm(m.E)
+
+
+@variants(
+    "sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
+    token={"cached": True, "T": 1},
+)  # fmt: skip
+def _sqsk_attention(m, packed=False, cached=False, T=None):
+    K, P = T or m.T, m.P * cached
+    held_B, count_B = m.slots(P, P // 2, 0), m.slots(K, (K + 2) // 3, 0, max(K - 1, 1))
+    hidden_BP = ~m.upto(K + P, held_B + count_B)
+    first_BK = m.first(K, P // 2, held_B) if packed else None
+    args = (m.heads(K)[0], *m.heads(K + P)[1:], first_BK, held_B if cached else None, count_B)
+    return Case(args, {}, {"q_BKHE": ~m.upto(K, count_B), "k_BPGE": hidden_BP, "v_BPGE": hidden_BP})
+
+
+@variants(
+    "sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
+    token={"cached": True, "T": 1},
+)  # fmt: skip
+def _sqsk_merge(m, packed=False, cached=False, T=None):
+    T, P, held_B = T or m.T, m.P * cached, m.slots(m.P, m.P // 2, 0) if cached else None
+    (q_BTHE, *kv), (index_BK, slot_BT, count_B) = m.heads(T), m.route(T)
+    K, unread = index_BK.shape[1], dict.fromkeys(("q_BTHE", "k_BPGE", "v_BPGE"), slot_BT < 0)
+    if cached:  # a store without its spare slot
+        kv = [x[:, :-1] for x in m.heads(P + K + 1)[1:]]
+        unread |= dict.fromkeys(("k_BPGE", "v_BPGE"), ~m.upto(P + K, held_B + count_B))
+    first_BK = m.first(K, P // 2, held_B) if packed else None
+    merged_BTHE, gate_BT = m.normal(m.B, T, m.H, m.E), torch.rand(m.B, T, device=m.device)
+    return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, held_B, count_B), {}, unread)
+
+
+@variants(
+    "extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True}, int8={"whole": True},
+    full={"full": True}, window={"routed": False},
+)  # fmt: skip
+def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
+    """full: the store overflows in the first row, and has overflowed in the second."""
+    length_B = m.length(padded)
+    held_B = m.slots(m.P - 1, m.P + 2, 5) if full else m.slots(m.P // 2, m.P // 3, 0)
+    store, compared = m.store(held_B, whole)
+    position_BT = torch.arange(m.T, device=m.device).expand(m.B, m.T) + 7
+    place, route = (position_BT, m.start(kind, 3, length_B), length_B, m.rows(50, 3, 0)), m.route(m.T, length_B)
+    if routed:
+        compared[0] = m.upto(route[0].shape[1], route[2])
+    return Case((*m.heads(m.T)[1:], *place, *(route if routed else (None,) * 3), *m.rings(), *store), compared)
+
+
+@variants("place", counted={}, given={"given": "rows"}, shared={"given": "shared"})
+def _place(m, given=None):
+    """A single token where positions are given, half of them jumps."""
+    position_BT = {None: None, "rows": m.rows(70, 4, 0, 7)[:, None], "shared": m.rows(70)[:1, None]}[given]
+    frequency_F = 10000.0 ** -torch.linspace(0, 1, m.E // 2, device=m.device)
+    tokens, seen_B, last_B = m.T if given is None else 1, m.rows(70, 3, 0, 200), m.rows(69, 9, -1, 199)
+    return tokens, position_BT, seen_B, last_B, frequency_F, 1.0, m.dtype
+
+
+@variants(
+    "attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
+    int8={"whole": True}, full={"full": True},
+)  # fmt: skip
+def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=False):
+    """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
+
+    Slots outside of a row's document are not read, neither in the store nor in the window.
+    """
+    (q_linear, k_linear, _), heads = m.heads(1), m.heads(1)
+    features = [F.normalize(x.float(), dim=-1).to(m.dtype) for x in (q_linear, k_linear)]
+    if whole:
+        heads[1][1:2] = 0.0  # a key without a scale
+    start_B, seen_B, length_B = m.rows(-500, 0, -1, -3, -9), m.rows(500, 77, 5, 2, 9), None
+    real_B = torch.ones(m.B, dtype=torch.bool, device=m.device)
+    if padded:
+        length_B = m.rows(1, 0, 1, 1, 1)
+        real_B = length_B > 0
+    held_B = m.slots(m.P, m.P + 1, 2, 1, m.P) if full else m.slots(m.P - 1, 2, 2, 1, m.P)
+    score_BT = m.rows(0.5, -0.2, -4.0, 2.0, 0.1, dtype=torch.float32)[:, None]
+    bias = torch.tensor(0.3, device=m.device)
+    store, compared = m.store(held_B, whole)
+    fixed = (m.wide(m.B, 1, 2 * m.H), m.wide(m.H) - 2, 4 * m.wide(m.H), 0.125, *m.norm(m.E))
+    place = (torch.arange(m.B, device=m.device)[:, None] + 1000, start_B[:, None], length_B, seen_B)
+    router = (score_BT, bias) if routed else (None, None)
+    args = (*features, *heads, *fixed, *place, *router, 0.05, initial, m.wide(m.B, m.H, m.E, m.E), *m.rings(), *store)
+
+    ring = ("ring_k_BWGE", "ring_v_BWGE")
+    kept = ("key_scales_BPG", "value_scales_BPG") if whole else ("keys_BPGE", "values_BPGE")
+    slot_W, slot_P = torch.arange(m.W, device=m.device), torch.arange(m.P + 1, device=m.device)
+    hidden_BW = (seen_B[:, None] - slot_W) % m.W > -start_B[:, None]
+    unused_BP = (slot_P >= held_B[:, None]) | (slot_P < store[4][:, None])
+    works_B = real_B & routed & ((score_BT[:, 0] + bias > 0) | (start_B > -initial))
+    written_BP = (slot_P == held_B[:, None]) & works_B[:, None]
+    compared |= {0: real_B} | dict.fromkeys(ring, ~hidden_BW)
+    compared |= dict.fromkeys(kept, (~unused_BP | written_BP) & (slot_P < m.P))
+    return Case(args, compared, dict.fromkeys(ring, hidden_BW) | dict.fromkeys(kept, unused_BP))
+
+
+# `benchmark.py --mode kernels`
+
+
+def sdpa(backend, q_BKHE, k_BKGE, v_BKGE, *_):
+    """A call of causal attention by one backend of SDPA."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BKHE, k_BKGE, v_BKGE))
+
+    def call(*_):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return call
+
+
+def flex(q_BKHE, k_BKGE, v_BKGE, *_):
+    """A call of compiled FlexAttention, whose causal mask is made once."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BKHE, k_BKGE, v_BKGE))
+    K, attend = q.shape[2], torch.compile(flex_attention, dynamic=False)
+    causal = create_block_mask(lambda b, h, i, j: j <= i, None, None, K, K, device=q.device, _compile=True)
+    return lambda *_: attend(q, k, v, block_mask=causal, enable_gqa=True).transpose(1, 2)
+
+
+def simple_gla(q, k, v, decay_BTH, *_):
+    """A call of fla's gated linear attention, on keys and values of all heads."""
+    if importlib.util.find_spec("fla") is None:
+        raise LeftOut("flash-linear-attention is not installed")
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+    return lambda *_: chunk_simple_gla(q, k, v, g=decay_BTH, scale=1.0)[0]
+
+
+ATTENTION_RIVALS = {
+    "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+    "flex": flex,
+}  # fmt: skip
+RIVALS = {"sqsk_attention": ATTENTION_RIVALS, "linear_attention": {"fla_simple_gla": simple_gla}}
+RIVALS |= {
+    name: {"compiled": lambda *_, name=name: torch.compile(REGISTRY[name].reference, dynamic=False)}
+    for name in ("norm_heads", "add_norm", "swiglu", "linear_add")
+}
+MEASURED = {"norm_heads": "scored", "project_token": "scored", "sqsk_merge": "tokens", "place": "counted"}
+SINGLE_TOKEN = ("project_token", "swiglu_token", "linear_add_token")
+BY_SHARE = ("take_rows", "sqsk_merge", "extend", "attend_token")
+FLOPS = {  # of attentions; of all others, those of their products
+    "linear_attention": lambda a: a.q_BTHE.numel() * (2 * 64 + 4 * a.q_BTHE.shape[-1]),
+    "local_attention": lambda a: 4 * a.q_BTHE.numel() * min(a.window, a.q_BTHE.shape[1]),
+    "reflexive_merge": lambda a: 4 * a.q_BTHE.numel() * min(a.window, a.q_BTHE.shape[1]),
+    "attend_token": lambda a: 4 * a.q_BTHE.numel() * a.keys_BPGE.shape[1],
+    "sqsk_attention": lambda a: 2 * a.q_BKHE.numel() * (a.q_BKHE.shape[1] + 1),
+    "sqsk_merge": lambda a: 2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1),
+}
+BYTES = {  # of operations that move some rows of their tensors
+    "take_rows": lambda a: 2 * routed_rows(a, a.x_BTX),
+    "sqsk_merge": lambda a: routed_rows(a, a.k_BPGE, a.v_BPGE, a.q_BTHE, a.reflexive_BTHE, a.reflexive_BTHE),
+    "extend": lambda a: 2 * routed_rows(a, a.k_BTGE, a.v_BTGE) + 4 * a.ring_k_BWGE.nbytes,
+    "attend_token": lambda a: 2 * (a.state_BHEE.nbytes + a.ring_k_BWGE.nbytes + a.keys_BPGE.nbytes),
+}
+
+
+def routed_rows(a, *tensors):
+    """Bytes of the routed rows of some tensors."""
+    return a.index_BK.numel() * sum(x[0, 0].nbytes for x in tensors)
+
+
+def products(a):
+    """Operations of all weights with the rows of the first argument."""
+    weights = sum(x.numel() for name, x in vars(a).items() if "weight" in name)
+    return 2 * next(iter(vars(a).values()))[..., 0].numel() * weights if weights else 0
+
+
+def named(operation, args):
+    """Arguments of an operation by name."""
+    return SimpleNamespace(**dict(zip(signature(operation.reference).parameters, args, strict=True)))
+
+
+def results(call, operation, a):
+    """What a call with the arguments `a` gives: its outputs by number, then what it writes in place by name."""
+    out = call(*vars(a).values())
+    outputs = out if isinstance(out, tuple) else () if out is None else (out,)
+    return dict(enumerate(outputs)) | written(operation, a)
+
+
+def written(operation, a):
+    """The arguments that the operation writes in place, by name."""
+    return {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
+
+
+def last_row(operation, a, widen=False):
+    """Copies of the arguments for the last row alone, in float64 if they are to be wide.
+
+    Of `sqsk_attention` they are for its last queries, over all their keys.
+    """
+    row = {}
+    for name, x in vars(a).items():
+        per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
+        if isinstance(x, torch.Tensor):
+            x = (x[-1:] if per_row else x).clone()
+        row[name] = torch.float64 if widen and isinstance(x, torch.dtype) else x
+        if widen and isinstance(x, torch.Tensor) and x.is_floating_point():
+            row[name] = x.double()
+    if operation is REGISTRY["sqsk_attention"]:
+        row["q_BKHE"] = row["q_BKHE"][:, -CHECKED_QUERIES:]
+        row["held_B"] = row["count_B"] - row["q_BKHE"].shape[1]
+        row["count_B"] -= row["held_B"]
+    return SimpleNamespace(**row)
+
+
+def relative_rms(got, want):
+    """Root mean square of the difference over that of `want`; infinities that agree do not differ."""
+    got, want = got.double(), want.double()
+    difference = torch.where(got == want, 0, got - want)
+    return (difference.square().mean() / want[want.isfinite()].square().mean().clamp_min(1e-30)).sqrt().item()
+
+
+def check(got, eager, exact, compared):
+    """Largest relative error against float64; ValueError beyond twice that of the eager reference in low precision.
+
+    All three are `results`, of which the last two may hold the last elements of each tensor alone.
+    """
+    worst = 0.0
+    for key, kernel in got.items():
+        right, usual = exact[key], eager[key]
+        mask = compared.get(key, torch.ones(kernel.shape[:1], dtype=torch.bool, device=kernel.device))
+        kernel, mask = (x[tuple(slice(-n, None) for n in right.shape[: x.dim()])] for x in (kernel, mask))
+        if right[mask].numel():
+            rounding = torch.finfo(kernel.dtype).eps if kernel.is_floating_point() else 0.0
+            error, usual = (relative_rms(x[mask], right[mask]) for x in (kernel, usual))
+            if not error <= 2 * usual + rounding:
+                raise ValueError(f"output {key} is {error:.2e} off, the eager reference {usual:.2e}: it is not timed")
+            worst = max(worst, error)
+    return worst
+
+
+@torch.no_grad()
+def measure_operation(args, name, backend, sizes):
+    """One operation by its kernel or a rival: its error, and on CUDA its time with cold caches."""
+    if backend != "triton" and args.device.type != "cuda":
+        raise LeftOut("it needs CUDA")
+    importlib.import_module("...kernels_hspmn", __name__)  # registers the kernels; needs Triton, as no other mode does
+    torch.manual_seed(0)
+    operation, made = REGISTRY[name], case(name, MEASURED.get(name, "plain"), sizes, args.dtype, args.device)
+    a, call = named(operation, made.args), operation.form("triton")
+    if backend != "triton":
+        call = RIVALS[name][backend](*made.args)
+    eager, exact = (results(operation.reference, operation, last_row(operation, a, widen)) for widen in (False, True))
+    counts = [(x, x.clone()) for x in written(operation, a).values() if x.dtype == torch.int32]
+    found = results(call, operation, a)
+    metrics = {"error": check(found, eager, exact, made.compared)}
+    if args.device.type != "cuda":
+        return metrics
+    # Writing it takes longer than queueing a call, so launches never wait for the host
+    flushed = torch.empty(2**29, dtype=torch.int8, device=args.device)
+
+    def before():
+        for x, held in counts:  # a store would be full after the first call
+            x.copy_(held)
+        flushed.zero_()
+
+    seconds = 1e-3 * median(measure(partial(call, *made.args), args, before))
+    tensors = [x for x in (*made.args, *found.values()) if isinstance(x, torch.Tensor)]
+    moved = BYTES[name](a) if name in BYTES else sum(x.nbytes for x in tensors)
+    metrics |= {"ms": 1e3 * seconds, "tb_s": moved / seconds / 1e12}
+    flops = FLOPS.get(name, products)(a)
+    return metrics | ({"tflops": flops / seconds / 1e12} if flops else {})
+
+
+def kernels_cases(args):
+    """`<operation>/<backend>/<shape>`; without CUDA and Triton's interpreter a single case that says so."""
+    if args.device.type != "cuda" and not interpreted():
+        yield "kernels", leave_out
+        return
+    fields = {"H": args.num_attention_heads, "G": args.num_key_value_heads, "E": args.head_dim, "D": args.hidden_size}
+    fields |= {"N": args.intermediate_size, "W": args.sliding_window, "even": True}
+    default = CONCENTRATED_SHARE * ROUTING_PERIOD  # of a routing layer of the default model
+    for name in CASES:
+        for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
+            if name in SINGLE_TOKEN:
+                B, T = min(B, FEW_ROWS), 1
+            for share in (default, args.sparsity_k) if name in BY_SHARE else (default,):
+                K = max(1, round(share * T))
+                sizes = Sizes(B=B, T=T, P=K, share=share, **fields)
+                shape = f"B{B}_K{T}" if name == "sqsk_attention" else f"B{B}_T{T}" + f"_K{K}" * (name in BY_SHARE)
+                for backend in ("triton", *RIVALS.get(name, ())):
+                    yield f"{name}/{backend}/{shape}", partial(measure_operation, args, name, backend, sizes)
+
+
+def interpreted():
+    """Whether Triton runs kernels in its interpreter."""
+    found = importlib.util.find_spec("triton") is not None
+    return found and bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def leave_out():
+    """The case of a machine without kernels."""
+    raise LeftOut("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")

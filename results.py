@@ -1,0 +1,171 @@
+"""What the scripts share at both ends: command lines that refuse bad input in one line, and files of results."""
+
+import argparse
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)  # the first is the default of --device
+KEPT_OUT_OF_COMMAND = ("folder", "output", "data_cache", "checkpoints", "help")  # paths of one machine
+
+
+def refuse(message):
+    """End the program with exit code 2 and one line on standard error: the flag, its value and the way out."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_name(flag, name, known):
+    """Refuse a name that is not among the known ones; the two closest are proposed."""
+    if name not in known:
+        refuse(
+            f"{flag} {name} is unknown; did you mean {' or '.join(difflib.get_close_matches(name, known, 2, 0.0))}?"
+        )
+
+
+def parse_overrides(flag, items):
+    """Fields and values from texts such as "sliding_window=64"; values are JSON, or text if they are not."""
+    fields = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            refuse(f"{flag} {item}: expected key=value, such as sliding_window=64")
+        try:
+            fields[key] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key] = value
+    return fields
+
+
+def config_with(fields, flag="--set", source=ROOT):
+    """The `HSPMNConfig` of this checkout, or of the model saved at `source`, with other values; refuses wrong ones."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+        for field, value in fields.items():
+            check_name(flag, field, config.to_dict())
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            setattr(config, field, float(value) if whole and isinstance(getattr(config, field), float) else value)
+        config.validate()
+    except (OSError, ValueError, StrictDataclassError) as error:
+        refuse(" ".join(str(error).split()))
+    return config
+
+
+def at_least(least, kind=int):
+    """An argparse type: numbers of `kind` from `least` up."""
+
+    def number(text):
+        value = kind(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line and whose arguments hold the command that gives them."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(self, message):
+        """End the program with exit code 2."""
+        refuse(message)
+
+    def parse(self, argv, small):
+        """Arguments of `argv` (None: the command line), `small` as defaults with `--tiny`, and their `command`."""
+        if "--tiny" in (sys.argv[1:] if argv is None else argv):
+            self.set_defaults(**small)
+        args = self.parse_args(argv)
+        args.command = recorded_command(self, args)
+        return args
+
+
+def recorded_command(parser, args):
+    """The command line that gives `args`, without paths of this machine."""
+    words = ["python", parser.prog]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        hidden = action.dest in KEPT_OUT_OF_COMMAND or not action.option_strings
+        if not hidden and value != action.default:
+            words.append(action.option_strings[0])
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
+
+
+def row(case, metric, value):
+    """One number of a results file."""
+    return {"case": case, "metric": metric, "value": value}
+
+
+def code_hash():
+    """Hash of the files that define the model, equal in every copy of the same checkout."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*_hspmn.py"), ROOT / "config.json"]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def results_header(name, command):
+    """Name, command, date, device, versions and commit: the first fields of every results file."""
+    commit = None
+    if shutil.which("git") is not None:
+        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
+    if importlib.util.find_spec("triton") is not None:
+        versions["triton"] = importlib.metadata.version("triton")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {
+        "name": name, "command": command, "date": date, "device": device, "versions": versions, "commit": commit,
+        "code": code_hash(),
+    }  # fmt: skip
+
+
+def write_json(path, document):
+    """Write a results file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
+def merge_results(path, rows, extra, command):
+    """Write rows to a results file; rows and entries of `extra` replace earlier ones of the same name."""
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    new = {(item["case"], item["metric"]) for item in rows}
+    kept = [item for item in old["rows"] if (item["case"], item["metric"]) not in new]
+    merged = {key: old.get(key, {}) | value for key, value in extra.items()}
+    document = results_header(path.stem, command) | merged | {"rows": kept + rows}
+    write_json(path, document)
+    return document
+
+
+def new_figure(width, height):
+    """A matplotlib figure and its axes, or two None with a notice where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return None, None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
