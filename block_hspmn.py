@@ -117,7 +117,9 @@ def router_statistics(routes, real, share_L, config):
     sums_LB4 = torch.stack([route.sums_B4 for route in routes])
     routed_L, kept_L, entropy_L, gate_L = (sums_LB4.sum(1) / real).unbind(1)
     mean_L = gate_L.clamp(1e-6, 1 - 1e-6)
-    divergence_L = torch.xlogy(share_L, share_L / mean_L) + torch.xlogy(1 - share_L, (1 - share_L) / (1 - mean_L))
+    rest_L = 1 - share_L  # no quotient of it: at a share of 1 its gradient would be 0 / 0
+    divergence_L = torch.xlogy(share_L, share_L) - share_L * mean_L.log()
+    divergence_L = divergence_L + torch.xlogy(rest_L, rest_L) - rest_L * (1 - mean_L).log()
     loss_L = config.router_token_entropy_coef * entropy_L + config.router_load_entropy_coef * divergence_L
     return RouterStatistics(routed_L.detach(), (routed_L - kept_L).detach(), entropy_L.detach(), loss_L.sum())
 
