@@ -30,6 +30,7 @@ PLANS = [plan for file in FILES for plan in vars(file).values() if hasattr(plan,
 
 SMALL = Sizes(B=3, T=70, H=4, G=2, E=16, D=40, N=48, W=24, P=90, share=0.4)
 ODD = Sizes(B=5, T=33, H=6, G=2, E=32, D=72, N=64, W=7, P=20, taps=2, share=0.3)
+TINY = SMALL._replace(B=2, T=3, H=2, G=1)
 SIZES = {"small": SMALL, "odd": ODD, "token": SMALL._replace(T=1), "many_rows": ODD._replace(B=17, T=2)}
 if CUDA:
     SIZES |= {"large": Sizes(B=3, T=1100, N=4096, P=2500), "wide": ODD._replace(T=700, H=8, E=64, P=600)}
@@ -319,7 +320,7 @@ def test_errors_name_what_is_wrong(operation, variant, argument, change, message
 @pytest.mark.parametrize("operation", CASES)
 def test_registered_operators_are_what_they_say(operation):
     """Schema, gradient and fake tensors, of sizes that change too."""
-    made, arguments = make(operation, list(CASES[operation])[-1], SMALL._replace(T=5), torch.float32)
+    made, arguments = make(operation, list(CASES[operation])[-1], TINY, torch.float32)
     if REGISTRY[operation].differentiable:
         made.args[0].requires_grad_()
     torch.library.opcheck(REGISTRY[operation].form("triton"), made.args)
@@ -342,7 +343,7 @@ def test_what_is_written_in_place_compiles_without_a_graph_break(operation, back
         return outputs(operation, arguments | {made: 2 * arguments[made]}, "triton")
 
     torch.compiler.reset()
-    (drawn, inputs), (_, others) = (make(operation, variant, SMALL._replace(T=5), torch.float32) for _ in range(2))
+    (drawn, inputs), (_, others) = (make(operation, variant, TINY, torch.float32) for _ in range(2))
     got, want = torch.compile(call, fullgraph=True, backend=backend)(inputs), call(others)
     assert_equal(got, want, drawn.compared)
     written = [name for name in want if name in inputs and name != made]
