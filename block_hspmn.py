@@ -541,6 +541,9 @@ class HSPMNBlock(GradientCheckpointingLayer):
             stream.cos, stream.sin, projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads,
             config.rms_norm_eps, "gated",
         )  # fmt: skip
+        if state is None and torch.compiler.is_compiling():
+            # torch 2.11's inductor lowers no single output beside an absent argument that is written in place
+            state = decay_BTH.new_zeros(len(x_BTD), config.num_attention_heads, config.head_dim, config.head_dim)
         linear_BTHE = operations.linear_attention(q_linear, k_linear, v_BTGE, decay_BTH, start_BT, length_B, state)
         merged_BTHE = operations.reflexive_merge(
             q_BTHE, k_BTGE, v_BTGE, start_BT, config.sliding_window, ring_k, ring_v, stream.seen_B, linear_BTHE,

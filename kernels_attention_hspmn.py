@@ -19,6 +19,7 @@ from .kernels_common_hspmn import (
     capability,
     check,
     check_heads,
+    dense,
     has_descriptors,
     kernel,
     processors,
@@ -617,7 +618,7 @@ def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     q, (k, v) = q_BKHE.contiguous(), _store_rows(k_BPGE, v_BPGE)
     out_BKHE, lse_BKH = torch.empty_like(q), q.new_empty(B, K, H, dtype=torch.float32)
     first = None if first_BK is None else first_BK.expand(B, K).contiguous()
-    _launch_sqsk(q, k, v, None, first, held_B, count_B, None, out_BKHE, lse_BKH, K)
+    _launch_sqsk(q, k, v, None, first, dense(held_B), count_B.contiguous(), None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
 
 
@@ -628,15 +629,15 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
         raise ValueError(f"{layout}{reflexive_BTHE.is_contiguous()}")
     B, K = index_BK.shape
-    q, gate, index = q_BTHE.contiguous(), gate_BT.contiguous(), index_BK.contiguous()
+    q, gate, index, count = q_BTHE.contiguous(), gate_BT.contiguous(), index_BK.contiguous(), count_B.contiguous()
     if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = _gather(k_BPGE, index, count_B), _gather(v_BPGE, index, count_B)
+        k, v = _gather(k_BPGE, index, count), _gather(v_BPGE, index, count)
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
     first = None if first_BK is None else first_BK.expand(B, K).contiguous()
-    _launch_sqsk(q, k, v, index, first, held_B, count_B, gate, reflexive_BTHE, None, K)
+    _launch_sqsk(q, k, v, index, first, dense(held_B), count, gate, reflexive_BTHE, None, K)
 
 
 @extend.kernel
@@ -658,8 +659,8 @@ def _extend(
     start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
     step = T if position_BT.shape[0] > 1 else 0
     extend_kernel[(programs, B)](
-        k_BTGE.contiguous(), v_BTGE.contiguous(), position_BT.contiguous(), start, length_B, seen_B.contiguous(),
-        index_BK.contiguous() if routes else None, count_B, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE,
+        k_BTGE.contiguous(), v_BTGE.contiguous(), position_BT.contiguous(), start, dense(length_B),
+        seen_B.contiguous(), dense(index_BK), dense(count_B), ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE,
         positions_BP,
         held_B.contiguous(), document_slot_B.contiguous(), key_scales_BPG, value_scales_BPG, first_BK, numbers_4B,
         B, T, K, P, step, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK, ROUTES=routes,

@@ -158,3 +158,8 @@ def check_in_place(name, x, shape, dtypes):
             f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} {tuple(shape)} to be updated in "
             f"place, got {x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
         )
+
+
+def dense(x):
+    """`x` contiguous; None stays None."""
+    return None if x is None else x.contiguous()

@@ -20,6 +20,7 @@ from .kernels_common_hspmn import (
     check,
     check_heads,
     check_in_place,
+    dense,
     dependent,
     kernel,
     processors,
@@ -342,7 +343,7 @@ def _attend_token(
     out_BTHE, slot_BT = torch.empty_like(q_BTHE, memory_format=torch.contiguous_format), start_BT.new_empty(B, 1)
     if B == 0:
         return out_BTHE, slot_BT
-    head, score = head_BTX.contiguous(), None if score_BT is None else score_BT.contiguous()
+    head, score = head_BTX.contiguous(), dense(score_BT)
     linear_BHE = q_BTHE.new_empty(B, H, E, dtype=torch.float32)
     part = q_BTHE.new_empty(B, parts, H, E, dtype=torch.float32)
     part_lse = q_BTHE.new_empty(B, parts, H, dtype=torch.float32)
@@ -350,10 +351,10 @@ def _attend_token(
     attend_token_kernel[grid](
         q_linear_BTHE.contiguous(), k_linear_BTGE.contiguous(), q_BTHE.contiguous(), k_BTGE.contiguous(),
         v_BTGE.contiguous(), head, log_rate_H.contiguous(), rate_bias_H.contiguous(), least,
-        position_BT.expand(B, 1).contiguous(), start_BT.expand(B, 1).contiguous(), length_B, seen_B, score, bias,
-        state_BHEE, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B,
-        key_scales_BPG, value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W,
-        INITIAL=initial, HAS_LENGTH=length_B is not None, QUANTIZED=quantized, **constants,
+        position_BT.expand(B, 1).contiguous(), start_BT.expand(B, 1).contiguous(), dense(length_B),
+        seen_B.contiguous(), score, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP,
+        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P,
+        WINDOW=W, INITIAL=initial, HAS_LENGTH=length_B is not None, QUANTIZED=quantized, **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
         linear_BHE, head, norm_E.contiguous(), part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B,
@@ -633,7 +634,7 @@ def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
         tiles = triton.cdiv(C, block) + triton.cdiv(X, block) + (score_shape is not None)
         project_token_kernel[(tiles,)](
             x_BTD.contiguous(), norm_D.contiguous(), qkv_weight_CD.contiguous(), head_weight_XD.contiguous(),
-            None if score_weight_D is None else score_weight_D.contiguous(), qkv_BTC, head_BTX, score_BT, B, C=C, X=X,
+            dense(score_weight_D), qkv_BTC, head_BTX, score_BT, B, C=C, X=X,
             EPS=eps, ROWS=rows, HALF=_half(K), BLOCK_D=min(4096 // rows, triton.next_power_of_2(K)), **constants,
         )  # fmt: skip
     return qkv_BTC, head_BTX, score_BT

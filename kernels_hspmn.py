@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from .kernels_attention_hspmn import take_rows
-from .kernels_common_hspmn import HEAD_WIDTHS, ROW_START, TOKEN_START, check, interpreted, kernel
+from .kernels_common_hspmn import HEAD_WIDTHS, ROW_START, TOKEN_START, check, dense, interpreted, kernel
 from .kernels_decode_hspmn import attend_token
 from .kernels_linear_hspmn import linear_attention
 from .kernels_mlp_hspmn import swiglu_fits
@@ -115,9 +115,9 @@ def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
         counts_BN, sums_BN2 = score_BT.new_empty(B, N, dtype=torch.int32), gate_BT.new_empty(B, N, 2)
         start = None if start_BT is None else start_BT.expand(B, -1).contiguous()
         decide_kernel[(N, B)](
-            score_BT.contiguous(), bias, start, length_B, gate_BT, mask_BT, counts_BN, sums_BN2, T, N, noise_floor,
-            INITIAL=initial, START=0 if start is None else min(2, start.shape[1]), HAS_LENGTH=length_B is not None,
-            **options,
+            score_BT.contiguous(), bias, start, dense(length_B), gate_BT, mask_BT, counts_BN, sums_BN2, T, N,
+            noise_floor, INITIAL=initial, START=0 if start is None else min(2, start.shape[1]),
+            HAS_LENGTH=length_B is not None, **options,
         )  # fmt: skip
         compact_kernel[(N, B)](
             mask_BT, counts_BN, sums_BN2, index_BK, slot_BT, count_B, sums_B4, T, capacity, N, fill, BLOCK_N=block_n,

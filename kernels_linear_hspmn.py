@@ -15,6 +15,7 @@ from .kernels_common_hspmn import (
     check,
     check_heads,
     check_in_place,
+    dense,
     has_descriptors,
     kernel,
     processors,
@@ -283,7 +284,7 @@ def linear_attention_cut(
             TensorDescriptor(k, [*rows, KE], [KE, 1], [sizes["BLOCK_T"], E]),
             TensorDescriptor(v, [*rows, VF], [VF, 1], [sizes["BLOCK_T"], sizes["BLOCK_F"]]),
         )
-    decays = q.new_empty(B, H, T, dtype=torch.float32)
+    decays, length_B = q.new_empty(B, H, T, dtype=torch.float32), dense(length_B)
     options = {"START": mode, "HAS_LENGTH": length_B is not None, **sizes}
     decay_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), B)](
         log_decay, length_B, decays, T, H=H, HEADS=triton.next_power_of_2(H), BLOCK_T=sizes["BLOCK_T"],

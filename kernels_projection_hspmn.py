@@ -14,6 +14,7 @@ from .kernels_common_hspmn import (
     TOKEN_START,
     check,
     check_in_place,
+    dense,
     dependent,
     kernel,
     processors,
@@ -264,7 +265,7 @@ def _split_heads(
         cos, sin = cos_BTE.expand(B, -1, -1).contiguous(), sin_BTE.expand(B, -1, -1).contiguous()
     start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
     split_heads_kernel[grid](
-        x_BTC.contiguous(), weight_CL, history_BLC, start, length_B, cos, sin, q_norm_E.contiguous(),
+        x_BTC.contiguous(), weight_CL, history_BLC, start, dense(length_B), cos, sin, q_norm_E.contiguous(),
         k_norm_E.contiguous(), *outputs, T, ONE_TABLE=one_table, START=mode, HAS_LENGTH=length_B is not None,
         **constants,
     )  # fmt: skip
@@ -384,7 +385,7 @@ def _norm_heads(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, lea
     if B * T:
         norm_heads_kernel[grid](
             x_BTD.contiguous(), norm_D.contiguous(), head_weight_XD.contiguous(), log_rate_H.contiguous(),
-            rate_bias_H.contiguous(), None if score_weight_D is None else score_weight_D.contiguous(), h_BTD,
+            rate_bias_H.contiguous(), dense(score_weight_D), h_BTD,
             decay_BTH, gate_BTH, score_BT, B * T, least, EPS=eps, **constants,
         )  # fmt: skip
     return h_BTD, decay_BTH, gate_BTH, score_BT
@@ -455,7 +456,7 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
         block = min(32, triton.next_power_of_2(tokens))
         place_kernel[(triton.cdiv(tokens, block), B)](
-            None if position_BT is None else position_BT.contiguous(), document_seen_B, last_position_B, frequency_F,
+            dense(position_BT), document_seen_B.contiguous(), last_position_B.contiguous(), frequency_F.contiguous(),
             cos_BTE, sin_BTE, start_BT, place_BT, tokens, step, scaling, E=E, BLOCK_T=block,
             BLOCK_F=triton.next_power_of_2(E // 2), HAS_POSITION=position_BT is not None, num_warps=4,
         )  # fmt: skip

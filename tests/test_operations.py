@@ -1,10 +1,12 @@
 """The specification against plainer mathematics, and its gradients against finite differences, in float64 on CPU."""
 
+from inspect import signature
 from unittest import mock
 
 import pytest
 import torch
 from hspmn import operations_hspmn as ops
+from hspmn.benchmarks.cases import CASES, Sizes, case
 from hspmn.block_hspmn import ReflexiveStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -249,10 +251,9 @@ def test_sinks_are_concatenated_keys(data):
     torch.testing.assert_close(out, naive_attention(q, keys, values, visible)[0], **EXACT)
 
 
-@pytest.mark.parametrize("keys", [0, 3])
-def test_attention_over_no_keys_gives_zeros(keys):
+def test_attention_over_no_keys_gives_zeros():
     q, k, v = query_key_value(2, 3, 2, 2, 4)
-    out, lse = ops.sqsk_attention.reference(q, k[:, :keys], v[:, :keys], None, None, torch.zeros(2, dtype=torch.long))
+    out, lse = ops.sqsk_attention.reference(q, k[:, :0], v[:, :0], None, None, torch.zeros(2, dtype=torch.long))
     assert not out.any() and (lse == float("-inf")).all() and lse.dtype == torch.float64
 
 
@@ -371,12 +372,8 @@ def test_split_heads_is_the_layers_one_by_one(feature, history, taps):
 
 def test_reflexive_merge_is_the_sum_of_both_attentions():
     q, k, v = query_key_value(2, 11, 2, 2, 4)
-    linear, gate, weight, window = (
-        normal(2, 11, 4, 4, seed=5),
-        normal(2, 11, 4),
-        normal(4),
-        (None, 3, None, None, None),
-    )
+    linear, gate, weight = normal(2, 11, 4, 4, seed=5), normal(2, 11, 4), normal(4)
+    window = (None, 3, None, None, None)
     got = ops.reflexive_merge.reference(q, k, v, *window, linear, gate, weight, 1e-6)
     want = F.rms_norm(linear, (4,), weight, 1e-6) * gate.sigmoid()[..., None]
     torch.testing.assert_close(got, want + ops.local_attention.reference(q, k, v, *window)[0], **EXACT)
@@ -447,9 +444,8 @@ def test_attend_token_by_token_is_one_call():
     used, kept, *now = numbers
     ops.sqsk_merge.reference(merged, gate, q, keys[:, :-1], values[:, :-1], route_of[0], first, used, kept)
     real, used = torch.arange(T) < length[:, None], torch.arange(P) < now[0].clamp(max=P)[:, None]
-    assert (now[0] > P).any() and torch.equal(
-        torch.cat(slots, 1), torch.where(real & (route_of[1] >= 0) & (route_of[1] < P), 0, -1)
-    )
+    found = torch.where(real & (route_of[1] >= 0) & (route_of[1] < P), 0, -1)
+    assert (now[0] > P).any() and torch.equal(torch.cat(slots, 1), found)
     torch.testing.assert_close(torch.cat(outputs, 1)[real], merged[real], **EXACT)
     for i, (got, want) in enumerate(zip(caches[0], caches[1], strict=True)):
         want = dict(zip((6, 7), now, strict=True)).get(i, want)
@@ -460,56 +456,37 @@ def test_attend_token_by_token_is_one_call():
 # Gradients
 
 
-def gradient_cases():
-    start = torch.tensor([[-2, -2, -2, 3, 3, 3, 3], [0] * 7])
-    length, count = torch.tensor([7, 4]), torch.tensor([3, 0])
-    q, k, v = query_key_value(2, 7, 1, 2, 2)
-    index, slot, _ = ops.compact(torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 1, 0]]).bool(), 3)
-    held, decays = torch.tensor([2, 1]), -normal(2, 7, 2).square()
-
-    def in_place(function, last):
-        """What `function` returns and leaves in its last argument, which is written."""
-        last = last.clone()
-        return function(last), last
-
-    return {
-        "linear": (
-            lambda *x: in_place(lambda state: ops.linear_attention.reference(*x[:4], start, length, state), x[4]),
-            (q, k, v, decays, normal(2, 2, 2, 2)),
-        ),
-        "recurrent": (
-            lambda *x: ops.linear_attention_recurrent(*x[:4], start, length, x[4]),
-            (q, k, v, decays, normal(2, 2, 2, 2)),
-        ),
-        "local": (
-            lambda *x: ops.local_attention.reference(*x[:3], start, 3, *x[3:], held),
-            (q, k, v, normal(2, 3, 1, 2), normal(2, 3, 1, 2, seed=6)),
-        ),
-        "sqsk": (lambda *x: ops.sqsk_attention.reference(*x, None, held, count)[0], (normal(2, 4, 2, 2), k, v)),
-        "sinks": (
-            lambda q, k, v, *s: ops.add_sinks(*ops.sqsk_attention.reference(q, k, v, None, None, length), q, *s),
-            (q, k, v, normal(2, 1, 2, seed=3), normal(2, 1, 2, seed=4)),
-        ),
-        "conv": (
-            lambda *x: in_place(lambda history: ops.causal_conv(*x[:2], history, start, None), x[2]),
-            (normal(2, 7, 3), normal(3, 4), normal(2, 3, 3, seed=2)),
-        ),
-        "split_heads": (
-            lambda *x: ops.split_heads.reference(*x[:2], None, start, None, *x[2:], 1, 1e-6, "gated"),
-            (normal(2, 7, 8), normal(8, 4), normal(1, 7, 2), normal(1, 7, 2, seed=1), normal(2), normal(2, seed=1)),
-        ),
-        "log_decay": (lambda *x: ops.log_decay(*x, 0.1), (normal(2, 7, 3), normal(3), normal(3, seed=1))),
-        "take_rows": (lambda x: ops.take_rows(x, index, slot), (normal(2, 7, 3),)),
-        "put_rows": (lambda x: ops.take_rows(x, slot, index), (normal(2, 3, 3),)),
-        "route": (
-            lambda h, w: ops.route.reference(ops.router_score(h, w), torch.tensor(0.0), None, None, 0.0, 0, 4)[::4],
-            (normal(2, 4, 3), normal(3)),
-        ),
-    }
+TINY = Sizes(B=2, T=4, H=2, G=1, E=2, D=4, N=3, W=3, P=3, taps=3, share=0.7)
+TRAINED = [name for name in CASES if name not in ("extend", "place") and not name.endswith("_token")]
 
 
-@pytest.mark.parametrize("name", gradient_cases())
-def test_gradients_match_finite_differences(name):
-    function, inputs = gradient_cases()[name]
+@pytest.mark.parametrize("operation, variant", [(name, variant) for name in TRAINED for variant in CASES[name]])
+def test_gradients_match_finite_differences(operation, variant):
+    """Of all outputs and of what is written in place, by all floating-point arguments."""
+    torch.manual_seed(0)
+    args = [
+        x.double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in case(operation, variant, TINY, torch.float32, "cpu").args
+    ]
+    places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def call(*inputs):
+        given, op = list(args), ops.REGISTRY[operation]
+        for i, x in zip(places, inputs, strict=True):
+            given[i] = x.clone()  # which may be written in place
+        out = op(*given)
+        written = [x for name, x in zip(signature(op.reference).parameters, given, strict=True) if name in op.mutates]
+        outputs = [*(out if isinstance(out, tuple) else (out,)), *written]
+        return [x[x.isfinite()] for x in outputs if x is not None and x.is_floating_point()]
+
     with mock.patch.multiple(ops, LINEAR_CHUNK=3, LINEAR_SPAN=6, QUERY_SPAN=3):
-        assert gradcheck(function, [x.detach().requires_grad_() for x in inputs])
+        assert gradcheck(call, [args[i] for i in places], fast_mode=True)
+
+
+def test_gradients_of_sinks_match_finite_differences():
+    q, k, v = query_key_value(2, 3, 1, 2, 2)
+    inputs = [x.requires_grad_() for x in (q, k, v, normal(2, 1, 2, seed=3), normal(2, 1, 2, seed=4))]
+    attend = ops.sqsk_attention.reference
+    assert gradcheck(
+        lambda q, k, v, *s: ops.add_sinks(*attend(q, k, v, None, None, torch.tensor([3, 1])), q, *s), inputs
+    )
