@@ -433,7 +433,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
             hidden_states: [B, S, hidden_size].
             stream: where the tokens stand; None: one document per row, continued if `past_key_values` is given.
             past_key_values: `HSPMNCache` to read and extend, or None.
-            output_router: return the output and the `Route`, None for a purely reflexive layer.
+            output_router: return the output and the fields of the `Route`, none for a purely reflexive layer: flat, as
+                reentrant gradient checkpointing follows no nested tensors.
             router_bias: the routing bias of this call, None for the router's own. A caller that moves the bias before
                 backward passes a copy, so that recomputation under gradient checkpointing routes the same tokens.
 
@@ -451,7 +452,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if alone and past_key_values is not None:
             past_key_values.advance(tokens, stream)
         if output_router:
-            return output, route
+            return output, *(route or ())
         aux_loss = output.new_zeros((), dtype=torch.float32)
         if route is not None and route.sums_B4 is not None:
             real = tokens * len(output) if stream.length_B is None else stream.length_B.sum().clamp(min=1)
@@ -619,7 +620,9 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
     if cache is not None:
         cache.start_call(B, T, x_BTD.device)
         seen_B = cache.seen
-        if (position_BT is None or T == 1) and rotary.rope_type in FIXED_FREQUENCIES:
+        # `place` knows no padding, which starts no document whatever position it is given
+        placed = position_BT is None or (T == 1 and length_B is None)
+        if placed and rotary.rope_type in FIXED_FREQUENCIES:
             tables = (rotary.inv_freq, float(rotary.attention_scaling), x_BTD.dtype)
             standing = (T, position_BT, cache.document_seen, cache.last_position)
             cos, sin, start_BT, position_BT = OPERATIONS[backend].place(*standing, *tables)

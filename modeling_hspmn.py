@@ -26,6 +26,7 @@ from .block_hspmn import (
     HSPMNRouter,
     ReflexiveStream,
     RMSNorm,
+    Route,
     SharedProjection,
     make_stream,
     pick_backend,
@@ -217,8 +218,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
             if output_hidden_states:
                 states.append(restore_rows(x_BTD, rows))
             bias = layer.router.bias.clone() if self.training and layer.router is not None else None
-            x_BTD, route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True, router_bias=bias)
-            routes.append(route)
+            x_BTD, *route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True, router_bias=bias)
+            routes.append(Route(*route) if route else None)
         x_BTD = restore_rows(self.norm(x_BTD), rows)
         if past_key_values is not None:
             past_key_values.advance(T, stream)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hspmn import modeling_hspmn
 from hspmn.cache_hspmn import HSPMNCache
 from transformers.generation import BaseStreamer
 from transformers.utils import logging
@@ -93,6 +94,7 @@ def pieces(model):
 
 def test_generate_reads_long_prompts_in_pieces(model, pieces, monkeypatch):
     expected = generate(model, tokens(2, 20))
+    assert pieces == [20, *[1] * 11]  # all of it fits the memory
     monkeypatch.setattr(type(model), "piece_size", lambda self, rows: 6)
     pieces.clear()
     assert torch.equal(generate(model, tokens(2, 20)), expected)
@@ -100,9 +102,6 @@ def test_generate_reads_long_prompts_in_pieces(model, pieces, monkeypatch):
     pieces.clear()
     assert torch.equal(generate(model, tokens(2, 20), prefill_chunk_size=15), expected)
     assert pieces == [5, 15, *[1] * 11]
-    pieces.clear()
-    generate(model, tokens(2, 19))
-    assert pieces == [19, *[1] * 11]
 
 
 def test_a_long_turn_continues_a_cache_in_pieces(model, pieces):
@@ -153,15 +152,15 @@ def test_prefill_refuses_sizes_by_name(model, options):
         model.prefill(tokens(1, 20), **options)
 
 
-def test_prefill_shows_its_progress_on_many_pieces(model, capsys):
+def test_prefill_shows_its_progress_when_it_takes_long(model, capsys, monkeypatch):
     logging.enable_progress_bar()  # the scripts turn it off, and other tests run them in this process
-    shown = {}
-    for name, options in {
-        "few": {}, "many": {"chunk_size": 1}, "off": {"chunk_size": 1, "progress": False}, "on": {"progress": True}
-    }.items():  # fmt: skip
-        model.prefill(tokens(1, 20), **options)
-        shown[name] = "prefill" in capsys.readouterr().err
-    assert shown == {"few": False, "many": True, "off": False, "on": True}
+    shown = []
+    for delay in (modeling_hspmn.BAR_DELAY, 1e-6):
+        monkeypatch.setattr(modeling_hspmn, "BAR_DELAY", delay)
+        for progress in (None, False, True):
+            model.prefill(tokens(1, 20), chunk_size=1, progress=progress)
+            shown.append("prefill" in capsys.readouterr().err)
+    assert shown == [False, False, True, True, False, True]
 
 
 def test_prefill_and_generate_refuse_a_router_that_looks_ahead(tiny_model):

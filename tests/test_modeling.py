@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hspmn.block_hspmn import Heads, Stream, SwiGLU
+from hspmn.block_hspmn import Heads, Route, Stream, SwiGLU
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
     HSPMNBlock,
@@ -289,7 +289,8 @@ def test_routed_mlp_adds_its_gated_output_to_routed_tokens_alone(tiny_config):
     block = HSPMNBlock(tiny_config(sparsity_k=0.4, routed_intermediate_size=24)).eval()
     x, normed = torch.randn(2, 30, 32), []
     block.post_attention_layernorm.register_forward_hook(lambda module, inputs, output: normed.append(output))
-    output, _, _, route = block(x, output_router=True)
+    output, *route = block(x, output_router=True)
+    route = Route(*route)
     routed = route.slot_BT >= 0
     expected = block.routed_mlp(normed[0]) * (route.gate_BT * routed)[..., None]
     block.routed_mlp.down_proj.weight.data.zero_()
@@ -739,7 +740,7 @@ def test_fresh_queries_match_successors_in_one_key_head_and_equal_tokens_in_the_
     h = torch.randn(1, T, 256, generator=torch.Generator().manual_seed(0))
     h[:, 30] = h[:, 5]
     upright = Stream(torch.arange(T)[None], torch.ones(1, T, 32), torch.zeros(1, T, 32))
-    heads = model.model.layers[0].projection(h, upright, None, "reference")
+    heads = model.model.layers[0].projection(h, upright)
     q_GXE, k_SGE = heads.q_BTHE[0, 30].unflatten(0, (2, 2)), heads.k_BTGE[0, :30]
     weights = (torch.einsum("gxe,sge->gxs", q_GXE, k_SGE) / 32**0.5).softmax(-1)
     assert weights.argmax(-1).tolist() == [[6, 6], [5, 5]] and (weights.amax(-1) > 0.5).all()
