@@ -155,7 +155,7 @@ def test_prefill_refuses_sizes_by_name(model, options):
 def test_prefill_shows_its_progress_when_it_takes_long(model, capsys, monkeypatch):
     logging.enable_progress_bar()  # the scripts turn it off, and other tests run them in this process
     shown = []
-    for delay in (modeling_hspmn.BAR_DELAY, 1e-6):
+    for delay in (modeling_hspmn.BAR_DELAY, 0.0):
         monkeypatch.setattr(modeling_hspmn, "BAR_DELAY", delay)
         for progress in (None, False, True):
             model.prefill(tokens(1, 20), chunk_size=1, progress=progress)
