@@ -98,30 +98,31 @@ class Route(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """Of L layers, float32 [L]: share of real tokens routed, share without a slot, mean gate entropy in nats; and the
-    scalar `aux_loss`, the weighted entropy losses of all of them."""
+    """Of L layers, float32 [L, 3]: load (share of real tokens routed), overflow (share of those without a slot among
+    all), mean gate entropy in nats; and the scalar `aux_loss`, the weighted entropy losses of all of them."""
 
-    load: torch.Tensor
-    overflow: torch.Tensor
-    entropy: torch.Tensor
+    found_L3: torch.Tensor
     aux_loss: torch.Tensor
 
 
-def router_statistics(routes, real, share_L, config):
-    """`RouterStatistics` of the `routes` of L layers over `real` tokens (at least 1) of all rows.
+def router_statistics(routes, real, routers, config):
+    """`RouterStatistics` of the `routes` of L layers with `routers` over `real` tokens (at least 1) of all rows.
 
-    share_L: each layer's `sparsity_k`, float32 [L]. The loss draws gates to 0 or 1 (token entropy), and
-    each layer's mean gate to its final share while the target still falls: a price on gates sorts the tokens before
-    any is dropped, where a term towards the target would push all scores up first.
+    The loss draws gates to 0 or 1 (token entropy), and each layer's mean gate to its final share while the target
+    still falls: a price on gates sorts the tokens before any is dropped, where a term towards the target would push
+    all scores up first.
     """
-    sums_LB4 = torch.stack([route.sums_B4 for route in routes])
-    routed_L, kept_L, entropy_L, gate_L = (sums_LB4.sum(1) / real).unbind(1)
-    mean_L = gate_L.clamp(1e-6, 1 - 1e-6)
-    rest_L = 1 - share_L  # no quotient of it: at a share of 1 its gradient would be 0 / 0
-    divergence_L = torch.xlogy(share_L, share_L) - share_L * mean_L.log()
-    divergence_L = divergence_L + torch.xlogy(rest_L, rest_L) - rest_L * (1 - mean_L).log()
-    loss_L = config.router_token_entropy_coef * entropy_L + config.router_load_entropy_coef * divergence_L
-    return RouterStatistics(routed_L.detach(), (routed_L - kept_L).detach(), entropy_L.detach(), loss_L.sum())
+    device = routes[0].sums_B4.device  # of a model spread over several, the first
+    means_L4 = torch.stack([route.sums_B4.to(device) for route in routes]).sum(1) / real
+    share_L = torch.stack([router.share.to(means_L4) for router in routers])
+    gate_L = means_L4[:, 3].clamp(1e-6, 1 - 1e-6)
+    # divergence of the mean gates from the shares: their cross entropy, less the entropy of the shares
+    cross_L = torch.lerp(torch.log1p(-gate_L), gate_L.log(), share_L)
+    shares = [share for router in routers for share in (router.sparsity_k, 1 - router.sparsity_k) if share]
+    own = sum(share * math.log(share) for share in shares)
+    token, load = config.router_token_entropy_coef, config.router_load_entropy_coef
+    loss = torch.sub(token * means_L4[:, 2], cross_L, alpha=load).sum() + load * own
+    return RouterStatistics(means_L4[:, :3].detach(), loss)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -418,6 +419,11 @@ class HSPMNBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(D, config.intermediate_size)
         heavier = config.routed_intermediate_size and self.router is not None
         self.routed_mlp = SwiGLU(D, config.routed_intermediate_size) if heavier else None
+        unfused = {
+            "linear_attention='elu'": config.linear_attention == "elu", "sliding_window=0": not config.sliding_window,
+            "num_sink_tokens": config.num_sink_tokens, "routed_intermediate_size": heavier,
+        }  # fmt: skip
+        self.unfused = [field for field, holds in unfused.items() if holds]  # what only `_run_modules` computes
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -456,7 +462,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         aux_loss = output.new_zeros((), dtype=torch.float32)
         if route is not None and route.sums_B4 is not None:
             real = tokens * len(output) if stream.length_B is None else stream.length_B.sum().clamp(min=1)
-            aux_loss = router_statistics([route], real, self.router.share[None], self.config).aux_loss
+            aux_loss = router_statistics([route], real, [self.router], self.config).aux_loss
         return output, aux_loss, past_key_values
 
     def path(self, x_BTD, backend, cached=False):
@@ -464,16 +470,12 @@ class HSPMNBlock(GradientCheckpointingLayer):
 
         The first condition that holds sends a call to the modules, each of which is then called.
         """
-        config = self.config
         for holds, reason in (
             (backend != "triton", "kernels compute no gradients and need CUDA"),
             (self.training, "training calls every module"),
             (torch.is_autocast_enabled(x_BTD.device.type), "autocast casts what modules are given"),
-            (config.linear_attention != "gated", "linear_attention='elu' has no fused form"),
-            (not config.sliding_window, "sliding_window=0 has no fused form"),
-            (config.num_sink_tokens > 0, "num_sink_tokens has no fused form"),
-            (self.routed_mlp is not None, "routed_intermediate_size has no fused form"),
-            (config.router_mode == "topk", "router_mode='topk' has no fused form"),
+            (self.unfused, f"there is no fused form of {', '.join(self.unfused)}"),
+            (self.config.router_mode == "topk", "there is no fused form of router_mode='topk'"),
         ):
             if holds:
                 return "modules", reason

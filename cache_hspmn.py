@@ -123,8 +123,9 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             "count": (torch.int32,),
             "document_slot": (torch.int32,),
         }
-        # In two launches: what stays, and what is replaced as the store grows
-        for names in ([name for name in shapes if name not in self.slot_tensors], self.slot_tensors):
+        # What stays in one launch, and in another what is replaced as the store grows
+        replaced = self.slot_tensors if self.routes else ()
+        for names in filter(None, ([name for name in shapes if name not in replaced], replaced)):
             sizes = [math.prod((batch_size, *shapes[name][1:])) * shapes[name][0].itemsize for name in names]
             sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
             pieces = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)

@@ -16,13 +16,18 @@ from .kernels_common_hspmn import (
     LOG2E,
     ROW_START,
     TOKEN_START,
+    Tiles,
     capability,
+    cdiv,
     check,
     check_heads,
     dense,
     has_descriptors,
     kernel,
+    power_of_2,
     processors,
+    tl,
+    triton,
 )
 from .operations_hspmn import (
     LEAST_PEAK,
@@ -33,13 +38,6 @@ from .operations_hspmn import (
     sqsk_merge,
     take_rows,
 )
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 LEAST = tl.constexpr(LEAST_PEAK)
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
@@ -281,10 +279,15 @@ def combine_splits_kernel(
 
 @kernel("T", "K")
 def take_rows_kernel(
-    x, index, count, out, T, K, X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, HAS_COUNT: tl.constexpr
+    x, y, index, count, out, out_y, T, K,
+    X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
-    """out[b, k] = x[b, index[b, k]] for rows of X elements; index -1 gives zeros, slots past the count stay as is."""
+    """out[b, k] = x[b, index[b, k]] for rows of X elements; index -1 gives zeros, slots past the count stay as is.
+    Programs of the grid's second layer take the rows of y, if there is one."""
     b = tl.program_id(1).to(tl.int64)
+    if y is not None:
+        if tl.program_id(2) == 1:
+            x, out = y, out_y
     stop = K
     if HAS_COUNT:
         stop = tl.minimum(tl.load(count + b).to(tl.int32), K)
@@ -452,22 +455,23 @@ def sqsk_attention_config(element_size, r_rows, K, compute_capability):
     return {"BLOCK_Q": _row_block(r_rows, 128), "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
 
 
-def _gather(x_BTX, index_BK, count_B=None):
-    """Rows named by `index_BK`; with `count_B`, slots past it are left as they were allocated."""
+def _gather(x_BTX, y_BTX, index_BK, count_B=None):
+    """Rows named by `index_BK`, of y too unless it is None; slots past `count_B` are left as they were allocated."""
     (B, T), K, x = x_BTX.shape[:2], index_BK.shape[1], x_BTX.contiguous()
     out = x.new_empty(B, K, *x.shape[2:])
+    out_y = None if y_BTX is None else torch.empty_like(out)
     if out.numel():
         X = out.stride(1)
-        take_rows_kernel[(triton.cdiv(K, 8), B)](
-            x, index_BK.contiguous(), count_B, out, T, K,
-            X=X, BLOCK_K=8, BLOCK_X=min(512, triton.next_power_of_2(X)), HAS_COUNT=count_B is not None, num_warps=4,
+        take_rows_kernel[(cdiv(K, 8), B, 1 if y_BTX is None else 2)](
+            x, dense(y_BTX), index_BK.contiguous(), count_B, out, out_y, T, K,
+            X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)), HAS_COUNT=count_B is not None, num_warps=4,
         )  # fmt: skip
-    return out
+    return out, out_y
 
 
 @take_rows.kernel
 def _take_rows(x_BTX, index_BK, inverse_BT):
-    return _gather(x_BTX, index_BK)
+    return _gather(x_BTX, None, index_BK)[0]
 
 
 def _keep_maps(ctx, inputs, output):
@@ -495,10 +499,10 @@ def _local_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, window,
     wanted = {"linear": (B, T, H, E), "head_gate": (B, T, H), "norm": (E,)}
     for (name, shape), got in zip(wanted.items(), merged or wanted.values(), strict=True):
         check((got == shape, f"{name} must be {shape}, to fit q, got {got}"))
-    r_rows = triton.next_power_of_2(H // G)
+    r_rows = power_of_2(H // G)
     config = local_attention_config(element_size, r_rows, merged is not None, capability(device))
     sizes = {"H": H, "G": G, "E": E, "WINDOW": window, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, **config}
-    return (triton.cdiv(T, config["BLOCK_Q"]) * G * B,), has_descriptors(device, element_size), sizes
+    return (cdiv(T, config["BLOCK_Q"]) * G * B,), has_descriptors(device, element_size), sizes
 
 
 def _launch_local(q, k, v, start_BT, window, ring_k, ring_v, seen_B, merged, eps):
@@ -553,15 +557,15 @@ def _splits(programs, P, few_queries, device):
     """Parts of the keys worked on at once: one where the queries fill the chip, else a power of two up to 64."""
     if not few_queries or programs >= processors(device):
         return 1
-    wanted = min(64, triton.next_power_of_2(triton.cdiv(2 * processors(device), programs)), max(1, P // 256))
+    wanted = min(64, power_of_2(cdiv(2 * processors(device), programs)), max(1, P // 256))
     return 1 << (wanted.bit_length() - 1)
 
 
 def _descriptor(x_BPGE, block_n):
-    """Tensor descriptor of one head's rows, or None where the alignment has none."""
+    """`Tiles` of one head's rows, or None where the alignment has none."""
     if x_BPGE.data_ptr() % 16:
         return None
-    return TensorDescriptor(x_BPGE, list(x_BPGE.shape), list(x_BPGE.stride()), [1, block_n, 1, x_BPGE.shape[-1]])
+    return Tiles.of(x_BPGE, x_BPGE.shape, x_BPGE.stride(), (1, block_n, 1, x_BPGE.shape[-1]))
 
 
 def _store_rows(k_BPGE, v_BPGE):
@@ -578,10 +582,10 @@ def _sqsk_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, K):
     """Programs, splits, whether tiles come through descriptors, and constants, for K query slots per row."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, _, H, E), (P, G) = q_shape, k_shape[1:3]
-    r_rows = triton.next_power_of_2(H // G)
+    r_rows = power_of_2(H // G)
     few = K * r_rows <= 64
     config = sqsk_attention_config(element_size, r_rows, K, capability(device))
-    programs = triton.cdiv(K, config["BLOCK_Q"]) * G * B
+    programs = cdiv(K, config["BLOCK_Q"]) * G * B
     sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, **config}
     return programs, _splits(programs, P, few, device), not few and has_descriptors(device, element_size), sizes
 
@@ -633,7 +637,7 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = _gather(k_BPGE, index, count), _gather(v_BPGE, index, count)
+        k, v = _gather(k_BPGE, v_BPGE, index, count)
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
     first = None if first_BK is None else first_BK.expand(B, K).contiguous()
@@ -653,7 +657,7 @@ def _extend(
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
     first_BK = held_B.new_empty(B, K) if routes else held_B.new_empty(0)
     numbers_4B = held_B.new_empty(4, B) if routes else held_B.new_empty(0)
-    programs = (triton.cdiv(W, STORE_BLOCK) + (max(1, triton.cdiv(K, STORE_BLOCK)) if routes else 0)) * G
+    programs = (cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)) * G
     if not (B and T and programs):
         return first_BK, numbers_4B
     start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))

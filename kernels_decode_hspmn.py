@@ -17,24 +17,22 @@ from .kernels_common_hspmn import (
     DTYPES,
     FLOOR,
     LOG2E,
+    cdiv,
     check,
     check_heads,
     check_in_place,
     dense,
     dependent,
     kernel,
+    power_of_2,
     processors,
     router_score,
+    tl,
+    triton,
 )
 from .kernels_mlp_hspmn import gated
 from .kernels_projection_hspmn import softplus
 from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 
@@ -288,7 +286,7 @@ def attend_token_config(element_size, E, r_rows, G, P, multiprocessors):
     """
     splits = 0
     if P is not None:
-        wanted = triton.next_power_of_2(triton.cdiv(2 * multiprocessors, G))
+        wanted = power_of_2(cdiv(2 * multiprocessors, G))
         splits = 1 << (max(1, min(64, wanted, P // 64)).bit_length() - 1)
     tiles = {"BLOCK_N": 32, "num_stages": 1} if element_size == 4 else {"BLOCK_N": 64, "num_stages": 3}
     return {"SPLITS": splits, "ROWS": max(16, r_rows), "COLUMNS": min(E, 32), "num_warps": 4, **tiles}
@@ -306,10 +304,10 @@ def _attend_plan(shapes, dtypes, device, ring_size, slots, routes):
         (head == (B, 1, 2 * H), f"head must be {(B, 1, 2 * H)}, decays first, to fit q, got {head}"),
         (score is None or score == (B, 1), f"score must be {(B, 1)}, with a bias, got {score}"),
     )
-    r_rows = triton.next_power_of_2(H // G)
+    r_rows = power_of_2(H // G)
     config = attend_token_config(ring_size, E, r_rows, G, slots if routes else None, processors(device))
     programs = G * config["SPLITS"] + B * G + B * H * (E // config["COLUMNS"])
-    sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "BATCH": triton.next_power_of_2(max(1, B))}
+    sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "BATCH": power_of_2(max(1, B))}
     merge = {"H": H, "E": E, "SPLITS": config["SPLITS"], "num_warps": max(1, min(4, config["SPLITS"] * E // 1024))}
     return config["SPLITS"] + 1, (programs,), sizes | config | dependent(device), (B * H,), merge | dependent(device)
 
@@ -588,7 +586,7 @@ CONFIGS = {
 
 def _half(K):
     """Where the columns are cut into two sums: a sum of products is a chain, and two of them overlap."""
-    return triton.cdiv(triton.cdiv(K, 2), 16) * 16
+    return cdiv(cdiv(K, 2), 16) * 16
 
 
 @lru_cache(maxsize=1024)
@@ -607,7 +605,7 @@ def _rows_plan(name, x_shape, dtype, element_size, weights, vectors, device):
         check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
     for vector, shape in vectors:
         check((shape is None or shape == (K,), f"{vector} must be [{K}], the width of x, got {shape}"))
-    rows = triton.next_power_of_2(max(1, B))
+    rows = power_of_2(max(1, B))
     # Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more
     return config | {"K": K, "TILE": max(8, rows)} | dependent(device), rows
 
@@ -631,11 +629,11 @@ def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
     score_BT = x_BTD.new_empty(B, 1 if score_shape else 0, dtype=torch.float32)
     if B:
         K, block = constants["K"], constants["BLOCK_N"]
-        tiles = triton.cdiv(C, block) + triton.cdiv(X, block) + (score_shape is not None)
+        tiles = cdiv(C, block) + cdiv(X, block) + (score_shape is not None)
         project_token_kernel[(tiles,)](
             x_BTD.contiguous(), norm_D.contiguous(), qkv_weight_CD.contiguous(), head_weight_XD.contiguous(),
             dense(score_weight_D), qkv_BTC, head_BTX, score_BT, B, C=C, X=X,
-            EPS=eps, ROWS=rows, HALF=_half(K), BLOCK_D=min(4096 // rows, triton.next_power_of_2(K)), **constants,
+            EPS=eps, ROWS=rows, HALF=_half(K), BLOCK_D=min(4096 // rows, power_of_2(K)), **constants,
         )  # fmt: skip
     return qkv_BTC, head_BTX, score_BT
 
@@ -658,7 +656,7 @@ def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
         raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
-        swiglu_token_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+        swiglu_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
             x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), out_BTN,
             B, N=N, EPS=eps, ROWS=rows, **constants,
         )  # fmt: skip
@@ -680,7 +678,7 @@ def _linear_add_token(residual_BTN, x_BTD, weight_ND):
         raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
-        linear_add_token_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+        linear_add_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
             residual_BTN.contiguous(), x_BTD.contiguous(), weight_ND.contiguous(), out_BTN, B, N=N,
             HALF=_half(constants["K"]), **constants,
         )  # fmt: skip

@@ -11,28 +11,63 @@ from functools import lru_cache
 import torch
 
 from .kernels_attention_hspmn import take_rows
-from .kernels_common_hspmn import HEAD_WIDTHS, ROW_START, TOKEN_START, check, dense, interpreted, kernel
+from .kernels_common_hspmn import (
+    HEAD_WIDTHS,
+    ROW_START,
+    TOKEN_START,
+    cdiv,
+    check,
+    dense,
+    interpreted,
+    kernel,
+    power_of_2,
+    tl,
+    triton,
+)
 from .kernels_decode_hspmn import attend_token
 from .kernels_linear_hspmn import linear_attention
 from .kernels_mlp_hspmn import swiglu_fits
 from .kernels_projection_hspmn import softplus, split_heads
 from .operations_hspmn import route
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
-
-ROUTE_BLOCK = 1024  # tokens per program: one prompt of 4,096 occupies four, the longest of the benchmark 328
+ROUTE_BLOCK = 1024  # tokens per program: the longest row of the benchmark occupies 328
+ROUTE_WHOLE = 4096  # tokens up to which one program and one launch decide and place a row
 
 
-@kernel("T", "N")
+@triton.jit
+def place_tokens(chosen, before, total, index, slot, count, b, t, T, K, begin, end, BLOCK_T: tl.constexpr):
+    """Slots of a block of tokens, `before` of the row's `total` being earlier ones, and their indices; -1 in those of
+    the slots begin .. end that stay empty. Returns how many slots the row uses."""
+    place = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    kept = chosen & (place < K)
+    tl.store(slot + b * T + t, tl.where(kept, place, -1).to(tl.int64), mask=t < T)
+    tl.store(index + b * K + place, t.to(tl.int64), mask=kept)
+    used = tl.minimum(total, K)
+    end = tl.minimum(end, K)
+    for first in range(begin, end, BLOCK_T):
+        k = first + tl.arange(0, BLOCK_T)
+        tl.store(index + b * K + k, tl.full([BLOCK_T], -1, tl.int64), mask=(k >= used) & (k < end))
+    tl.store(count + b, used)
+    return used
+
+
+@triton.jit
+def store_totals(totals, b, total, used, entropy, gates):
+    """The four sums of a row."""
+    tl.store(totals + b * 4, total.to(tl.float32))
+    tl.store(totals + b * 4 + 1, (total - used).to(tl.float32))
+    tl.store(totals + b * 4 + 2, entropy)
+    tl.store(totals + b * 4 + 3, gates)
+
+
+@kernel("T", "K", "N")
 def decide_kernel(
-    score, bias, start, length, gate, mask, counts, sums, T, N, noise_floor,
-    INITIAL: tl.constexpr, START: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    score, bias, start, length, gate, index, slot, count, sums, T, K, N, noise_floor,
+    INITIAL: tl.constexpr, START: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Gates and decisions of BLOCK_T tokens of a row, how many are wanted, and sums of entropy and gates."""
+    """Gates of BLOCK_T tokens of a row, -1 as `slot` of those not wanted, their number, sums of entropy and gates.
+
+    WHOLE: the block is the whole row, and all of `route` is done."""
     b = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = t < T
@@ -50,60 +85,58 @@ def decide_kernel(
     if HAS_LENGTH:
         real = real & (t < tl.load(length + b))
     wanted = wanted & real
-    tl.store(mask + b * T + t, wanted.to(tl.uint8), mask=t < T)
-    at = b * N + tl.program_id(0)
-    tl.store(counts + at, tl.sum(wanted.to(tl.int32), 0))
-    tl.store(sums + at * 2, tl.sum(tl.where(real, softplus(z) - value * z, 0.0), 0))
-    tl.store(sums + at * 2 + 1, tl.sum(tl.where(real, value, 0.0), 0))
+    total = tl.sum(wanted.to(tl.int32), 0)
+    entropy = tl.sum(tl.where(real, softplus(z) - value * z, 0.0), 0)
+    gates = tl.sum(tl.where(real, value, 0.0), 0)
+    if WHOLE:
+        used = place_tokens(wanted, 0, total, index, slot, count, b, t, T, K, 0, K, BLOCK_T)
+        store_totals(sums, b, total, used, entropy, gates)
+    else:
+        tl.store(slot + b * T + t, wanted.to(tl.int64) - 1, mask=t < T)
+        at = sums + (b * N + tl.program_id(0)) * 3
+        tl.store(at, total.to(tl.float32))
+        tl.store(at + 1, entropy)
+        tl.store(at + 2, gates)
 
 
 @kernel("T", "K", "N", "fill")
 def compact_kernel(
-    mask, counts, sums, index, slot, count, totals, T, K, N, fill, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    sums, index, slot, count, totals, T, K, N, fill, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Slots of one block of tokens, their indices, and -1 in this block's share (`fill`) of the unused slots;
-    the first block of a row sums what the blocks counted."""
+    """Slots of one block of tokens, their indices, and -1 in this block's share (`fill`) of the unused slots.
+    All blocks of a row store its count, and the first the sums of what they counted."""
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     before, total, entropy, gates = 0, 0, 0.0, 0.0
     for begin in range(0, N, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
-        held = tl.load(counts + b * N + n, mask=n < N, other=0)
+        at = sums + (b * N + n) * 3
+        held = tl.load(at, mask=n < N, other=0.0).to(tl.int32)
         before += tl.sum(tl.where(n < block, held, 0), 0)
         total += tl.sum(held, 0)
         if block == 0:
-            entropy += tl.sum(tl.load(sums + (b * N + n) * 2, mask=n < N, other=0.0), 0)
-            gates += tl.sum(tl.load(sums + (b * N + n) * 2 + 1, mask=n < N, other=0.0), 0)
+            entropy += tl.sum(tl.load(at + 1, mask=n < N, other=0.0), 0)
+            gates += tl.sum(tl.load(at + 2, mask=n < N, other=0.0), 0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    chosen = tl.load(mask + b * T + t, mask=t < T, other=0) != 0
-    place = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    kept = chosen & (place < K)
-    tl.store(slot + b * T + t, tl.where(kept, place, -1).to(tl.int64), mask=t < T)
-    tl.store(index + b * K + place, t.to(tl.int64), mask=kept)
-    used = tl.minimum(total, K)
-    for begin in range(block * fill, tl.minimum((block + 1) * fill, K), BLOCK_T):
-        k = begin + tl.arange(0, BLOCK_T)
-        empty = (k >= used) & (k < tl.minimum((block + 1) * fill, K))
-        tl.store(index + b * K + k, tl.full([BLOCK_T], -1, tl.int64), mask=empty)
+    chosen = tl.load(slot + b * T + t, mask=t < T, other=-1) >= 0
+    begin = block * fill
+    used = place_tokens(chosen, before, total, index, slot, count, b, t, T, K, begin, begin + fill, BLOCK_T)
     if block == 0:
-        tl.store(count + b, used)
-        tl.store(totals + b * 4, total.to(tl.float32))
-        tl.store(totals + b * 4 + 1, used.to(tl.float32))
-        tl.store(totals + b * 4 + 2, entropy)
-        tl.store(totals + b * 4 + 3, gates)
+        store_totals(totals, b, total, used, entropy, gates)
 
 
 @lru_cache(maxsize=1024)
 def _route_plan(B, T, capacity):
-    """Blocks per row, sizes of both launches, and the share of the unused slots that a block clears."""
+    """Blocks per row, sizes of the launches, and the share of the unused slots that a block clears."""
     check((capacity >= 0, f"capacity must be at least 0, got {capacity}"))
-    N, block = max(1, triton.cdiv(T, ROUTE_BLOCK)), min(ROUTE_BLOCK, triton.next_power_of_2(max(1, T)))
-    return N, triton.cdiv(capacity, N), {"BLOCK_T": block, "num_warps": 4}, min(256, triton.next_power_of_2(N))
+    block = power_of_2(max(1, T)) if T <= ROUTE_WHOLE else ROUTE_BLOCK
+    N = cdiv(max(1, T), block)
+    return N, cdiv(capacity, N), {"BLOCK_T": block, "num_warps": 4}, min(256, power_of_2(N))
 
 
 @route.kernel
 def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
-    """Two launches: tokens are counted in blocks, then placed, so that one long row uses the whole chip."""
+    """One launch for short rows; else tokens are counted in blocks, then placed, so that a row uses the whole chip."""
     B, T = score_BT.shape
     N, fill, options, block_n = _route_plan(B, T, capacity)
     gate_BT = score_BT.new_empty(B, T, dtype=torch.float32)
@@ -111,18 +144,17 @@ def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
     slot_BT = score_BT.new_empty(B, T, dtype=torch.int64)
     count_B, sums_B4 = score_BT.new_empty(B, dtype=torch.int32), score_BT.new_empty(B, 4, dtype=torch.float32)
     if B and T:
-        mask_BT = score_BT.new_empty(B, T, dtype=torch.uint8)
-        counts_BN, sums_BN2 = score_BT.new_empty(B, N, dtype=torch.int32), gate_BT.new_empty(B, N, 2)
+        sums = sums_B4 if N == 1 else gate_BT.new_empty(B, N, 3)
         start = None if start_BT is None else start_BT.expand(B, -1).contiguous()
         decide_kernel[(N, B)](
-            score_BT.contiguous(), bias, start, dense(length_B), gate_BT, mask_BT, counts_BN, sums_BN2, T, N,
-            noise_floor, INITIAL=initial, START=0 if start is None else min(2, start.shape[1]),
-            HAS_LENGTH=length_B is not None, **options,
+            score_BT.contiguous(), bias, start, dense(length_B), gate_BT, index_BK, slot_BT, count_B, sums, T,
+            capacity, N, noise_floor, INITIAL=initial, START=0 if start is None else min(2, start.shape[1]),
+            HAS_LENGTH=length_B is not None, WHOLE=N == 1, **options,
         )  # fmt: skip
-        compact_kernel[(N, B)](
-            mask_BT, counts_BN, sums_BN2, index_BK, slot_BT, count_B, sums_B4, T, capacity, N, fill, BLOCK_N=block_n,
-            **options,
-        )  # fmt: skip
+        if N > 1:
+            compact_kernel[(N, B)](
+                sums, index_BK, slot_BT, count_B, sums_B4, T, capacity, N, fill, BLOCK_N=block_n, **options
+            )
     return gate_BT, index_BK, slot_BT, count_B, sums_B4
 
 

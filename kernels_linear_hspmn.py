@@ -11,23 +11,21 @@ from .kernels_common_hspmn import (
     LOG2E,
     ROW_START,
     TOKEN_START,
+    Tiles,
     capability,
+    cdiv,
     check,
     check_heads,
     check_in_place,
     dense,
     has_descriptors,
     kernel,
+    power_of_2,
     processors,
+    tl,
+    triton,
 )
 from .operations_hspmn import linear_attention
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 
 @kernel("T")
@@ -217,7 +215,7 @@ def linear_attention_config(element_size, E, F, compute_capability):
     On sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
     than 16 tokens (compiler's report, not timed).
     """
-    columns = triton.next_power_of_2(F)
+    columns = power_of_2(F)
     if element_size == 4:
         return {"BLOCK_T": 16, "BLOCK_F": max(16, min(64, columns)), "num_warps": 8, "num_stages": 1}
     warps = 4 if compute_capability in (90, 100) or E * columns <= 64 * 64 else 8
@@ -232,7 +230,7 @@ def _segments(programs, T, device):
     fill = processors(device)
     if programs >= 1.5 * fill or T <= 1024:
         return 1
-    return max(1, min(8 * fill // programs, triton.cdiv(T, 512)))
+    return max(1, min(8 * fill // programs, cdiv(T, 512)))
 
 
 @lru_cache(maxsize=1024)
@@ -246,13 +244,13 @@ def _plan(q_shape, k_shape, v_shape, state, dtypes, device, element_size, segmen
     wanted = ((B, H, E, F), torch.float32)
     check((state in (None, wanted), f"state must be {wanted} to be updated in place, got {state}"))
     config = linear_attention_config(element_size, E, F, capability(device))
-    blocks = triton.cdiv(F, config["BLOCK_F"])
+    blocks = cdiv(F, config["BLOCK_F"])
     segments = segments or _segments(B * H * blocks, T, device)
-    span = triton.cdiv(triton.cdiv(T, segments), config["BLOCK_T"]) * config["BLOCK_T"]
+    span = cdiv(cdiv(T, segments), config["BLOCK_T"]) * config["BLOCK_T"]
     # A tile of columns must not reach into the next head
     tiled = has_descriptors(device, element_size) and F % config["BLOCK_F"] == 0 and B * T >= config["BLOCK_T"]
     sizes = {"H": H, "G": G, "E": E, "F": F, "TAIL_STAGES": 1 if tiled else config["num_stages"], **config}
-    return triton.cdiv(T, span), span, blocks, tiled, sizes
+    return cdiv(T, span), span, blocks, tiled, sizes
 
 
 def linear_attention_cut(
@@ -278,16 +276,16 @@ def linear_attention_cut(
     start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
     maps = (None, None, None)
     if tiled and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        rows, QE, KE, VF = [B * T], H * E, k.shape[2] * E, k.shape[2] * F
+        rows, QE, KE, VF = B * T, H * E, k.shape[2] * E, k.shape[2] * F
         maps = (
-            TensorDescriptor(q, [*rows, QE], [QE, 1], [sizes["BLOCK_T"], E]),
-            TensorDescriptor(k, [*rows, KE], [KE, 1], [sizes["BLOCK_T"], E]),
-            TensorDescriptor(v, [*rows, VF], [VF, 1], [sizes["BLOCK_T"], sizes["BLOCK_F"]]),
+            Tiles.of(q, (rows, QE), (QE, 1), (sizes["BLOCK_T"], E)),
+            Tiles.of(k, (rows, KE), (KE, 1), (sizes["BLOCK_T"], E)),
+            Tiles.of(v, (rows, VF), (VF, 1), (sizes["BLOCK_T"], sizes["BLOCK_F"])),
         )
     decays, length_B = q.new_empty(B, H, T, dtype=torch.float32), dense(length_B)
     options = {"START": mode, "HAS_LENGTH": length_B is not None, **sizes}
-    decay_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), B)](
-        log_decay, length_B, decays, T, H=H, HEADS=triton.next_power_of_2(H), BLOCK_T=sizes["BLOCK_T"],
+    decay_kernel[(cdiv(T, sizes["BLOCK_T"]), B)](
+        log_decay, length_B, decays, T, H=H, HEADS=power_of_2(H), BLOCK_T=sizes["BLOCK_T"],
         HAS_LENGTH=length_B is not None, num_warps=4,
     )  # fmt: skip
     before, grid, kept = state_BHEF, (B * H * S * blocks,), True
@@ -299,7 +297,7 @@ def linear_attention_cut(
             q, k, v, *maps, decays, start, length_B, None, None, states, carry, T, span, S,
             HAS_STATE=False, KEPT=False, STATE_ONLY=True, **options,
         )  # fmt: skip
-        segment_states_kernel[(B * H, triton.cdiv(E * F, 1024))](
+        segment_states_kernel[(B * H, cdiv(E * F, 1024))](
             before, start, states, carry, S, H=H, X=E * F, BLOCK_X=1024, HAS_STATE=before is not None, START=mode,
             num_warps=4,
         )  # fmt: skip

@@ -6,15 +6,8 @@ features of a token before a product, N after it.
 
 import torch
 
-from .kernels_common_hspmn import check_in_place, has_descriptors, kernel, processors
+from .kernels_common_hspmn import Tiles, cdiv, check_in_place, has_descriptors, kernel, processors, tl, triton
 from .operations_hspmn import SILU_LIMIT, linear_add, swiglu
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 LOWEST = tl.constexpr(-SILU_LIMIT)
 FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
@@ -89,7 +82,7 @@ def _aligned(x):
 
 
 def _weight_map(gate_weight_NK, up_weight_NK):
-    """One tensor descriptor of both weights, [2, N, K], and whether the up weight comes first.
+    """`Tiles` of both weights, [2, N, K], and whether the up weight comes first.
 
     A descriptor is a base, sizes and strides: the first stride is the distance between the two allocations.
     """
@@ -100,8 +93,8 @@ def _weight_map(gate_weight_NK, up_weight_NK):
         stacked = torch.stack((gate, up))
         low, high = stacked
         gate, step = low, stacked.stride(0) * stacked.element_size()
-    (N, K), block = low.shape, [2, SWIGLU_CONFIG["BLOCK_N"], SWIGLU_CONFIG["BLOCK_K"]]
-    return TensorDescriptor(low, [2, N, K], [step // low.element_size(), K, 1], block), low is not gate
+    (N, K), block = low.shape, (2, SWIGLU_CONFIG["BLOCK_N"], SWIGLU_CONFIG["BLOCK_K"])
+    return Tiles.of(low, (2, N, K), (step // low.element_size(), K, 1), block), low is not gate
 
 
 @swiglu.kernel
@@ -120,10 +113,10 @@ def _swiglu(x, gate_weight_NK, up_weight_NK):
     out = x.new_empty(*x.shape[:-1], N)
     x_MK, out_MN = _aligned(x.reshape(-1, K)), out.view(-1, N)
     M, half = len(x_MK), config["BLOCK_N"] // 2
-    x_map = TensorDescriptor(x_MK, [M, K], [K, 1], [config["BLOCK_M"], config["BLOCK_K"]])
-    out_map = TensorDescriptor(out_MN, [M, N], [N, 1], [config["BLOCK_M"], half])
+    x_map = Tiles.of(x_MK, (M, K), (K, 1), (config["BLOCK_M"], config["BLOCK_K"]))
+    out_map = Tiles.of(out_MN, (M, N), (N, 1), (config["BLOCK_M"], half))
     weight_map, up_first = _weight_map(gate_weight_NK, up_weight_NK)
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     swiglu_kernel[(min(tiles, processors(x.device)),)](
         x_map, weight_map, out_map, M, N=N, K=K, UP_FIRST=up_first, **config
     )

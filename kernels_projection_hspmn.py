@@ -12,21 +12,19 @@ from .kernels_common_hspmn import (
     HEAD_WIDTHS,
     ROW_START,
     TOKEN_START,
+    cdiv,
     check,
     check_in_place,
     dense,
     dependent,
     kernel,
+    power_of_2,
     processors,
     router_score,
+    tl,
+    triton,
 )
 from .operations_hspmn import add_norm, norm_heads, place, split_heads
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("kernels_hspmn needs triton; modeling_hspmn runs on operations_hspmn without it") from error
 
 FEATURES = ("gated", "elu")
 MOST_HEAD_ROWS = 256  # of `norm_heads`, whose sums of all of them are one tile
@@ -200,8 +198,8 @@ def split_heads_config(B, T, heads, E, multiprocessors):
     24 heads 1.64 to 2.0. While 8 programs per processor are left; else one head per program, the shortest way for one
     token.
     """
-    block_t = min(32, triton.next_power_of_2(T))
-    enough = B * triton.cdiv(T, block_t) * heads >= 64 * multiprocessors
+    block_t = min(32, power_of_2(T))
+    enough = B * cdiv(T, block_t) * heads >= 64 * multiprocessors
     warps = min(8, max(1, block_t * E // (1024 if enough else 512)))
     return {"BLOCK_T": block_t, "HEADS": 8 if enough else 1, "num_warps": warps, "num_stages": 1}
 
@@ -227,7 +225,7 @@ def _split_plan(
     for name, (rows, *rest) in zip(("cos", "sin"), tables, strict=True):
         check((rows in (1, B) and rest == [T, E], f"{name} must be [1 or {B}, {T}, {E}], got {(rows, *rest)}"))
     config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(device))
-    programs = B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H + 2 * kv_heads, config["HEADS"])
+    programs = B * cdiv(T, config["BLOCK_T"]) * cdiv(H + 2 * kv_heads, config["HEADS"])
     constants = {
         "H": H, "G": kv_heads, "E": E, "TAPS": taps, "CHANNEL_STEP": weight_stride[0], "TAP_STEP": weight_stride[1],
         "EPS": eps, "ELU": feature == "elu", "HAS_HISTORY": history_shape is not None and lags > 0, **config,
@@ -361,8 +359,8 @@ def _norm_plan(x_shape, head_shape, vectors, dtype, head_dtype, element_size):
         wanted = (D,) if width else (X // 2,)
         check((shape is None or shape == wanted, f"{name} must be {wanted}, got {shape}"))
     config = norm_heads_config(element_size)
-    sizes = {"H": X // 2, "D": D, "BLOCK_X": max(16, triton.next_power_of_2(X))}
-    return (triton.cdiv(B * T, config["BLOCK_M"]),), sizes | config
+    sizes = {"H": X // 2, "D": D, "BLOCK_X": max(16, power_of_2(X))}
+    return (cdiv(B * T, config["BLOCK_M"]),), sizes | config
 
 
 @norm_heads.kernel
@@ -400,10 +398,10 @@ def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
         (y_shape == x_shape and y_dtype == dtype, alike),
         (norm_shape == (D,), f"norm must be [{D}], the width of x, got {norm_shape}"),
     )
-    block_d = triton.next_power_of_2(D)
+    block_d = power_of_2(D)
     block_m = max(1, 4096 // block_d)
     options = {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(32, block_d // 1024))}
-    return (triton.cdiv(x_shape.numel() // max(D, 1), block_m),), {"D": D} | options
+    return (cdiv(x_shape.numel() // max(D, 1), block_m),), {"D": D} | options
 
 
 @add_norm.kernel
@@ -454,10 +452,10 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
     start_BT, place_BT = document_seen_B.new_empty(B, 1), document_seen_B.new_empty(B, tokens)
     if B and tokens:
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
-        block = min(32, triton.next_power_of_2(tokens))
-        place_kernel[(triton.cdiv(tokens, block), B)](
+        block = min(32, power_of_2(tokens))
+        place_kernel[(cdiv(tokens, block), B)](
             dense(position_BT), document_seen_B.contiguous(), last_position_B.contiguous(), frequency_F.contiguous(),
             cos_BTE, sin_BTE, start_BT, place_BT, tokens, step, scaling, E=E, BLOCK_T=block,
-            BLOCK_F=triton.next_power_of_2(E // 2), HAS_POSITION=position_BT is not None, num_warps=4,
+            BLOCK_F=power_of_2(E // 2), HAS_POSITION=position_BT is not None, num_warps=4,
         )  # fmt: skip
     return cos_BTE, sin_BTE, start_BT, place_BT

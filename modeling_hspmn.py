@@ -279,25 +279,16 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
     def _statistics(self, routes, real):
         """`RouterStatistics` of the layers that route, on one device; None if they made no sums or there are none."""
-        shares, routed = [], []
-        for layer, route in zip(self.layers, routes, strict=True):
-            if route is not None and route.sums_B4 is not None:
-                shares.append(layer.router.share)
-                routed.append(route)
-        if not routed:
-            return None
-        device = shares[0].device
-        if shares[-1].device != device:  # a model spread over several devices
-            shares = [share.to(device) for share in shares]
-            routed = [route._replace(sums_B4=route.sums_B4.to(device)) for route in routed]
-        return router_statistics(routed, real, torch.stack(shares), self.config)
+        routed = [route for route in routes if route is not None and route.sums_B4 is not None]
+        routers = [layer.router for layer in self.layers if layer.router is not None]
+        return router_statistics(routed, real, routers, self.config) if routed else None
 
     @torch.no_grad()
     def _update_biases(self, routes, statistics, real):
         """One bias step per layer from the loads of this forward, averaged over ranks by their real tokens."""
         if statistics is None or self.config.router_mode == "topk":
             return
-        loads = statistics.load
+        loads, overflows = statistics.found_L3[:, 0], statistics.found_L3[:, 1]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = torch.cat([loads * real, loads.new_ones(1) * real])
             torch.distributed.all_reduce(sums)
@@ -306,7 +297,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
         for layer, load in zip(routed, loads, strict=True):
             layer.router.update_bias(load.to(layer.router.bias.device))
         if loads.device.type == "cpu" and not torch.compiler.is_compiling():
-            for layer, overflow in zip(routed, statistics.overflow, strict=True):
+            for layer, overflow in zip(routed, overflows, strict=True):
                 if overflow > 0:
                     logger.warning_once(
                         f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
@@ -315,32 +306,20 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
     def _router_outputs(self, routes, statistics, rows, x_BTD):
         """Router fields of `HSPMNOutput`; zeros for the layers that route nothing."""
-        device, scores, slots, places = x_BTD.device, [], [], []
+        device, shape = x_BTD.device, x_BTD.shape[:2]
         no_score = no_slot = None
         if None in routes:
-            no_score, no_slot = (
-                torch.zeros(x_BTD.shape[:2], device=device),
-                torch.full(x_BTD.shape[:2], -1, device=device),
-            )
-        for route in routes:
-            if route is None:
-                scores.append(no_score)
-                slots.append(no_slot)
-            else:
-                places.append(len(scores))
-                scores.append(route.score_BT.to(device))
-                slots.append(route.slot_BT.to(device))
-        scores_BTL, mask_BTL = torch.stack(scores, -1), torch.stack(slots, -1) >= 0
+            no_score, no_slot = torch.zeros(shape, device=device), torch.full(shape, -1, device=device)
+        scores_BTL = torch.stack([no_score if route is None else route.score_BT.to(device) for route in routes], -1)
+        slots_BTL = torch.stack([no_slot if route is None else route.slot_BT.to(device) for route in routes], -1)
         outputs = {"router_scores": restore_rows(scores_BTL, rows).permute(2, 0, 1)}
-        outputs |= {"router_mask": restore_rows(mask_BTL, rows).permute(2, 0, 1)}
+        outputs |= {"router_mask": restore_rows(slots_BTL >= 0, rows).permute(2, 0, 1)}
         outputs["aux_loss"] = scores_BTL.new_zeros(()) if statistics is None else statistics.aux_loss.to(device)
-        if statistics is not None or not places:
-            columns = [torch.zeros(3, device=device)] * len(routes)
-            if places:
-                found_3N = torch.stack(statistics[:3]).to(device)
-                for place, column in zip(places, found_3N.unbind(1), strict=True):
-                    columns[place] = column
-            outputs["router_load"], outputs["router_overflow"], outputs["router_entropy"] = torch.stack(columns, 1)
+        if statistics is not None or not any(routes):
+            found = iter([] if statistics is None else statistics.found_L3.to(device))
+            nothing = torch.zeros(3, device=device)
+            found_3L = torch.stack([nothing if route is None else next(found) for route in routes], 1)
+            outputs["router_load"], outputs["router_overflow"], outputs["router_entropy"] = found_3L
         return outputs
 
 

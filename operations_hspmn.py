@@ -168,7 +168,8 @@ def assign(score_BT, wanted_BT, real_BT, noise_floor, capacity):
     index_BK, slot_BT, count_B = compact(wanted_BT, capacity)
     entropy_BT = F.softplus(score_BT) - gate_BT * score_BT
     sums_B2 = torch.where(real_BT, torch.stack([entropy_BT, gate_BT]), 0).sum(-1).T
-    sums_B4 = torch.cat([torch.stack([wanted_BT.sum(1), count_B], 1).to(sums_B2.dtype), sums_B2], 1)
+    routed_B = wanted_BT.sum(1)
+    sums_B4 = torch.cat([torch.stack([routed_B, routed_B - count_B], 1).to(sums_B2.dtype), sums_B2], 1)
     return gate_BT * (gate_BT >= noise_floor), index_BK, slot_BT, count_B, sums_B4
 
 
@@ -184,7 +185,7 @@ def route(
     the latest tokens beyond it get none.
 
     Returns gate_BT in score's dtype (float32); index_BK and slot_BT (int64) and count_B (int32), see `compact`; and
-    sums_B4 over a row's real tokens: routed, with a slot, entropy of the gates in nats, gates.
+    sums_B4 over a row's real tokens: routed, without a slot, entropy of the gates in nats, gates.
     """
     token_T = torch.arange(score_BT.shape[1], device=score_BT.device)
     real_BT = torch.ones_like(score_BT, dtype=torch.bool) if length_B is None else token_T < length_B[:, None]

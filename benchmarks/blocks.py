@@ -70,7 +70,7 @@ def hspmn_block(args, name, x_BSD):
     backend = modeling.pick_backend(model.config.backend, x_BSD.device, args.head_dim)
     stream = modeling.make_stream(x_BSD, None, model.rotary_emb, backend=backend)
     flops = model.estimate_flops(x_BSD.shape[1], x_BSD.shape[0])
-    return Block(block, lambda x: block(x, stream)[0], flops, {"load": load})
+    return Block(block, lambda x: block(x, stream, output_router=True)[0], flops, {"load": load})
 
 
 def dense_block(args, name, x_BSD):

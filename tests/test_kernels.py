@@ -168,6 +168,7 @@ WAYS = [  # by operation and variant: what the size of the chip or the layout of
     ) for variant in variants),
     *(("linear_attention", variant, SMALL, {"_segments": lambda *_: 3} | descriptors(on))
       for variant, on in (("row", False), ("packed_padded", False), ("state", True))),
+    *(("route", variant, SMALL, {"ROUTE_WHOLE": 8, "ROUTE_BLOCK": 16}) for variant in CASES["route"]),
     ("split_heads", "continued", SMALL, {"processors": lambda device: 1000}),
     *((operation, "token", LONG, MANY) for operation in ("sqsk_attention", "sqsk_merge")),
     *(("attend_token", variant, LONG, MANY | {"attend_token_config": several_blocks})

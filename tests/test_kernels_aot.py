@@ -83,7 +83,7 @@ class Recorder:
 def describe(value):
     """Triton's signature entry of an argument."""
     import torch
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from hspmn.kernels_common_hspmn import Tiles
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
     names |= {torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
@@ -91,7 +91,7 @@ def describe(value):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return "*" + names[value.dtype]
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, Tiles):
         return f"tensordesc<{names[value.base.dtype]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
 
@@ -128,7 +128,7 @@ def build_all(target, dtype, launches):
     from hspmn.operations_hspmn import REGISTRY
 
     # One row in segments and in one piece, heads one by one and eight at once, few and many routed tokens, few rows
-    shapes = (Sizes(), Sizes(T=1024), Sizes(B=3, share=0.9), Sizes(T=1), Sizes(B=16, T=1))
+    shapes = (Sizes(T=8192), Sizes(T=1024), Sizes(B=3, share=0.9), Sizes(T=1), Sizes(B=16, T=1))
     for sizes in shapes if launches == "every" else shapes[:1]:
         for operation in CASES.keys() - {"linear_add"}:  # has no kernel of its own
             variants = list(CASES[operation])

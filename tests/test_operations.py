@@ -101,7 +101,7 @@ def test_route_decides_token_by_token(data):
         kept = wanted[:capacity]
         assert index[row].tolist() == kept + [-1] * (capacity - len(kept))
         assert slot[row].tolist() == [kept.index(t) if t in kept else -1 for t in range(T)]
-        assert sums[row, :2].tolist() == [len(wanted), len(kept)] and count[row] == len(kept)
+        assert sums[row, :2].tolist() == [len(wanted), len(wanted) - len(kept)] and count[row] == len(kept)
         entropy = torch.distributions.Bernoulli(logits=score[row, :real]).entropy().sum()
         torch.testing.assert_close(sums[row, 2:], torch.stack([entropy, probability[row, :real].sum()]), **EXACT)
 
