@@ -45,26 +45,20 @@ def recall_targets(ids_BT):
     return torch.zeros_like(repeated_BT).scatter(1, order_BT, repeated_BT)
 
 
-def token_losses(model, hidden_BTD, ids_BT):
-    """Cross entropy in nats of every target, float32 [B, T - 1]; a few rows at a time to bound the logits."""
-    losses = []
-    for hidden, ids in zip(hidden_BTD.split(4), ids_BT.split(4), strict=True):
-        logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"))
-    return torch.cat(losses)
-
-
 @torch.no_grad()
 def validate(model, rows, batch_size):
     """Mean nats over `rows` [N, T] overall, on recall targets and on the others; loads and gate entropy per layer."""
     model.eval()
     sums, router = torch.zeros(4, dtype=torch.float64, device=model.device), []
     for ids in rows.split(batch_size):
-        ids = ids.to(model.device)
+        ids, losses = ids.to(model.device), []
         with low_precision(model.device):
             outputs = model.base_model(input_ids=ids, use_cache=False)
-            losses = token_losses(model, outputs.last_hidden_state, ids).double()
-        recall = recall_targets(ids)
+            hidden = outputs.last_hidden_state[:, :-1]
+            for few, targets in zip(hidden.split(4), ids[:, 1:].split(4), strict=True):  # bounds the logits' memory
+                logits = model.get_output_embeddings()(few).float()
+                losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+        losses, recall = torch.cat(losses).double(), recall_targets(ids)
         sums += torch.stack([losses[recall].sum(), losses[~recall].sum(), recall.sum(), (~recall).sum()])
         if getattr(outputs, "router_load", None) is not None:
             router.append(torch.stack([outputs.router_load, outputs.router_entropy]) * len(ids) / len(rows))
@@ -90,11 +84,13 @@ def needles(tokenizer, rng, count):
     return [(opening + value + end, question, value, end) for opening, question, value, end in parts]
 
 
-def weave(hay, pieces):
-    """The token list `hay` with pieces, each a pair of its place (0 to 1) and its tokens, put in."""
-    ids, done = [], 0
+def weave(text, room, pieces, rng):
+    """`room` random successive tokens of `text` as a list, with pieces, each a pair of its place (0 to 1) and its
+    tokens, put in."""
+    begin = int(rng.integers(0, len(text) - room + 1))
+    hay, ids, done = text[begin : begin + room].tolist(), [], 0
     for place, piece in sorted(pieces, key=lambda item: item[0]):
-        cut = round(place * len(hay))
+        cut = round(place * room)
         ids, done = ids + hay[done:cut] + piece, cut
     return ids + hay[done:]
 
@@ -106,12 +102,11 @@ def needle_prompt(tokenizer, text, length, depth, rng):
     if room < 1:
         refuse(f"--train_length gives prompts of {length} tokens, a needle alone takes {length - room}; raise it")
     text = text if len(text) > room else np.tile(text, room // len(text) + 1)
-    begin = int(rng.integers(0, len(text) - room + 1))
-    return weave(text[begin : begin + room].tolist(), [(depth, statement), (1.0, question)]), value
+    return weave(text, room, [(depth, statement), (1.0, question)], rng), value
 
 
 class NeedleRows(Dataset):
-    """Training rows, int64 [length]: real text with needles, each asked for later in the row.
+    """`count` training rows, int64 [length]: real text (token ids) with needles, each asked for later in the row.
 
     From one needle to one per 32 tokens, uniform, as far as three quarters of the row hold them: `needle_prompt` asks
     for one, and many of them teach it, since of a row with one needle six tokens or so say anything about retrieval.
@@ -120,32 +115,26 @@ class NeedleRows(Dataset):
     """
 
     def __init__(self, tokenizer, text, count, length, seed):
-        """`count` rows from the token ids `text`."""
         self.tokenizer, self.text, self.count, self.length, self.seed = tokenizer, text, count, length, seed
 
     def __len__(self):
-        """Rows in all."""
         return self.count
 
     def __getitem__(self, index):
-        """Row `index`; raises IndexError past the last."""
         if not 0 <= index < self.count:
             raise IndexError(f"row {index} of {self.count}")
-        rng = np.random.default_rng([self.seed, index])
-        most, pieces, room = max(4, self.length // 32), [], self.length
-        tasks = needles(self.tokenizer, rng, int(rng.integers(1, most + 1)))
+        rng, pieces, room = np.random.default_rng([self.seed, index]), [], self.length
+        tasks = needles(self.tokenizer, rng, int(rng.integers(1, max(4, self.length // 32) + 1)))
         for number, (statement, question, value, end) in enumerate(tasks):
             first, second = sorted(rng.random(2))
-            if number == 0 and rng.random() < 0.1:
-                first = 0.0
+            if number == 0:
+                first, second = 0.0 if rng.random() < 0.1 else first, 1.0
             asked = question + value + end
             left = room - len(statement) - len(asked)
             if left < 0.25 * self.length:
                 break
-            pieces += [(first, statement), (1.0 if number == 0 else second, asked)]
-            room = left
-        begin = int(rng.integers(0, len(self.text) - room + 1))
-        return torch.tensor(weave(self.text[begin : begin + room].tolist(), pieces))
+            pieces, room = [*pieces, (first, statement), (second, asked)], left
+        return torch.tensor(weave(self.text, room, pieces, rng))
 
 
 def greedy(model, ids_BT, new_tokens, chunk):
@@ -179,22 +168,16 @@ def run_needle(args):
     rows = [row(f"{args.label}/x{multiple}", "accuracy", float(np.mean(grid[multiple]))) for multiple in grid]
     path = args.output / f"{args.name}.json"
     merge_results(path, rows, {"grids": {args.label: {"depths": depths, "accuracy": grid}}}, args.command)
-    plot_needle(depths, grid, args, path.with_name(f"{path.stem}_{args.label}.png"))
-    return 0
-
-
-def plot_needle(depths, grid, args, path):
-    """Heatmap of needle accuracy, depth by prompt length."""
     figure, axes = new_figure(6, 4)
-    if figure is None:
-        return
-    image = axes.imshow(np.array(list(grid.values())).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(grid)), [f"{int(float(multiple) * args.train_length):,}" for multiple in grid])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel=f"prompt tokens (trained on {args.train_length:,})", ylabel="depth")
-    axes.set_title(f"{args.label}: needle, exact match")
-    figure.colorbar(image)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    if figure is not None:  # a heatmap of accuracy, depth by prompt length
+        image = axes.imshow(np.array(list(grid.values())).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_xticks(range(len(grid)), [f"{int(float(multiple) * args.train_length):,}" for multiple in grid])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(xlabel=f"prompt tokens (trained on {args.train_length:,})", ylabel="depth")
+        axes.set_title(f"{args.label}: needle, exact match")
+        figure.colorbar(image)
+        figure.savefig(path.with_name(f"{path.stem}_{args.label}.png"), dpi=150, bbox_inches="tight")
+    return 0
 
 
 def check_files(folder):
@@ -260,7 +243,6 @@ def check_cached(model, ids_BT):
         yield f"contract 2: {way} equals {'one call' if rounded else 'uncached'}", error <= 1e-4 and same, detail
 
 
-@torch.no_grad()
 def check_reload(model, ids_BT):
     """Contract 6: saved to an empty folder and loaded in a fresh process, the model gives the same logits."""
     want = model(input_ids=ids_BT, use_cache=False).logits
@@ -274,7 +256,6 @@ def check_reload(model, ids_BT):
     yield "contract 6: same logits after saving and loading", result.returncode == 0, detail[-1]
 
 
-@torch.no_grad()
 def run_compare(args):
     """The fresh process of contract 6: logits of a saved model against those in `expected.pt` beside its folder."""
     model = load(args)[0]
@@ -310,11 +291,8 @@ def run_verify(args):
         else:
             ids = validation_rows(tokenizer, 2 * length, length)
         ids = ids.to(model.device)
-        checks += check_weights(model, info)
-        checks += check_causality(model, ids)
-        checks += check_cached(model, ids)
-        checks += check_reload(model, ids)
-        checks += check_loads(model, tokenizer, args)
+        checks += [*check_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
+        checks += [*check_reload(model, ids), *check_loads(model, tokenizer, args)]
     for name, passed, detail in checks:
         print(f"{ {True: 'pass', False: 'FAIL', None: 'note'}[passed] }  {name} ({detail})")
     return int(any(passed is False for _, passed, _ in checks))
@@ -350,14 +328,13 @@ def load(args):
 
 
 TASKS = {"loss": run_loss, "needle": run_needle, "verify": run_verify, "compare": run_compare}
-TINY = {
-    "samples": 1, "depths": 2, "multiples": [1.0, 2.0], "train_length": 128, "tokens": 1024, "batch_size": 2,
-    "device": "cpu",
-}  # fmt: skip
+TINY = {"samples": 1, "depths": 2, "multiples": [1.0, 2.0], "train_length": 128, "tokens": 1024, "batch_size": 2}
+TINY["device"] = "cpu"
 
 
-def make_parser():
-    """Arguments of all tasks."""
+@torch.no_grad()
+def main(argv=None):
+    """Run one task; returns the exit code."""
     parser = Parser("evaluate.py", __doc__)
     add, positive = parser.add_argument, at_least(1)
     add("folder", type=Path, help="checkpoint to evaluate")
@@ -376,12 +353,7 @@ def make_parser():
     add("--samples", type=positive, default=8, help="needle: prompts per depth and length")
     add("--prefill_chunk", type=positive, default=65536, help="needle: tokens read at once")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
-    return parser
-
-
-def main(argv=None):
-    """Run one task; returns the exit code."""
-    args = make_parser().parse(argv, TINY)
+    args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
     for name in ("config.json", "tokenizer.json") if args.task in ("loss", "needle") else ("config.json",):
         if not (args.folder / name).exists():

@@ -38,7 +38,6 @@ from hspmn.results import check_name, config_with, parse_overrides, refuse
 
 DEFAULT_STEPS = 600
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
-LOAD_WARNING = (0.25, 2.0)  # shares of its target between which a layer's load is unremarkable
 
 logger = logging.getLogger("train")
 
@@ -56,8 +55,7 @@ class ModelArguments:
     num_key_value_heads: int | None = HfArg(default=None, help="key/value heads (new: 2)")
     intermediate_size: int | None = HfArg(default=None, help="SwiGLU width (new: 8/3 hidden_size, rounded up)")
     sparsity_k: list[float] = HfArg(
-        default_factory=list,
-        help="routed share, one or one per layer (new: 0.2 on average, in every fourth and the last)",
+        default_factory=list, help="routed share, or one per layer (new: 0.2 on average, in every fourth and the last)"
     )
     config_overrides: list[str] = HfArg(
         default_factory=list, help="other HSPMNConfig fields as key=value, values in JSON: sliding_window=64"
@@ -132,7 +130,10 @@ class HSPMNTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(argv):
-    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
+    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments).
+
+    Refuses unknown names, values out of range and missing packages, files and folders before any work starts.
+    """
     parser = HfArgumentParser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False)
     parser.error = refuse  # one line, not the several hundred of the usage
     try:
@@ -141,35 +142,28 @@ def parse_arguments(argv):
         refuse(error)
     if unknown:
         check_name("argument", unknown[0].split("=")[0], parser._option_string_actions)
-    check_arguments(*arguments)
-    return arguments
-
-
-def check_arguments(model_args, data_args, training_args):
-    """Refuse values out of range and missing packages, files and folders."""
+    model_args, data_args, training_args = arguments
+    values = vars(data_args) | vars(training_args)
     least = {"seq_len": 2, "vocab_size": 258, "validation_blocks": 1, "tokenizer_documents": 1, "baseline_tokens": 0}
+    least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     for name, minimum in least.items():
-        if getattr(data_args, name) < minimum:
-            refuse(f"--{name} must be at least {minimum}, got {getattr(data_args, name)}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(training_args, name) < 1:
-            refuse(f"--{name} must be at least 1, got {getattr(training_args, name)}")
+        if values[name] < minimum:
+            refuse(f"--{name} must be at least {minimum}, got {values[name]}")
     if not 0.0 < data_args.validation_fraction < 1.0:
         refuse(f"--validation_fraction must lie in (0, 1), got {data_args.validation_fraction}")
-    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    for name in training_args.report_to:
-        if name in installed and not installed[name]():
+    for name, installed in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
+        if name in training_args.report_to and not installed():
             refuse(f"--report_to {name} needs a package that is not installed; pip install {name}")
     if model_args.model_name_or_path and data_args.tokenizer_name:
         refuse(f"--tokenizer_name {data_args.tokenizer_name} contradicts --model_name_or_path, which brings its own")
-    resume = training_args.resume_from_checkpoint
+    resume, folder = training_args.resume_from_checkpoint, training_args.output_dir
     if resume and resume.lower() in ("true", "last"):
-        folder = training_args.output_dir
         resume = training_args.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         if resume is None:
             refuse(f"--resume_from_checkpoint last: no checkpoint in --output_dir {folder}; name a checkpoint folder")
     if resume and not (Path(resume) / "trainer_state.json").is_file():
         refuse(f"--resume_from_checkpoint {resume} is no checkpoint folder (it has no trainer_state.json)")
+    return arguments
 
 
 def make_blocks(data_args, training_args, tokenizer, documents):
@@ -198,54 +192,33 @@ def make_blocks(data_args, training_args, tokenizer, documents):
     return train, validation
 
 
-def new_model(changes, vocab_size, seq_len):
-    """Config fields of a new model: `changes`, and what suits its size for those left open.
+def make_config(model_args, vocab_size, seq_len):
+    """Configuration of the saved model with the command line's changes, or of a new one.
 
-    At width 128, untied embeddings brought the loss after 200 steps of the main job from 5.39 to 4.88, and weights of
-    standard deviation 0.06 instead of 0.02 to 4.65.
+    What the command line leaves open suits the size of the new one: at width 128, untied embeddings brought the loss
+    after 200 steps of the main job from 5.39 to 4.88, weights of standard deviation 0.06 instead of 0.02 to 4.65.
     """
+    source, shares = model_args.model_name_or_path, model_args.sparsity_k
+    changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
+    if shares:
+        changes["sparsity_k"] = shares if len(shares) > 1 else shares[0]
+    changes |= parse_overrides("--config_overrides", model_args.config_overrides)
+    if source:
+        saved = config_with({}, source=source)
+        for name in SIZES:
+            if changes.get(name, has := getattr(saved, name)) != has:
+                refuse(f"--{name} {changes[name]} differs from {source}, which has {has}; leave it out")
+        # a trained router needs no annealing
+        return config_with({"sparsity_anneal_fraction": 0.0} | changes, "--config_overrides", source)
     width = changes.get("hidden_size", 128)
     head_dim = changes.get("head_dim", 32 if width < 512 else 64)
-    return {
-        "hidden_size": width,
-        "head_dim": head_dim,
-        "num_hidden_layers": 4,
-        "num_attention_heads": max(1, width // head_dim),
-        "num_key_value_heads": 2,
-        "intermediate_size": -(-width * 8 // 96) * 32,
-        "sliding_window": min(128, seq_len // 4),
-        "tie_word_embeddings": False,
+    fresh = {
+        "hidden_size": width, "head_dim": head_dim, "num_hidden_layers": 4, "num_key_value_heads": 2,
+        "num_attention_heads": max(1, width // head_dim), "intermediate_size": -(-width * 8 // 96) * 32,
+        "sliding_window": min(128, seq_len // 4), "tie_word_embeddings": False,
         "initializer_range": round(0.7 * width**-0.5, 3),
-    } | changes | {"vocab_size": vocab_size}  # fmt: skip
-
-
-def make_config(model_args, vocab_size, seq_len):
-    """Configuration of a new model, or of the saved one with the command line's changes."""
-    changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
-    if model_args.sparsity_k:
-        changes["sparsity_k"] = model_args.sparsity_k if len(model_args.sparsity_k) > 1 else model_args.sparsity_k[0]
-    changes |= parse_overrides("--config_overrides", model_args.config_overrides)
-    source = model_args.model_name_or_path
-    if not source:
-        return config_with(new_model(changes, vocab_size, seq_len), "--config_overrides")
-    saved = config_with({}, source=source)
-    for name in SIZES:
-        if changes.get(name, getattr(saved, name)) != getattr(saved, name):
-            refuse(f"--{name} {changes[name]} differs from {source}, which has {getattr(saved, name)}; leave it out")
-    # a trained router needs no annealing
-    return config_with({"sparsity_anneal_fraction": 0.0} | changes, "--config_overrides", source)
-
-
-def make_model(model_args, config, tokenizer):
-    """The model to train, float32 weights: loaded, or freshly drawn from torch's current seed."""
-    if model_args.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path, config=config, trust_remote_code=True, dtype=torch.float32
-        )
-    config.vocab_size = len(tokenizer)
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    }  # fmt: skip
+    return config_with(fresh | changes | {"vocab_size": vocab_size}, "--config_overrides")
 
 
 def make_tokenizer(model_args, data_args, training_args, documents):
@@ -278,14 +251,13 @@ class LogCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """One line per training log."""
-        if not state.is_world_process_zero or self.training_bar is None or "loss" not in logs:
-            return
-        loads, targets = (
-            [f"{value:.2f}" for name, value in logs.items() if name.startswith(kind)] for kind in ("load/", "target/")
-        )
-        targets = targets[:1] if len(set(targets)) == 1 else targets
-        line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        self.training_bar.write(f"{line}  load {' '.join(loads)}  target {' '.join(targets)}")
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+            for kind in ("load", "target"):
+                values = [f"{value:.2f}" for name, value in logs.items() if name.startswith(f"{kind}/")]
+                one = kind == "target" and len(set(values)) == 1
+                line += f"  {kind} {' '.join(values[:1] if one else values)}"
+            self.training_bar.write(line)
 
 
 class HSPMNTrainer(Trainer):
@@ -308,54 +280,33 @@ class HSPMNTrainer(Trainer):
         self.eval_load = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(torch.stack(self.eval_load).sum(0), "sum")
-        loads = (sums[:-1] / sums[-1]).tolist()
-        output.metrics.update({f"{metric_key_prefix}_load/{layer}": load for layer, load in enumerate(loads)})
+        for layer, load in enumerate((sums[:-1] / sums[-1]).tolist()):
+            output.metrics[f"{metric_key_prefix}_load/{layer}"] = load
         return output
 
     def log(self, logs, start_time=None):
         """Adds `load/<layer>` and `target/<layer>` to training logs and warns of layers far from their target."""
         if "loss" in logs and self.last_load is not None:
-            loads = self.last_load.tolist()
             routing = iter(self.model.router_targets.tolist())
-            targets = [next(routing) if share else 0.0 for share in self.model.config.layer_sparsity]
-            logs = logs | {f"load/{layer}": load for layer, load in enumerate(loads)}
-            logs |= {f"target/{layer}": target for layer, target in enumerate(targets)}
+            shares = self.model.config.layer_sparsity
+            loads, targets = self.last_load.tolist(), [next(routing) if share else 0.0 for share in shares]
+            for kind, values in (("load", loads), ("target", targets)):
+                logs = logs | {f"{kind}/{layer}": value for layer, value in enumerate(values)}
             for layer, (load, target) in enumerate(zip(loads, targets, strict=True)):
-                if not LOAD_WARNING[0] * target <= load <= LOAD_WARNING[1] * target:
+                if not 0.25 * target <= load <= 2.0 * target:
                     text = "step %d: layer %d routes %.3f of its tokens, far from its target %.3f"
                     logger.warning(text, self.state.global_step, layer, load, target)
         super().log(logs, start_time)
 
 
-def generate_sample(model, tokenizer, prompt, max_new_tokens=64):
-    """Text that the model continues `prompt` with, sampled at temperature 0.8."""
-    model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    set_seed(0)
-    options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
-    ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
-
-
-def report(results, targets, sample):
-    """What the run measured, as text for the terminal and the model card."""
-    bigram = results.get("bigram_loss")
-    baseline = "" if bigram is None else f", bigram {bigram:.4f}"
-    lines = [
-        f"data: {results['train_data']}; {results['validation_tokens']:,} validation tokens",
-        f"model: {results['parameters']:,} parameters",
-        f"training: {results['steps']} steps, {results['train_seconds']:.0f} s on {results['device']} "
-        f"({results['seconds']:.0f} s with reading, tokenizing and validation)",
-        f"validation loss, nats per token: before {results['loss_before']:.4f}, "
-        f"after {results['loss_after']:.4f}{baseline}",
-        "layer  load   target",
-    ]
-    for layer, (load, target) in enumerate(zip(results["loads"], targets, strict=True)):
-        remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
-        lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
-    return "\n".join([*lines, "sample:", sample])
-
-
+REPORT = """data: {train_data}; {validation_tokens:,} validation tokens
+model: {parameters:,} parameters
+training: {steps} steps, {train_seconds:.0f} s on {device} ({seconds:.0f} s with reading, tokenizing and validation)
+validation loss, nats per token: before {loss_before:.4f}, after {loss_after:.4f}{bigram}
+layer  load   target
+{layers}
+sample:
+{sample}"""
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -399,16 +350,16 @@ def main(argv=None):
     tokenizer = make_tokenizer(model_args, data_args, training_args, documents[0])
     train, validation = make_blocks(data_args, training_args, tokenizer, documents)
     set_seed(training_args.seed)
-    model = make_model(model_args, config, tokenizer)
-    trainer = HSPMNTrainer(
-        model,
-        training_args,
-        data_collator=partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None),
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[AnnealingCallback()],
-    )
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    if model_args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, config=config, **options)
+    else:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config.update({"vocab_size": len(tokenizer)} | special)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    collator = partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None)
+    callbacks = [AnnealingCallback()]
+    trainer = HSPMNTrainer(model, training_args, collator, train, validation, tokenizer, callbacks=callbacks)
     model.config.use_cache = True  # Trainer turns it off, and the saved folder would keep that
     trainer.remove_callback(ProgressCallback)
     if not training_args.disable_tqdm:
@@ -439,14 +390,21 @@ def finish(trainer, tokenizer, results):
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    results["sample"] = generate_sample(model, tokenizer, args.prompt)
-    text = report(results, model.config.layer_sparsity, results["sample"])
-    folder = Path(args.output_dir)
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
+    set_seed(0)
+    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)
+    results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
+    lines = []
+    for layer, (load, target) in enumerate(zip(results["loads"], model.config.layer_sparsity, strict=True)):
+        remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
+        lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
+    bigram = f", bigram {results['bigram_loss']:.4f}" if "bigram_loss" in results else ""
+    text, folder = REPORT.format(**results, bigram=bigram, layers="\n".join(lines)), Path(args.output_dir)
     (folder / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    print(text)
-    print(f"saved in {folder}")
+    print(f"{text}\nsaved in {folder}")
 
 
 if __name__ == "__main__":
