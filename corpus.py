@@ -29,8 +29,7 @@ BYTES_PER_TOKEN = 4  # of a 16k byte-level BPE on Python source, from above
 
 
 def fit_tokenizer(texts, vocab_size, padding=False):
-    """Byte-level BPE of `vocab_size` tokens fitted on an iterable of texts; the end of text and, with `padding`, a
-    token to pad with on the left have the first ids."""
+    """Byte-level BPE fitted on an iterable of texts; first ids: the end of text and, if asked for, left padding."""
     names = {"eos_token": END_OF_TEXT} | ({"pad_token": PADDING} if padding else {})
     fitted, special = ByteLevelBPETokenizer(), list(names.values())
     fitted.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
@@ -57,11 +56,8 @@ def rows_of(tokens, length):
 
 
 def read_sources(train_bytes, validation_bytes):
-    """Distinct Python files of the standard library and the installed packages as two lists of texts (train,
-    validation), up to the given sizes, in an order that mixes the packages.
-
-    The hash of a file's content decides its side, so a copy of a training file never validates.
-    """
+    """Distinct Python files of the standard library and of installed packages, mixed, as lists of texts (train,
+    validation) of the given sizes at most. The hash of its content decides a file's side, so copies never validate."""
     paths, found = sysconfig.get_paths(), {}
     for folder in sorted({paths[key] for key in ("stdlib", "purelib", "platlib")}):
         found |= {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*.py")}
@@ -89,10 +85,7 @@ def validation_tokens(tokenizer, limit):
 
 
 def standard_library(validation_fraction):
-    """Sources of the running Python's standard library as train and validation `Dataset`s with one column, `text`.
-
-    The hash of a file's path decides its side.
-    """
+    """Sources of the running Python's standard library as train and validation `Dataset`, by a hash of their path."""
     root, sides = Path(sysconfig.get_paths()["stdlib"]), ([], [])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -105,19 +98,12 @@ def standard_library(validation_fraction):
     return tuple(datasets.Dataset.from_dict({"text": texts}) for texts in sides)
 
 
-def is_local(sources):
-    """Whether `sources` are files or folders: they exist, they are several, or they are spelt like a path."""
-    first = Path(sources[0])
-    spelt_like_a_path = first.is_absolute() or sources[0].startswith(".") or first.suffix in BUILDERS
-    return len(sources) > 1 or first.exists() or spelt_like_a_path
-
-
-def load_split(args, split):
+def load_split(args, split, is_local):
     """One split of the data that `--dataset` names, a (streaming or in-memory) dataset of one column, `text`."""
     name, options = f"--dataset {' '.join(args.dataset)}", {"split": split, "name": args.dataset_config}
     builder, files = args.dataset[0], []
     try:
-        if is_local(args.dataset):
+        if is_local:
             for source in map(Path, args.dataset):
                 if not source.exists():
                     refuse(f"--dataset {source} does not exist")
@@ -158,11 +144,14 @@ def load_documents(args):
     """Train and validation documents as datasets of one column, `text`."""
     if not args.dataset:
         return standard_library(args.validation_fraction)
-    if args.validation_split and is_local(args.dataset):
+    first = Path(args.dataset[0])
+    spelt_like_a_path = first.is_absolute() or args.dataset[0].startswith(".") or first.suffix in BUILDERS
+    is_local = len(args.dataset) > 1 or first.exists() or spelt_like_a_path
+    if args.validation_split and is_local:
         refuse(f"--validation_split {args.validation_split} needs a named dataset; local files have no splits")
-    documents = load_split(args, args.train_split)
+    documents = load_split(args, args.train_split, is_local)
     if args.validation_split:
-        return documents, load_split(args, args.validation_split)
+        return documents, load_split(args, args.validation_split, is_local)
     if args.streaming:  # the first documents are held out: a stream has neither a length nor an end to split by
         held_out = max(1, int(args.validation_fraction * args.tokenizer_documents))
         return documents.skip(held_out), datasets.Dataset.from_list(list(documents.take(held_out)))
@@ -175,10 +164,7 @@ def load_documents(args):
 
 
 def pack(documents, tokenizer, seq_len, batch_size=256):
-    """`documents` as blocks of `seq_len` token ids, each document followed by the end-of-text token.
-
-    What is left of a batch of documents after its last full block is dropped.
-    """
+    """Blocks of `seq_len` token ids, each document ended by the end-of-text token; a batch's last part is dropped."""
 
     def to_blocks(batch):
         return {"input_ids": rows_of(encode(tokenizer, list(filter(None, batch["text"]))), seq_len).tolist()}
@@ -225,8 +211,7 @@ class Bigram:
 
 
 def bigram_loss(train, validation, vocab_size, max_tokens):
-    """Validation loss of a bigram fitted on at most `max_tokens` training tokens, with the discount that suits a
-    held-out twentieth of them best."""
+    """Loss of a bigram of at most `max_tokens` training tokens, its discount chosen on a held-out twentieth of it."""
     validation = np.array(validation["input_ids"][:], dtype=np.int32)
     most = max(2, max_tokens // validation.shape[1])
     blocks = np.array([row["input_ids"] for row in train.take(most)], dtype=np.int32)

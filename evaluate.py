@@ -18,8 +18,6 @@ from types import ModuleType
 import numpy as np
 import torch
 import transformers
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -57,7 +55,7 @@ def validate(model, rows, batch_size):
             hidden = outputs.last_hidden_state[:, :-1]
             for few, targets in zip(hidden.split(4), ids[:, 1:].split(4), strict=True):  # bounds the logits' memory
                 logits = model.get_output_embeddings()(few).float()
-                losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+                losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
         losses, recall = torch.cat(losses).double(), recall_targets(ids)
         sums += torch.stack([losses[recall].sum(), losses[~recall].sum(), recall.sum(), (~recall).sum()])
         if getattr(outputs, "router_load", None) is not None:
@@ -85,8 +83,7 @@ def needles(tokenizer, rng, count):
 
 
 def weave(text, room, pieces, rng):
-    """`room` random successive tokens of `text` as a list, with pieces, each a pair of its place (0 to 1) and its
-    tokens, put in."""
+    """A random part of `text` of `room` tokens with pieces, pairs of place (0 to 1) and tokens, put in, as a list."""
     begin = int(rng.integers(0, len(text) - room + 1))
     hay, ids, done = text[begin : begin + room].tolist(), [], 0
     for place, piece in sorted(pieces, key=lambda item: item[0]):
@@ -105,13 +102,12 @@ def needle_prompt(tokenizer, text, length, depth, rng):
     return weave(text, room, [(depth, statement), (1.0, question)], rng), value
 
 
-class NeedleRows(Dataset):
+class NeedleRows(torch.utils.data.Dataset):
     """`count` training rows, int64 [length]: real text (token ids) with needles, each asked for later in the row.
 
-    From one needle to one per 32 tokens, uniform, as far as three quarters of the row hold them: `needle_prompt` asks
-    for one, and many of them teach it, since of a row with one needle six tokens or so say anything about retrieval.
-    A tenth of the rows begins with a needle, as prompts of depth 0 do: no token stands before it, which no other place
-    is like. A row depends on the seed and its number alone, whichever process makes it.
+    From one needle to one per 32 tokens, uniform, as far as three quarters of the row hold them: many teach what
+    `needle_prompt` asks for, since of a row with one, six tokens or so say anything about retrieval. A tenth begins
+    with a needle, as prompts of depth 0 do, a place like no other. A row depends on seed and number alone.
     """
 
     def __init__(self, tokenizer, text, count, length, seed):
@@ -143,33 +139,29 @@ def greedy(model, ids_BT, new_tokens, chunk):
     return model.generate(ids_BT, **options)[:, ids_BT.shape[1] :]
 
 
-def needle_accuracy(model, tokenizer, text, length, depth, args):
-    """Share of `args.samples` needles at one depth of one length whose value is generated exactly."""
-    rng = np.random.default_rng([args.seed, length, round(1000 * depth)])
-    tasks = [needle_prompt(tokenizer, text, length, depth, rng) for _ in range(args.samples)]
-    found = 0
-    for begin in range(0, args.samples, args.batch_size):
-        prompts, wanted = zip(*tasks[begin : begin + args.batch_size], strict=True)
-        ids = torch.tensor(prompts, device=model.device)
-        got = greedy(model, ids, max(map(len, wanted)), args.prefill_chunk).tolist()
-        found += sum(answer[: len(value)] == value for answer, value in zip(got, wanted, strict=True))
-    return found / args.samples
-
-
 def run_needle(args):
-    """Task needle: accuracy per depth and length, a results file and a heatmap."""
+    """Task needle: share of needles whose value is generated exactly per depth and length, and a heatmap of it."""
     model, tokenizer, _ = load(args)
     text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
     depths, grid = np.linspace(0, 1, args.depths).tolist(), {}
     for multiple in args.multiples:
-        length = int(multiple * args.train_length)
-        grid[f"{multiple:g}"] = [needle_accuracy(model, tokenizer, text, length, depth, args) for depth in depths]
-        print(f"x{multiple:g} ({length} tokens): " + " ".join(f"{share:.2f}" for share in grid[f"{multiple:g}"]))
+        length, shares = int(multiple * args.train_length), []
+        for depth in depths:
+            rng = np.random.default_rng([args.seed, length, round(1000 * depth)])
+            tasks, found = [needle_prompt(tokenizer, text, length, depth, rng) for _ in range(args.samples)], 0
+            for begin in range(0, args.samples, args.batch_size):
+                prompts, wanted = zip(*tasks[begin : begin + args.batch_size], strict=True)
+                ids = torch.tensor(prompts, device=model.device)
+                got = greedy(model, ids, max(map(len, wanted)), args.prefill_chunk).tolist()
+                found += sum(answer[: len(value)] == value for answer, value in zip(got, wanted, strict=True))
+            shares.append(found / args.samples)
+        grid[f"{multiple:g}"] = shares
+        print(f"x{multiple:g} ({length} tokens): " + " ".join(f"{share:.2f}" for share in shares))
     rows = [row(f"{args.label}/x{multiple}", "accuracy", float(np.mean(grid[multiple]))) for multiple in grid]
     path = args.output / f"{args.name}.json"
     merge_results(path, rows, {"grids": {args.label: {"depths": depths, "accuracy": grid}}}, args.command)
     figure, axes = new_figure(6, 4)
-    if figure is not None:  # a heatmap of accuracy, depth by prompt length
+    if figure is not None:
         image = axes.imshow(np.array(list(grid.values())).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_xticks(range(len(grid)), [f"{int(float(multiple) * args.train_length):,}" for multiple in grid])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
@@ -199,8 +191,7 @@ def check_files(folder):
 
 def check_weights(model, info):
     """Every weight has a place and a shape, and is finite."""
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    wrong = {key: names for key, names in wrong.items() if names}
+    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     yield "weights match the configuration's shapes", not wrong, json.dumps(wrong) if wrong else "all"
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     total = sum(p.numel() for p in model.parameters())
@@ -231,14 +222,12 @@ def check_cached(model, ids_BT):
     whole = model(input_ids=ids_BT, use_cache=rounded)
     ways = {"one-shot": [T], "chunked": [1, T // 3, T - 1 - T // 3], "token by token": [1] * T}
     for way, sizes in ways.items():
-        cache, logits, masks = None, [], []
+        cache, calls = None, []
         for ids in ids_BT.split(sizes, 1):
-            outputs = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
-            logits.append(outputs.logits)
-            masks.append(getattr(outputs, "router_mask", None))
-        error = distance(torch.cat(logits, 1), whole.logits)
-        same = masks[0] is None or torch.equal(torch.cat(masks, 2), whole.router_mask)
+            calls.append(model(input_ids=ids, past_key_values=cache, use_cache=True))
+            cache = calls[-1].past_key_values
+        error, mask = distance(torch.cat([call.logits for call in calls], 1), whole.logits), whole.get("router_mask")
+        same = mask is None or torch.equal(torch.cat([call.router_mask for call in calls], 2), mask)
         detail = f"relative difference {error:.1e}, routed sets {'equal' if same else 'differ'}"
         yield f"contract 2: {way} equals {'one call' if rounded else 'uncached'}", error <= 1e-4 and same, detail
 
@@ -285,12 +274,9 @@ def run_verify(args):
     if all(passed is not False for _, passed, _ in checks):
         model, tokenizer, info = load(args)
         length = 96 + min(getattr(model.config, "sliding_window", None) or 0, 1024)  # past the end of the window
-        if tokenizer is None:
-            generator = torch.Generator().manual_seed(args.seed)
-            ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-        else:
-            ids = validation_rows(tokenizer, 2 * length, length)
-        ids = ids.to(model.device)
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+        ids = (ids if tokenizer is None else validation_rows(tokenizer, 2 * length, length)).to(model.device)
         checks += [*check_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
         checks += [*check_reload(model, ids), *check_loads(model, tokenizer, args)]
     for name, passed, detail in checks:
@@ -319,17 +305,14 @@ def validation_rows(tokenizer, tokens, length):
 def load(args):
     """Model in eval mode, tokenizer (None if the folder has none) and loading report of `args.folder`."""
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        args.folder, trust_remote_code=True, dtype=dtype, output_loading_info=True
-    )
-    has_tokenizer = (args.folder / "tokenizer.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True) if has_tokenizer else None
+    remote, found = {"trust_remote_code": True}, (args.folder / "tokenizer.json").exists()
+    model, info = AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype, output_loading_info=True, **remote)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
     return model.to(args.device).eval(), tokenizer, info
 
 
 TASKS = {"loss": run_loss, "needle": run_needle, "verify": run_verify, "compare": run_compare}
-TINY = {"samples": 1, "depths": 2, "multiples": [1.0, 2.0], "train_length": 128, "tokens": 1024, "batch_size": 2}
-TINY["device"] = "cpu"
+TINY = dict(samples=1, depths=2, multiples=[1.0, 2.0], train_length=128, tokens=1024, batch_size=2, device="cpu")
 
 
 @torch.no_grad()

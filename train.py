@@ -10,7 +10,6 @@ The result is a folder of weights, tokenizer, code and model card that the Auto 
 every option: those of this file first, then those of `transformers.TrainingArguments`.
 """
 
-import json
 import logging
 import sys
 import time
@@ -34,12 +33,15 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn.corpus import bigram_loss, collate, fit_tokenizer, load_documents, pack
-from hspmn.results import check_name, config_with, parse_overrides, refuse
+from hspmn.results import check_name, config_with, parse_overrides, refuse, write_json
 
+Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
+DEFAULTS = {
+    "per_device_eval_batch_size": 16, "warmup_steps": 0.05, "weight_decay": 0.1, "adam_beta2": 0.95,
+    "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
+}  # fmt: skip
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
-
-logger = logging.getLogger("train")
 
 
 @dataclass
@@ -47,19 +49,14 @@ class ModelArguments:
     """The model: a new one, or a saved one to go on from."""
 
     _argument_group_name = "model"
-
     model_name_or_path: str | None = HfArg(default=None, help="saved HSPMN folder or hub name to fine-tune")
     hidden_size: int | None = HfArg(default=None, aliases="--dim", help="width of the residual stream (new: 128)")
     num_hidden_layers: int | None = HfArg(default=None, aliases="--layers", help="blocks (new: 4)")
     head_dim: int | None = HfArg(default=None, help="width of a head (new: 32, or 64 from hidden_size 512 on)")
     num_key_value_heads: int | None = HfArg(default=None, help="key/value heads (new: 2)")
     intermediate_size: int | None = HfArg(default=None, help="SwiGLU width (new: 8/3 hidden_size, rounded up)")
-    sparsity_k: list[float] = HfArg(
-        default_factory=list, help="routed share, or one per layer (new: 0.2 on average, in every fourth and the last)"
-    )
-    config_overrides: list[str] = HfArg(
-        default_factory=list, help="other HSPMNConfig fields as key=value, values in JSON: sliding_window=64"
-    )
+    sparsity_k: list[float] = Several(help="routed share, or one a layer (new: 0.2 on average, in every 4th and last)")
+    config_overrides: list[str] = Several(help="other HSPMNConfig fields as key=value in JSON: sliding_window=64")
 
 
 @dataclass
@@ -67,9 +64,7 @@ class DataArguments:
     """The text: what to read, how to cut it."""
 
     _argument_group_name = "data"
-
-    dataset: list[str] = HfArg(
-        default_factory=list,
+    dataset: list[str] = Several(
         help="files or folders of .txt/.md/.rst/.py, .jsonl/.json or .parquet, or one name that `datasets` loads "
         "(default: the sources of the running Python's standard library)",
     )
@@ -90,30 +85,20 @@ class DataArguments:
 
 @dataclass
 class HSPMNTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the main job's values as defaults and a few short names."""
+    """`TrainingArguments` with a few short names and more options; the command line also has `DEFAULTS`."""
 
     _argument_group_name = "training"
-
     output_dir: str = HfArg(default="runs/hspmn", help="folder of the saved model and its checkpoints")
     per_device_train_batch_size: int = HfArg(default=8, aliases="--batch", help="blocks per device and forward pass")
-    per_device_eval_batch_size: int = HfArg(default=16, help="blocks per device in validation")
     gradient_accumulation_steps: int = HfArg(default=1, aliases="--grad_accum", help="forward passes per step")
     max_steps: int = HfArg(default=-1, aliases="--steps", help=f"training steps (-1: epochs, or {DEFAULT_STEPS})")
     num_train_epochs: float = HfArg(default=0.0, help="passes over the data, if --steps is not given")
     wandb: str | None = HfArg(default=None, help="report to Weights & Biases under this run name")
     full_precision: bool = HfArg(default=False, help="float32 on a GPU too (default there: bfloat16 autocast)")
     prompt: str = HfArg(default="def ", help="prompt of the sample generated at the end")
-    report_to: str = HfArg(default="none", help="none, tensorboard or wandb")
     learning_rate: float = HfArg(default=0.0, help="peak (0: 0.5 / hidden_size, or a tenth of that in fine-tuning)")
     lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate after the warm-up")
-    warmup_steps: float = HfArg(default=0.05, help="warm-up steps, or their share of all steps if below 1")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's weight decay")
-    adam_beta2: float = HfArg(default=0.95, help="AdamW's second beta")
-    logging_steps: float = HfArg(default=20, help="steps between log lines, or share of all steps if below 1")
     logging_nan_inf_filter: bool = HfArg(default=False, help="hide non-finite losses; costs a device sync per step")
-    save_strategy: str = HfArg(default="steps", help="no, steps or epoch")
-    save_steps: float = HfArg(default=0.5, help="steps between checkpoints, or share of all steps if below 1")
-    save_total_limit: int | None = HfArg(default=2, help="checkpoints kept")
     prediction_loss_only: bool = HfArg(default=True, help="keep only the loss in validation")
 
     def __post_init__(self):
@@ -130,11 +115,9 @@ class HSPMNTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(argv):
-    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments).
-
-    Refuses unknown names, values out of range and missing packages, files and folders before any work starts.
-    """
+    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
     parser = HfArgumentParser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS)
     parser.error = refuse  # one line, not the several hundred of the usage
     try:
         *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -166,38 +149,41 @@ def parse_arguments(argv):
     return arguments
 
 
-def make_blocks(data_args, training_args, tokenizer, documents):
-    """Train and validation blocks; refuses data that do not fill one batch."""
+def make_data(model_args, data_args, training_args):
+    """Tokenizer (of checkpoint, saved model or that name, or fitted on the documents), train and validation blocks."""
+    with training_args.main_process_first(desc="reading documents"):
+        documents = tuple(load_documents(data_args))
+    name = training_args.resume_from_checkpoint or model_args.model_name_or_path or data_args.tokenizer_name
+    if name:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
+        except (OSError, ValueError) as error:
+            refuse(f"no tokenizer can be loaded from {name}: {str(error).strip().splitlines()[0]}")
+    else:
+        texts = (row["text"] for row in islice(documents[0], data_args.tokenizer_documents) if row["text"])
+        tokenizer = fit_tokenizer(texts, data_args.vocab_size, padding=True)
     with training_args.main_process_first(desc="packing"):
         train, validation = (pack(part, tokenizer, data_args.seq_len) for part in documents)
+    most, problem = data_args.validation_blocks, f"--seq_len {data_args.seq_len} is longer than the"
     if not isinstance(validation, datasets.Dataset):
-        validation = datasets.Dataset.from_list(list(islice(validation, data_args.validation_blocks)))
+        validation = datasets.Dataset.from_list(list(islice(validation, most)))
     if not len(validation):
-        refuse(
-            f"--seq_len {data_args.seq_len} is longer than the validation data; lower --seq_len, or raise "
-            f"--validation_fraction {data_args.validation_fraction}"
-        )
-    if len(validation) > data_args.validation_blocks:
-        validation = validation.shuffle(seed=0).select(range(data_args.validation_blocks))
-    if isinstance(train, datasets.Dataset):
-        batch = training_args.train_batch_size * training_args.world_size
-        if len(train) < batch:
-            refuse(
-                f"--seq_len {data_args.seq_len} is longer than the data allow: {len(train)} blocks do not fill one "
-                f"batch of {batch}; lower --seq_len or --batch, or add text"
-            )
-        train = train.select(range(len(train) // batch * batch))  # shapes stay fixed, which compilation likes
-    else:
-        train = train.shuffle(seed=training_args.seed, buffer_size=1000)
-    return train, validation
+        way_out = f"lower --seq_len, or raise --validation_fraction {data_args.validation_fraction}"
+        refuse(f"{problem} validation data; {way_out}")
+    if len(validation) > most:
+        validation = validation.shuffle(seed=0).select(range(most))
+    if not isinstance(train, datasets.Dataset):
+        return tokenizer, train.shuffle(seed=training_args.seed, buffer_size=1000), validation
+    batch = training_args.train_batch_size * training_args.world_size
+    if len(train) < batch:
+        problem += f" data allow: {len(train)} blocks do not fill one batch of {batch}"
+        refuse(f"{problem}; lower --seq_len or --batch, or add text")
+    train = train.select(range(len(train) // batch * batch))  # shapes stay fixed, which compilation likes
+    return tokenizer, train, validation
 
 
 def make_config(model_args, vocab_size, seq_len):
-    """Configuration of the saved model with the command line's changes, or of a new one.
-
-    What the command line leaves open suits the size of the new one: at width 128, untied embeddings brought the loss
-    after 200 steps of the main job from 5.39 to 4.88, weights of standard deviation 0.06 instead of 0.02 to 4.65.
-    """
+    """Configuration of the saved model with the command line's changes, or of a new one with what suits its size."""
     source, shares = model_args.model_name_or_path, model_args.sparsity_k
     changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
     if shares:
@@ -212,6 +198,8 @@ def make_config(model_args, vocab_size, seq_len):
         return config_with({"sparsity_anneal_fraction": 0.0} | changes, "--config_overrides", source)
     width = changes.get("hidden_size", 128)
     head_dim = changes.get("head_dim", 32 if width < 512 else 64)
+    # at width 128, untied embeddings brought the loss after 200 steps of the main job from 5.39 to 4.88, and weights
+    # of standard deviation 0.06 instead of 0.02 to 4.65
     fresh = {
         "hidden_size": width, "head_dim": head_dim, "num_hidden_layers": 4, "num_key_value_heads": 2,
         "num_attention_heads": max(1, width // head_dim), "intermediate_size": -(-width * 8 // 96) * 32,
@@ -221,21 +209,8 @@ def make_config(model_args, vocab_size, seq_len):
     return config_with(fresh | changes | {"vocab_size": vocab_size}, "--config_overrides")
 
 
-def make_tokenizer(model_args, data_args, training_args, documents):
-    """The checkpoint's, the saved model's or the named tokenizer, else a new one fitted on the training documents."""
-    name = training_args.resume_from_checkpoint or model_args.model_name_or_path or data_args.tokenizer_name
-    if name:
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
-        except (OSError, ValueError) as error:
-            refuse(f"no tokenizer can be loaded from {name}: {str(error).strip().splitlines()[0]}")
-    texts = (row["text"] for row in islice(documents, data_args.tokenizer_documents) if row["text"])
-    return fit_tokenizer(texts, data_args.vocab_size, padding=True)
-
-
 class AnnealingCallback(TrainerCallback):
-    """Over the first `sparsity_anneal_fraction` of the steps every router's target falls from 1.0 to `sparsity_k`, and
-    states are bounded more and more."""
+    """Over the first `sparsity_anneal_fraction` of steps, targets fall from 1.0 to `sparsity_k`; states fade more."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Called before each step; a resumed run continues where it stood."""
@@ -263,8 +238,6 @@ class LogCallback(ProgressCallback):
 class HSPMNTrainer(Trainer):
     """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean)."""
 
-    last_load = None
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; keeps the loads on the device, so that only a log line waits for them."""
         loss, outputs = super().compute_loss(model, inputs | {"use_cache": False}, True, num_items_in_batch)
@@ -286,16 +259,14 @@ class HSPMNTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Adds `load/<layer>` and `target/<layer>` to training logs and warns of layers far from their target."""
-        if "loss" in logs and self.last_load is not None:
-            routing = iter(self.model.router_targets.tolist())
-            shares = self.model.config.layer_sparsity
-            loads, targets = self.last_load.tolist(), [next(routing) if share else 0.0 for share in shares]
-            for kind, values in (("load", loads), ("target", targets)):
-                logs = logs | {f"{kind}/{layer}": value for layer, value in enumerate(values)}
-            for layer, (load, target) in enumerate(zip(loads, targets, strict=True)):
+        if "loss" in logs:
+            logs, loads, targets = dict(logs), self.last_load.tolist(), iter(self.model.router_targets.tolist())
+            for layer, share in enumerate(self.model.config.layer_sparsity):
+                load, target = loads[layer], next(targets) if share else 0.0
+                logs |= {f"load/{layer}": load, f"target/{layer}": target}
                 if not 0.25 * target <= load <= 2.0 * target:
                     text = "step %d: layer %d routes %.3f of its tokens, far from its target %.3f"
-                    logger.warning(text, self.state.global_step, layer, load, target)
+                    logging.warning(text, self.state.global_step, layer, load, target)
         super().log(logs, start_time)
 
 
@@ -345,10 +316,7 @@ def main(argv=None):
     config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
     if not training_args.learning_rate:
         training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
-    with training_args.main_process_first(desc="reading documents"):
-        documents = tuple(load_documents(data_args))
-    tokenizer = make_tokenizer(model_args, data_args, training_args, documents[0])
-    train, validation = make_blocks(data_args, training_args, tokenizer, documents)
+    tokenizer, train, validation = make_data(model_args, data_args, training_args)
     set_seed(training_args.seed)
     options = {"trust_remote_code": True, "dtype": torch.float32}
     if model_args.model_name_or_path:
@@ -364,10 +332,9 @@ def main(argv=None):
     trainer.remove_callback(ProgressCallback)
     if not training_args.disable_tqdm:
         trainer.add_callback(LogCallback())
-
     source = " ".join(data_args.dataset) or f"standard library of Python {sys.version.split()[0]}"
-    streamed = not isinstance(train, datasets.Dataset)
-    size = "streamed" if streamed else f"{len(train) * data_args.seq_len:,} training tokens"
+    whole = isinstance(train, datasets.Dataset)
+    size = f"{len(train) * data_args.seq_len:,} training tokens" if whole else "streamed"
     device = f"{training_args.device.type.upper()} with {torch.get_num_threads()} threads"
     if training_args.device.type == "cuda":
         device = f"{training_args.world_size} x {torch.cuda.get_device_name()}"
@@ -403,7 +370,7 @@ def finish(trainer, tokenizer, results):
     bigram = f", bigram {results['bigram_loss']:.4f}" if "bigram_loss" in results else ""
     text, folder = REPORT.format(**results, bigram=bigram, layers="\n".join(lines)), Path(args.output_dir)
     (folder / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    write_json(folder / "results.json", results)
     print(f"{text}\nsaved in {folder}")
 
 
