@@ -46,7 +46,7 @@ def encode(tokenizer, texts, limit=None):
             break
         for ids in tokenizer(texts[begin : begin + 512], add_special_tokens=False)["input_ids"]:
             tokens.extend([*ids, tokenizer.eos_token_id])
-    return np.array(tokens[:limit], dtype=np.int32)
+    return np.array(tokens, dtype=np.int32)[:limit]
 
 
 def rows_of(tokens, length):
@@ -178,9 +178,8 @@ def collate(rows, isolate_after=None):
     batch = {"input_ids": ids_BT, "labels": ids_BT}
     if isolate_after is not None:
         token_T = torch.arange(ids_BT.shape[1])
-        starts_BT = torch.zeros_like(ids_BT)
-        starts_BT[:, 1:] = torch.where(ids_BT[:, :-1] == isolate_after, token_T[1:], 0)
-        batch["position_ids"] = token_T - starts_BT.cummax(1).values
+        starts_BT = torch.where(ids_BT[:, :-1] == isolate_after, token_T[1:], 0)  # of the documents after the first
+        batch["position_ids"] = token_T - torch.nn.functional.pad(starts_BT, (1, 0)).cummax(1).values
     return batch
 
 

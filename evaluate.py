@@ -38,8 +38,7 @@ def recall_targets(ids_BT):
     """Which targets complete a bigram already seen in their row, bool [B, T - 1]; entry t is for the target t + 1."""
     pair_BT = ids_BT[:, :-1].long() * (int(ids_BT.max()) + 1) + ids_BT[:, 1:]
     ordered_BT, order_BT = pair_BT.sort(dim=1, stable=True)
-    repeated_BT = torch.zeros_like(pair_BT, dtype=torch.bool)
-    repeated_BT[:, 1:] = ordered_BT[:, 1:] == ordered_BT[:, :-1]
+    repeated_BT = torch.nn.functional.pad(ordered_BT[:, 1:] == ordered_BT[:, :-1], (1, 0))
     return torch.zeros_like(repeated_BT).scatter(1, order_BT, repeated_BT)
 
 
@@ -169,7 +168,6 @@ def run_needle(args):
         axes.set_title(f"{args.label}: needle, exact match")
         figure.colorbar(image)
         figure.savefig(path.with_name(f"{path.stem}_{args.label}.png"), dpi=150, bbox_inches="tight")
-    return 0
 
 
 def check_files(folder):
@@ -291,7 +289,6 @@ def run_loss(args):
     numbers = [row(args.label, metric, result[metric]) for metric in ("val", "recall", "other")]
     merge_results(args.output / f"{args.name}.json", numbers, {}, args.command)
     print(json.dumps(result))
-    return 0
 
 
 def validation_rows(tokenizer, tokens, length):
@@ -344,7 +341,7 @@ def main(argv=None):
     args.device = args.device or ("cpu" if args.task == "verify" else DEVICES[0])
     args.output, args.name = args.output or args.folder, args.name or args.task
     args.label = args.label or args.folder.name
-    return TASKS[args.task](args)
+    return TASKS[args.task](args) or 0
 
 
 if __name__ == "__main__":

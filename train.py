@@ -38,8 +38,8 @@ from hspmn.results import check_name, config_with, parse_overrides, refuse, writ
 Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
 DEFAULTS = {
-    "per_device_eval_batch_size": 16, "warmup_steps": 0.05, "weight_decay": 0.1, "adam_beta2": 0.95,
-    "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
+    "output_dir": "runs/hspmn", "per_device_eval_batch_size": 16, "warmup_steps": 0.05, "weight_decay": 0.1,
+    "adam_beta2": 0.95, "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
 }  # fmt: skip
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
 
@@ -65,8 +65,7 @@ class DataArguments:
 
     _argument_group_name = "data"
     dataset: list[str] = Several(
-        help="files or folders of .txt/.md/.rst/.py, .jsonl/.json or .parquet, or one name that `datasets` loads "
-        "(default: the sources of the running Python's standard library)",
+        help="files, folders (.txt/.md/.rst/.py, .jsonl/.json, .parquet) or a `datasets` name (default: Python's own)"
     )
     dataset_config: str | None = HfArg(default=None, help="configuration of a named dataset")
     train_split: str = HfArg(default="train", help="split of a named dataset to train on")
@@ -88,7 +87,6 @@ class HSPMNTrainingArguments(TrainingArguments):
     """`TrainingArguments` with a few short names and more options; the command line also has `DEFAULTS`."""
 
     _argument_group_name = "training"
-    output_dir: str = HfArg(default="runs/hspmn", help="folder of the saved model and its checkpoints")
     per_device_train_batch_size: int = HfArg(default=8, aliases="--batch", help="blocks per device and forward pass")
     gradient_accumulation_steps: int = HfArg(default=1, aliases="--grad_accum", help="forward passes per step")
     max_steps: int = HfArg(default=-1, aliases="--steps", help=f"training steps (-1: epochs, or {DEFAULT_STEPS})")
@@ -120,33 +118,32 @@ def parse_arguments(argv):
     parser.set_defaults(**DEFAULTS)
     parser.error = refuse  # one line, not the several hundred of the usage
     try:
-        *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         refuse(error)
     if unknown:
         check_name("argument", unknown[0].split("=")[0], parser._option_string_actions)
-    model_args, data_args, training_args = arguments
-    values = vars(data_args) | vars(training_args)
+    values = vars(data) | vars(training)
     least = {"seq_len": 2, "vocab_size": 258, "validation_blocks": 1, "tokenizer_documents": 1, "baseline_tokens": 0}
     least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     for name, minimum in least.items():
         if values[name] < minimum:
             refuse(f"--{name} must be at least {minimum}, got {values[name]}")
-    if not 0.0 < data_args.validation_fraction < 1.0:
-        refuse(f"--validation_fraction must lie in (0, 1), got {data_args.validation_fraction}")
+    if not 0.0 < data.validation_fraction < 1.0:
+        refuse(f"--validation_fraction must lie in (0, 1), got {data.validation_fraction}")
     for name, installed in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
-        if name in training_args.report_to and not installed():
+        if name in training.report_to and not installed():
             refuse(f"--report_to {name} needs a package that is not installed; pip install {name}")
-    if model_args.model_name_or_path and data_args.tokenizer_name:
-        refuse(f"--tokenizer_name {data_args.tokenizer_name} contradicts --model_name_or_path, which brings its own")
-    resume, folder = training_args.resume_from_checkpoint, training_args.output_dir
+    if model.model_name_or_path and data.tokenizer_name:
+        refuse(f"--tokenizer_name {data.tokenizer_name} contradicts --model_name_or_path, which brings its own")
+    resume, folder = training.resume_from_checkpoint, training.output_dir
     if resume and resume.lower() in ("true", "last"):
-        resume = training_args.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        resume = training.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         if resume is None:
             refuse(f"--resume_from_checkpoint last: no checkpoint in --output_dir {folder}; name a checkpoint folder")
     if resume and not (Path(resume) / "trainer_state.json").is_file():
         refuse(f"--resume_from_checkpoint {resume} is no checkpoint folder (it has no trainer_state.json)")
-    return arguments
+    return model, data, training
 
 
 def make_data(model_args, data_args, training_args):
@@ -176,8 +173,8 @@ def make_data(model_args, data_args, training_args):
         return tokenizer, train.shuffle(seed=training_args.seed, buffer_size=1000), validation
     batch = training_args.train_batch_size * training_args.world_size
     if len(train) < batch:
-        problem += f" data allow: {len(train)} blocks do not fill one batch of {batch}"
-        refuse(f"{problem}; lower --seq_len or --batch, or add text")
+        few = f"{len(train)} blocks do not fill one batch of {batch}"
+        refuse(f"{problem} data allow: {few}; lower --seq_len or --batch, or add text")
     train = train.select(range(len(train) // batch * batch))  # shapes stay fixed, which compilation likes
     return tokenizer, train, validation
 
