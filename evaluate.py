@@ -192,8 +192,7 @@ def check_weights(model, info):
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     yield "weights match the configuration's shapes", not wrong, json.dumps(wrong) if wrong else "all"
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    total = sum(p.numel() for p in model.parameters())
-    yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{total:,} numbers"
+    yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{sum(map(torch.numel, model.parameters())):,} numbers"
 
 
 def distance(got, want):
