@@ -39,7 +39,7 @@ Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
 DEFAULTS = {  # of the command line, where they are not those of `TrainingArguments`
     "output_dir": "runs/hspmn", "per_device_eval_batch_size": 16, "warmup_steps": 0.05, "weight_decay": 0.1,
-    "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
+    "adam_beta2": 0.95, "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
 }  # fmt: skip
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
 
@@ -95,6 +95,8 @@ class HSPMNTrainingArguments(TrainingArguments):
     full_precision: bool = HfArg(default=False, help="float32 on a GPU too (default there: bfloat16 autocast)")
     prompt: str = HfArg(default="def ", help="prompt of the sample generated at the end")
     learning_rate: float = HfArg(default=0.0, help="peak (0: 0.5 / hidden_size, or a tenth of that in fine-tuning)")
+    lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate after the warm-up")
+    save_strategy: str = HfArg(default="steps", help="no, steps or epoch")
     logging_nan_inf_filter: bool = HfArg(default=False, help="hide non-finite losses; costs a device sync per step")
     prediction_loss_only: bool = HfArg(default=True, help="keep only the loss in validation")
 
