@@ -6,13 +6,14 @@
 
 import hashlib
 import sysconfig
+from array import array
 from itertools import accumulate
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .results import refuse
@@ -28,38 +29,24 @@ BYTES_PER_TOKEN = 4  # of a 16k byte-level BPE on Python source, from above
 
 
 def fit_tokenizer(texts, vocab_size, padding=False):
-    """Byte-level BPE of `vocab_size` tokens fitted on an iterable of texts; the end of text and, with `padding`, a
-    token to pad with on the left have the first ids."""
-    byte_pairs = Tokenizer(models.BPE())
-    byte_pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_pairs.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING] if padding else [END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    byte_pairs.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_pairs, eos_token=END_OF_TEXT, padding_side="left", clean_up_tokenization_spaces=False
-    )
-    if padding:
-        tokenizer.pad_token = PADDING
-    return tokenizer
+    """Byte-level BPE fitted on an iterable of texts; first ids: the end of text and, if asked for, left padding."""
+    names = {"eos_token": END_OF_TEXT} | ({"pad_token": PADDING} if padding else {})
+    fitted, special = ByteLevelBPETokenizer(), list(names.values())
+    fitted.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=fitted._tokenizer, padding_side="left", **names)
 
 
 def encode(tokenizer, texts, limit=None):
     """One stream of token ids (int32), each text followed by the end-of-text token, at most `limit` tokens."""
     if tokenizer.eos_token_id is None:
         refuse(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; set its eos_token")
-    parts, total = [np.zeros(0, dtype=np.int32)], 0
+    tokens = array("i")
     for begin in range(0, len(texts), 512):  # bounds the memory of the encodings
-        if limit is not None and total >= limit:
+        if limit is not None and len(tokens) >= limit:
             break
         for ids in tokenizer(texts[begin : begin + 512], add_special_tokens=False)["input_ids"]:
-            parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
-            total += len(parts[-1])
-    return np.concatenate(parts)[:limit]
+            tokens.extend([*ids, tokenizer.eos_token_id])
+    return np.array(tokens, dtype=np.int32)[:limit]
 
 
 def rows_of(tokens, length):
@@ -68,27 +55,18 @@ def rows_of(tokens, length):
     return torch.from_numpy(np.asarray(tokens[: count * length], dtype=np.int64)).view(count, length)
 
 
-def list_sources():
-    """All .py files of the standard library and the installed packages, in an order that mixes the packages."""
-    paths = sysconfig.get_paths()
-    found = {}
-    for folder in sorted({paths[key] for key in ("stdlib", "purelib", "platlib")}):
-        for path in Path(folder).rglob("*.py"):
-            found[path.relative_to(folder).as_posix()] = path
-    return [found[name] for name in sorted(found, key=lambda name: hashlib.blake2b(name.encode()).digest())]
-
-
 def read_sources(train_bytes, validation_bytes):
-    """Distinct Python files of the machine as two lists of texts (train, validation), up to the given sizes.
-
-    The hash of a file's content decides its side, so a copy of a training file never validates.
-    """
+    """Distinct Python files of the standard library and of installed packages, mixed, as lists of texts (train,
+    validation) of the given sizes at most. The hash of its content decides a file's side, so copies never validate."""
+    paths, found = sysconfig.get_paths(), {}
+    for folder in sorted({paths[key] for key in ("stdlib", "purelib", "platlib")}):
+        found |= {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*.py")}
     sides, room, seen = ([], []), [train_bytes, validation_bytes], set()
-    for path in list_sources():
+    for name in sorted(found, key=lambda name: hashlib.blake2b(name.encode()).digest()):
         if max(room) <= 0:
             break
         try:
-            data = path.read_bytes()
+            data = found[name].read_bytes()
             text = data.decode()
         except (OSError, UnicodeDecodeError):
             continue
@@ -107,17 +85,11 @@ def validation_tokens(tokenizer, limit):
 
 
 def standard_library(validation_fraction):
-    """Sources of the running Python's standard library as train and validation `Dataset`s with one column, `text`.
-
-    The hash of a file's path decides its side.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    sides = ([], [])
+    """Sources of the running Python's standard library as train and validation `Dataset`, by a hash of their path."""
+    root, sides = Path(sysconfig.get_paths()["stdlib"]), ([], [])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS & set(name.parts):
-            continue
-        text = path.read_text("utf-8", errors="replace")
+        text = "" if SKIPPED_FOLDERS & set(name.parts) else path.read_text("utf-8", errors="replace")
         if text.strip():
             share = int(hashlib.sha256(name.as_posix().encode()).hexdigest()[:8], 16) / 2**32
             sides[share < validation_fraction].append(text)
@@ -126,48 +98,29 @@ def standard_library(validation_fraction):
     return tuple(datasets.Dataset.from_dict({"text": texts}) for texts in sides)
 
 
-def is_local(sources):
-    """Whether `sources` are files or folders: they exist, they are several, or they are spelt like a path."""
-    first = Path(sources[0])
-    spelt_like_one = first.is_absolute() or sources[0].startswith(".") or first.suffix in BUILDERS
-    return len(sources) > 1 or first.exists() or spelt_like_one
-
-
-def local_files(sources):
-    """Files named by `sources` or found in its folders, and the `datasets` builder that reads them all."""
-    files = []
-    for source in map(Path, sources):
-        if not source.exists():
-            refuse(f"--dataset {source} does not exist")
-        found = [source]
-        if source.is_dir():
-            found = sorted(file for file in source.rglob("*") if file.is_file() and file.suffix in BUILDERS)
-        if not found:
-            refuse(f"--dataset {source} holds no file of a known type ({', '.join(BUILDERS)})")
-        files += found
-    builders = {BUILDERS.get(file.suffix) for file in files}
-    if len(builders) > 1 or None in builders:
-        suffixes = ", ".join(sorted({file.suffix or "no suffix" for file in files}))
-        refuse(f"--dataset must hold files of one type of {', '.join(BUILDERS)}, got {suffixes}")
-    if not any(file.stat().st_size for file in files):
-        refuse(f"--dataset {' '.join(sources)} is empty; give a file with at least one document")
-    return [str(file) for file in files], builders.pop()
-
-
-def load_split(args, split):
+def load_split(args, split, is_local):
     """One split of the data that `--dataset` names, a (streaming or in-memory) dataset of one column, `text`."""
-    name = f"--dataset {' '.join(args.dataset)}"
+    name, options = f"--dataset {' '.join(args.dataset)}", {"split": split, "name": args.dataset_config}
+    builder, files = args.dataset[0], []
     try:
-        if is_local(args.dataset):
-            files, builder = local_files(args.dataset)
-            options = {"sample_by": "document"} if builder == "text" else {}
-            documents = datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=args.streaming, **options
-            )
-        else:
-            documents = datasets.load_dataset(
-                args.dataset[0], args.dataset_config, split=split, streaming=args.streaming
-            )
+        if is_local:
+            for source in map(Path, args.dataset):
+                if not source.exists():
+                    refuse(f"--dataset {source} does not exist")
+                inside = (file for file in source.rglob("*") if file.is_file() and file.suffix in BUILDERS)
+                found = sorted(inside) if source.is_dir() else [source]
+                files += found
+                if not found:
+                    refuse(f"--dataset {source} holds no file of a known type ({', '.join(BUILDERS)})")
+            builder, *others = {BUILDERS.get(file.suffix) for file in files}
+            if others or builder is None:
+                suffixes = ", ".join(sorted({file.suffix or "no suffix" for file in files}))
+                refuse(f"--dataset must hold files of one type of {', '.join(BUILDERS)}, got {suffixes}")
+            if not any(file.stat().st_size for file in files):
+                refuse(f"{name} is empty; give a file with at least one document")
+            options = {"split": "train", "data_files": list(map(str, files))}
+            options |= {"sample_by": "document"} if builder == "text" else {}
+        documents = datasets.load_dataset(builder, streaming=args.streaming, **options)
         first = next(iter(documents), None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         refuse(f"{name} cannot be read: {str(error.__cause__ or error).strip().splitlines()[0]}")
@@ -191,11 +144,14 @@ def load_documents(args):
     """Train and validation documents as datasets of one column, `text`."""
     if not args.dataset:
         return standard_library(args.validation_fraction)
-    if args.validation_split and is_local(args.dataset):
+    first = Path(args.dataset[0])
+    spelt_like_a_path = first.is_absolute() or args.dataset[0].startswith(".") or first.suffix in BUILDERS
+    is_local = len(args.dataset) > 1 or first.exists() or spelt_like_a_path
+    if args.validation_split and is_local:
         refuse(f"--validation_split {args.validation_split} needs a named dataset; local files have no splits")
-    documents = load_split(args, args.train_split)
+    documents = load_split(args, args.train_split, is_local)
     if args.validation_split:
-        return documents, load_split(args, args.validation_split)
+        return documents, load_split(args, args.validation_split, is_local)
     if args.streaming:  # the first documents are held out: a stream has neither a length nor an end to split by
         held_out = max(1, int(args.validation_fraction * args.tokenizer_documents))
         return documents.skip(held_out), datasets.Dataset.from_list(list(documents.take(held_out)))
@@ -208,10 +164,7 @@ def load_documents(args):
 
 
 def pack(documents, tokenizer, seq_len, batch_size=256):
-    """`documents` as blocks of `seq_len` token ids, each document followed by the end-of-text token.
-
-    What is left of a batch of documents after its last full block is dropped.
-    """
+    """Blocks of `seq_len` token ids, each document ended by the end-of-text token; a batch's last part is dropped."""
 
     def to_blocks(batch):
         return {"input_ids": rows_of(encode(tokenizer, list(filter(None, batch["text"]))), seq_len).tolist()}
@@ -225,9 +178,8 @@ def collate(rows, isolate_after=None):
     batch = {"input_ids": ids_BT, "labels": ids_BT}
     if isolate_after is not None:
         token_T = torch.arange(ids_BT.shape[1])
-        starts_BT = torch.zeros_like(ids_BT)
-        starts_BT[:, 1:] = torch.where(ids_BT[:, :-1] == isolate_after, token_T[1:], 0)
-        batch["position_ids"] = token_T - starts_BT.cummax(1).values
+        starts_BT = torch.where(ids_BT[:, :-1] == isolate_after, token_T[1:], 0)  # of the documents after the first
+        batch["position_ids"] = token_T - torch.nn.functional.pad(starts_BT, (1, 0)).cummax(1).values
     return batch
 
 
@@ -258,8 +210,7 @@ class Bigram:
 
 
 def bigram_loss(train, validation, vocab_size, max_tokens):
-    """Validation loss of a bigram fitted on at most `max_tokens` training tokens, with the discount that suits a
-    held-out twentieth of them best."""
+    """Loss of a bigram of at most `max_tokens` training tokens, its discount chosen on a held-out twentieth of it."""
     validation = np.array(validation["input_ids"][:], dtype=np.int32)
     most = max(2, max_tokens // validation.shape[1])
     blocks = np.array([row["input_ids"] for row in train.take(most)], dtype=np.int32)

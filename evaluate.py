@@ -18,8 +18,6 @@ from types import ModuleType
 import numpy as np
 import torch
 import transformers
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -40,18 +38,8 @@ def recall_targets(ids_BT):
     """Which targets complete a bigram already seen in their row, bool [B, T - 1]; entry t is for the target t + 1."""
     pair_BT = ids_BT[:, :-1].long() * (int(ids_BT.max()) + 1) + ids_BT[:, 1:]
     ordered_BT, order_BT = pair_BT.sort(dim=1, stable=True)
-    repeated_BT = torch.zeros_like(pair_BT, dtype=torch.bool)
-    repeated_BT[:, 1:] = ordered_BT[:, 1:] == ordered_BT[:, :-1]
+    repeated_BT = torch.nn.functional.pad(ordered_BT[:, 1:] == ordered_BT[:, :-1], (1, 0))
     return torch.zeros_like(repeated_BT).scatter(1, order_BT, repeated_BT)
-
-
-def token_losses(model, hidden_BTD, ids_BT):
-    """Cross entropy in nats of every target, float32 [B, T - 1]; a few rows at a time to bound the logits."""
-    losses = []
-    for hidden, ids in zip(hidden_BTD.split(4), ids_BT.split(4), strict=True):
-        logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"))
-    return torch.cat(losses)
 
 
 @torch.no_grad()
@@ -60,11 +48,14 @@ def validate(model, rows, batch_size):
     model.eval()
     sums, router = torch.zeros(4, dtype=torch.float64, device=model.device), []
     for ids in rows.split(batch_size):
-        ids = ids.to(model.device)
+        ids, losses = ids.to(model.device), []
         with low_precision(model.device):
             outputs = model.base_model(input_ids=ids, use_cache=False)
-            losses = token_losses(model, outputs.last_hidden_state, ids).double()
-        recall = recall_targets(ids)
+            hidden = outputs.last_hidden_state[:, :-1]
+            for few, targets in zip(hidden.split(4), ids[:, 1:].split(4), strict=True):  # bounds the logits' memory
+                logits = model.get_output_embeddings()(few).float()
+                losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+        losses, recall = torch.cat(losses).double(), recall_targets(ids)
         sums += torch.stack([losses[recall].sum(), losses[~recall].sum(), recall.sum(), (~recall).sum()])
         if getattr(outputs, "router_load", None) is not None:
             router.append(torch.stack([outputs.router_load, outputs.router_entropy]) * len(ids) / len(rows))
@@ -90,11 +81,12 @@ def needles(tokenizer, rng, count):
     return [(opening + value + end, question, value, end) for opening, question, value, end in parts]
 
 
-def weave(hay, pieces):
-    """The token list `hay` with pieces, each a pair of its place (0 to 1) and its tokens, put in."""
-    ids, done = [], 0
+def weave(text, room, pieces, rng):
+    """A random part of `text` of `room` tokens with pieces, pairs of place (0 to 1) and tokens, put in, as a list."""
+    begin = int(rng.integers(0, len(text) - room + 1))
+    hay, ids, done = text[begin : begin + room].tolist(), [], 0
     for place, piece in sorted(pieces, key=lambda item: item[0]):
-        cut = round(place * len(hay))
+        cut = round(place * room)
         ids, done = ids + hay[done:cut] + piece, cut
     return ids + hay[done:]
 
@@ -106,46 +98,38 @@ def needle_prompt(tokenizer, text, length, depth, rng):
     if room < 1:
         refuse(f"--train_length gives prompts of {length} tokens, a needle alone takes {length - room}; raise it")
     text = text if len(text) > room else np.tile(text, room // len(text) + 1)
-    begin = int(rng.integers(0, len(text) - room + 1))
-    return weave(text[begin : begin + room].tolist(), [(depth, statement), (1.0, question)]), value
+    return weave(text, room, [(depth, statement), (1.0, question)], rng), value
 
 
-class NeedleRows(Dataset):
-    """Training rows, int64 [length]: real text with needles, each asked for later in the row.
+class NeedleRows(torch.utils.data.Dataset):
+    """`count` training rows, int64 [length]: real text (token ids) with needles, each asked for later in the row.
 
-    From one needle to one per 32 tokens, uniform, as far as three quarters of the row hold them: `needle_prompt` asks
-    for one, and many of them teach it, since of a row with one needle six tokens or so say anything about retrieval.
-    A tenth of the rows begins with a needle, as prompts of depth 0 do: no token stands before it, which no other place
-    is like. A row depends on the seed and its number alone, whichever process makes it.
+    From one needle to one per 32 tokens, uniform, as far as three quarters of the row hold them: many teach what
+    `needle_prompt` asks for, since of a row with one, six tokens or so say anything about retrieval. A tenth begins
+    with a needle, as prompts of depth 0 do, a place like no other. A row depends on seed and number alone.
     """
 
     def __init__(self, tokenizer, text, count, length, seed):
-        """`count` rows from the token ids `text`."""
         self.tokenizer, self.text, self.count, self.length, self.seed = tokenizer, text, count, length, seed
 
     def __len__(self):
-        """Rows in all."""
         return self.count
 
     def __getitem__(self, index):
-        """Row `index`; raises IndexError past the last."""
         if not 0 <= index < self.count:
             raise IndexError(f"row {index} of {self.count}")
-        rng = np.random.default_rng([self.seed, index])
-        most, pieces, room = max(4, self.length // 32), [], self.length
-        tasks = needles(self.tokenizer, rng, int(rng.integers(1, most + 1)))
+        rng, pieces, room = np.random.default_rng([self.seed, index]), [], self.length
+        tasks = needles(self.tokenizer, rng, int(rng.integers(1, max(4, self.length // 32) + 1)))
         for number, (statement, question, value, end) in enumerate(tasks):
             first, second = sorted(rng.random(2))
-            if number == 0 and rng.random() < 0.1:
-                first = 0.0
+            if number == 0:
+                first, second = 0.0 if rng.random() < 0.1 else first, 1.0
             asked = question + value + end
             left = room - len(statement) - len(asked)
             if left < 0.25 * self.length:
                 break
-            pieces += [(first, statement), (1.0 if number == 0 else second, asked)]
-            room = left
-        begin = int(rng.integers(0, len(self.text) - room + 1))
-        return torch.tensor(weave(self.text[begin : begin + room].tolist(), pieces))
+            pieces, room = [*pieces, (first, statement), (second, asked)], left
+        return torch.tensor(weave(self.text, room, pieces, rng))
 
 
 def greedy(model, ids_BT, new_tokens, chunk):
@@ -154,47 +138,36 @@ def greedy(model, ids_BT, new_tokens, chunk):
     return model.generate(ids_BT, **options)[:, ids_BT.shape[1] :]
 
 
-def needle_accuracy(model, tokenizer, text, length, depth, args):
-    """Share of `args.samples` needles at one depth of one length whose value is generated exactly."""
-    rng = np.random.default_rng([args.seed, length, round(1000 * depth)])
-    tasks = [needle_prompt(tokenizer, text, length, depth, rng) for _ in range(args.samples)]
-    found = 0
-    for begin in range(0, args.samples, args.batch_size):
-        prompts, wanted = zip(*tasks[begin : begin + args.batch_size], strict=True)
-        ids = torch.tensor(prompts, device=model.device)
-        got = greedy(model, ids, max(map(len, wanted)), args.prefill_chunk).tolist()
-        found += sum(answer[: len(value)] == value for answer, value in zip(got, wanted, strict=True))
-    return found / args.samples
-
-
 def run_needle(args):
-    """Task needle: accuracy per depth and length, a results file and a heatmap."""
+    """Task needle: share of needles whose value is generated exactly per depth and length, and a heatmap of it."""
     model, tokenizer, _ = load(args)
     text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
     depths, grid = np.linspace(0, 1, args.depths).tolist(), {}
     for multiple in args.multiples:
-        length = int(multiple * args.train_length)
-        grid[f"{multiple:g}"] = [needle_accuracy(model, tokenizer, text, length, depth, args) for depth in depths]
-        print(f"x{multiple:g} ({length} tokens): " + " ".join(f"{share:.2f}" for share in grid[f"{multiple:g}"]))
+        length, shares = int(multiple * args.train_length), []
+        for depth in depths:
+            rng = np.random.default_rng([args.seed, length, round(1000 * depth)])
+            tasks, found = [needle_prompt(tokenizer, text, length, depth, rng) for _ in range(args.samples)], 0
+            for begin in range(0, args.samples, args.batch_size):
+                prompts, wanted = zip(*tasks[begin : begin + args.batch_size], strict=True)
+                ids = torch.tensor(prompts, device=model.device)
+                got = greedy(model, ids, max(map(len, wanted)), args.prefill_chunk).tolist()
+                found += sum(answer[: len(value)] == value for answer, value in zip(got, wanted, strict=True))
+            shares.append(found / args.samples)
+        grid[f"{multiple:g}"] = shares
+        print(f"x{multiple:g} ({length} tokens): " + " ".join(f"{share:.2f}" for share in shares))
     rows = [row(f"{args.label}/x{multiple}", "accuracy", float(np.mean(grid[multiple]))) for multiple in grid]
     path = args.output / f"{args.name}.json"
     merge_results(path, rows, {"grids": {args.label: {"depths": depths, "accuracy": grid}}}, args.command)
-    plot_needle(depths, grid, args, path.with_name(f"{path.stem}_{args.label}.png"))
-    return 0
-
-
-def plot_needle(depths, grid, args, path):
-    """Heatmap of needle accuracy, depth by prompt length."""
     figure, axes = new_figure(6, 4)
-    if figure is None:
-        return
-    image = axes.imshow(np.array(list(grid.values())).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(grid)), [f"{int(float(multiple) * args.train_length):,}" for multiple in grid])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel=f"prompt tokens (trained on {args.train_length:,})", ylabel="depth")
-    axes.set_title(f"{args.label}: needle, exact match")
-    figure.colorbar(image)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    if figure is not None:
+        image = axes.imshow(np.array(list(grid.values())).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_xticks(range(len(grid)), [f"{int(float(multiple) * args.train_length):,}" for multiple in grid])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(xlabel=f"prompt tokens (trained on {args.train_length:,})", ylabel="depth")
+        axes.set_title(f"{args.label}: needle, exact match")
+        figure.colorbar(image)
+        figure.savefig(path.with_name(f"{path.stem}_{args.label}.png"), dpi=150, bbox_inches="tight")
 
 
 def check_files(folder):
@@ -216,12 +189,10 @@ def check_files(folder):
 
 def check_weights(model, info):
     """Every weight has a place and a shape, and is finite."""
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    wrong = {key: names for key, names in wrong.items() if names}
+    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     yield "weights match the configuration's shapes", not wrong, json.dumps(wrong) if wrong else "all"
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    total = sum(p.numel() for p in model.parameters())
-    yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{total:,} numbers"
+    yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{sum(map(torch.numel, model.parameters())):,} numbers"
 
 
 def distance(got, want):
@@ -248,19 +219,16 @@ def check_cached(model, ids_BT):
     whole = model(input_ids=ids_BT, use_cache=rounded)
     ways = {"one-shot": [T], "chunked": [1, T // 3, T - 1 - T // 3], "token by token": [1] * T}
     for way, sizes in ways.items():
-        cache, logits, masks = None, [], []
+        cache, calls = None, []
         for ids in ids_BT.split(sizes, 1):
-            outputs = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
-            logits.append(outputs.logits)
-            masks.append(getattr(outputs, "router_mask", None))
-        error = distance(torch.cat(logits, 1), whole.logits)
-        same = masks[0] is None or torch.equal(torch.cat(masks, 2), whole.router_mask)
+            calls.append(model(input_ids=ids, past_key_values=cache, use_cache=True))
+            cache = calls[-1].past_key_values
+        error, mask = distance(torch.cat([call.logits for call in calls], 1), whole.logits), whole.get("router_mask")
+        same = mask is None or torch.equal(torch.cat([call.router_mask for call in calls], 2), mask)
         detail = f"relative difference {error:.1e}, routed sets {'equal' if same else 'differ'}"
         yield f"contract 2: {way} equals {'one call' if rounded else 'uncached'}", error <= 1e-4 and same, detail
 
 
-@torch.no_grad()
 def check_reload(model, ids_BT):
     """Contract 6: saved to an empty folder and loaded in a fresh process, the model gives the same logits."""
     want = model(input_ids=ids_BT, use_cache=False).logits
@@ -274,7 +242,6 @@ def check_reload(model, ids_BT):
     yield "contract 6: same logits after saving and loading", result.returncode == 0, detail[-1]
 
 
-@torch.no_grad()
 def run_compare(args):
     """The fresh process of contract 6: logits of a saved model against those in `expected.pt` beside its folder."""
     model = load(args)[0]
@@ -304,17 +271,11 @@ def run_verify(args):
     if all(passed is not False for _, passed, _ in checks):
         model, tokenizer, info = load(args)
         length = 96 + min(getattr(model.config, "sliding_window", None) or 0, 1024)  # past the end of the window
-        if tokenizer is None:
-            generator = torch.Generator().manual_seed(args.seed)
-            ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-        else:
-            ids = validation_rows(tokenizer, 2 * length, length)
-        ids = ids.to(model.device)
-        checks += check_weights(model, info)
-        checks += check_causality(model, ids)
-        checks += check_cached(model, ids)
-        checks += check_reload(model, ids)
-        checks += check_loads(model, tokenizer, args)
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+        ids = (ids if tokenizer is None else validation_rows(tokenizer, 2 * length, length)).to(model.device)
+        checks += [*check_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
+        checks += [*check_reload(model, ids), *check_loads(model, tokenizer, args)]
     for name, passed, detail in checks:
         print(f"{ {True: 'pass', False: 'FAIL', None: 'note'}[passed] }  {name} ({detail})")
     return int(any(passed is False for _, passed, _ in checks))
@@ -327,7 +288,6 @@ def run_loss(args):
     numbers = [row(args.label, metric, result[metric]) for metric in ("val", "recall", "other")]
     merge_results(args.output / f"{args.name}.json", numbers, {}, args.command)
     print(json.dumps(result))
-    return 0
 
 
 def validation_rows(tokenizer, tokens, length):
@@ -341,23 +301,19 @@ def validation_rows(tokenizer, tokens, length):
 def load(args):
     """Model in eval mode, tokenizer (None if the folder has none) and loading report of `args.folder`."""
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        args.folder, trust_remote_code=True, dtype=dtype, output_loading_info=True
-    )
-    has_tokenizer = (args.folder / "tokenizer.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True) if has_tokenizer else None
+    remote, found = {"trust_remote_code": True}, (args.folder / "tokenizer.json").exists()
+    model, info = AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype, output_loading_info=True, **remote)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
     return model.to(args.device).eval(), tokenizer, info
 
 
 TASKS = {"loss": run_loss, "needle": run_needle, "verify": run_verify, "compare": run_compare}
-TINY = {
-    "samples": 1, "depths": 2, "multiples": [1.0, 2.0], "train_length": 128, "tokens": 1024, "batch_size": 2,
-    "device": "cpu",
-}  # fmt: skip
+TINY = dict(samples=1, depths=2, multiples=[1.0, 2.0], train_length=128, tokens=1024, batch_size=2, device="cpu")
 
 
-def make_parser():
-    """Arguments of all tasks."""
+@torch.no_grad()
+def main(argv=None):
+    """Run one task; returns the exit code."""
     parser = Parser("evaluate.py", __doc__)
     add, positive = parser.add_argument, at_least(1)
     add("folder", type=Path, help="checkpoint to evaluate")
@@ -376,12 +332,7 @@ def make_parser():
     add("--samples", type=positive, default=8, help="needle: prompts per depth and length")
     add("--prefill_chunk", type=positive, default=65536, help="needle: tokens read at once")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
-    return parser
-
-
-def main(argv=None):
-    """Run one task; returns the exit code."""
-    args = make_parser().parse(argv, TINY)
+    args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
     for name in ("config.json", "tokenizer.json") if args.task in ("loss", "needle") else ("config.json",):
         if not (args.folder / name).exists():
@@ -389,7 +340,7 @@ def main(argv=None):
     args.device = args.device or ("cpu" if args.task == "verify" else DEVICES[0])
     args.output, args.name = args.output or args.folder, args.name or args.task
     args.label = args.label or args.folder.name
-    return TASKS[args.task](args)
+    return TASKS[args.task](args) or 0
 
 
 if __name__ == "__main__":

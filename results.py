@@ -11,13 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
+import time
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
+from transformers import __version__ as transformers_version
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,9 +34,8 @@ def refuse(message):
 def check_name(flag, name, known):
     """Refuse a name that is not among the known ones; the two closest are proposed."""
     if name not in known:
-        refuse(
-            f"{flag} {name} is unknown; did you mean {' or '.join(difflib.get_close_matches(name, known, 2, 0.0))}?"
-        )
+        closest = difflib.get_close_matches(name, known, 2, 0.0)
+        refuse(f"{flag} {name} is unknown; did you mean {' or '.join(closest)}?")
 
 
 def parse_overrides(flag, items):
@@ -85,29 +84,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog, description):
         super().__init__(prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
 
-    def error(self, message):
-        """End the program with exit code 2."""
-        refuse(message)
+    error = staticmethod(refuse)
 
     def parse(self, argv, small):
         """Arguments of `argv` (None: the command line), `small` as defaults with `--tiny`, and their `command`."""
         if "--tiny" in (sys.argv[1:] if argv is None else argv):
             self.set_defaults(**small)
-        args = self.parse_args(argv)
-        args.command = recorded_command(self, args)
+        args, words = self.parse_args(argv), ["python", self.prog]
+        for action in self._actions:
+            value, shown = getattr(args, action.dest, None), action.dest not in KEPT_OUT_OF_COMMAND
+            if shown and action.option_strings and value != action.default:
+                words.append(action.option_strings[0])
+                words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+        args.command = shlex.join(words)
         return args
-
-
-def recorded_command(parser, args):
-    """The command line that gives `args`, without paths of this machine."""
-    words = ["python", parser.prog]
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        hidden = action.dest in KEPT_OUT_OF_COMMAND or not action.option_strings
-        if not hidden and value != action.default:
-            words.append(action.option_strings[0])
-            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
-    return shlex.join(words)
 
 
 def row(case, metric, value):
@@ -125,19 +115,15 @@ def code_hash():
 
 def results_header(name, command):
     """Name, command, date, device, versions and commit: the first fields of every results file."""
-    commit = None
-    if shutil.which("git") is not None:
-        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["transformers"] = transformers.__version__
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers_version}
     if importlib.util.find_spec("triton") is not None:
         versions["triton"] = importlib.metadata.version("triton")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return {
-        "name": name, "command": command, "date": date, "device": device, "versions": versions, "commit": commit,
-        "code": code_hash(),
+        "name": name, "command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "device": device, "versions": versions, "commit": commit or None, "code": code_hash(),
     }  # fmt: skip
 
 
@@ -155,9 +141,7 @@ def merge_results(path, rows, extra, command):
     new = {(item["case"], item["metric"]) for item in rows}
     kept = [item for item in old["rows"] if (item["case"], item["metric"]) not in new]
     merged = {key: old.get(key, {}) | value for key, value in extra.items()}
-    document = results_header(path.stem, command) | merged | {"rows": kept + rows}
-    write_json(path, document)
-    return document
+    write_json(path, results_header(path.stem, command) | merged | {"rows": kept + rows})
 
 
 def new_figure(width, height):

@@ -10,7 +10,6 @@ The result is a folder of weights, tokenizer, code and model card that the Auto 
 every option: those of this file first, then those of `transformers.TrainingArguments`.
 """
 
-import json
 import logging
 import sys
 import time
@@ -34,13 +33,15 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn.corpus import bigram_loss, collate, fit_tokenizer, load_documents, pack
-from hspmn.results import check_name, config_with, parse_overrides, refuse
+from hspmn.results import check_name, config_with, parse_overrides, refuse, write_json
 
+Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
+DEFAULTS = {  # of the command line, where they are not those of `TrainingArguments`
+    "output_dir": "runs/hspmn", "per_device_eval_batch_size": 16, "warmup_steps": 0.05, "weight_decay": 0.1,
+    "adam_beta2": 0.95, "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
+}  # fmt: skip
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
-LOAD_WARNING = (0.25, 2.0)  # shares of its target between which a layer's load is unremarkable
-
-logger = logging.getLogger("train")
 
 
 @dataclass
@@ -48,20 +49,14 @@ class ModelArguments:
     """The model: a new one, or a saved one to go on from."""
 
     _argument_group_name = "model"
-
     model_name_or_path: str | None = HfArg(default=None, help="saved HSPMN folder or hub name to fine-tune")
     hidden_size: int | None = HfArg(default=None, aliases="--dim", help="width of the residual stream (new: 128)")
     num_hidden_layers: int | None = HfArg(default=None, aliases="--layers", help="blocks (new: 4)")
     head_dim: int | None = HfArg(default=None, help="width of a head (new: 32, or 64 from hidden_size 512 on)")
     num_key_value_heads: int | None = HfArg(default=None, help="key/value heads (new: 2)")
     intermediate_size: int | None = HfArg(default=None, help="SwiGLU width (new: 8/3 hidden_size, rounded up)")
-    sparsity_k: list[float] = HfArg(
-        default_factory=list,
-        help="routed share, one or one per layer (new: 0.2 on average, in every fourth and the last)",
-    )
-    config_overrides: list[str] = HfArg(
-        default_factory=list, help="other HSPMNConfig fields as key=value, values in JSON: sliding_window=64"
-    )
+    sparsity_k: list[float] = Several(help="routed share, or one a layer (new: 0.2 on average, in every 4th and last)")
+    config_overrides: list[str] = Several(help="other HSPMNConfig fields as key=value in JSON: sliding_window=64")
 
 
 @dataclass
@@ -69,11 +64,8 @@ class DataArguments:
     """The text: what to read, how to cut it."""
 
     _argument_group_name = "data"
-
-    dataset: list[str] = HfArg(
-        default_factory=list,
-        help="files or folders of .txt/.md/.rst/.py, .jsonl/.json or .parquet, or one name that `datasets` loads "
-        "(default: the sources of the running Python's standard library)",
+    dataset: list[str] = Several(
+        help="files, folders (.txt/.md/.rst/.py, .jsonl/.json, .parquet) or a `datasets` name (default: Python's own)"
     )
     dataset_config: str | None = HfArg(default=None, help="configuration of a named dataset")
     train_split: str = HfArg(default="train", help="split of a named dataset to train on")
@@ -92,30 +84,20 @@ class DataArguments:
 
 @dataclass
 class HSPMNTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the main job's values as defaults and a few short names."""
+    """`TrainingArguments` with a few short names and more options; the command line also has `DEFAULTS`."""
 
     _argument_group_name = "training"
-
-    output_dir: str = HfArg(default="runs/hspmn", help="folder of the saved model and its checkpoints")
     per_device_train_batch_size: int = HfArg(default=8, aliases="--batch", help="blocks per device and forward pass")
-    per_device_eval_batch_size: int = HfArg(default=16, help="blocks per device in validation")
     gradient_accumulation_steps: int = HfArg(default=1, aliases="--grad_accum", help="forward passes per step")
     max_steps: int = HfArg(default=-1, aliases="--steps", help=f"training steps (-1: epochs, or {DEFAULT_STEPS})")
     num_train_epochs: float = HfArg(default=0.0, help="passes over the data, if --steps is not given")
     wandb: str | None = HfArg(default=None, help="report to Weights & Biases under this run name")
     full_precision: bool = HfArg(default=False, help="float32 on a GPU too (default there: bfloat16 autocast)")
     prompt: str = HfArg(default="def ", help="prompt of the sample generated at the end")
-    report_to: str = HfArg(default="none", help="none, tensorboard or wandb")
     learning_rate: float = HfArg(default=0.0, help="peak (0: 0.5 / hidden_size, or a tenth of that in fine-tuning)")
     lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate after the warm-up")
-    warmup_steps: float = HfArg(default=0.05, help="warm-up steps, or their share of all steps if below 1")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's weight decay")
-    adam_beta2: float = HfArg(default=0.95, help="AdamW's second beta")
-    logging_steps: float = HfArg(default=20, help="steps between log lines, or share of all steps if below 1")
-    logging_nan_inf_filter: bool = HfArg(default=False, help="hide non-finite losses; costs a device sync per step")
     save_strategy: str = HfArg(default="steps", help="no, steps or epoch")
-    save_steps: float = HfArg(default=0.5, help="steps between checkpoints, or share of all steps if below 1")
-    save_total_limit: int | None = HfArg(default=2, help="checkpoints kept")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="hide non-finite losses; costs a device sync per step")
     prediction_loss_only: bool = HfArg(default=True, help="keep only the loss in validation")
 
     def __post_init__(self):
@@ -134,135 +116,99 @@ class HSPMNTrainingArguments(TrainingArguments):
 def parse_arguments(argv):
     """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
     parser = HfArgumentParser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS)
     parser.error = refuse  # one line, not the several hundred of the usage
     try:
-        *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         refuse(error)
     if unknown:
         check_name("argument", unknown[0].split("=")[0], parser._option_string_actions)
-    check_arguments(*arguments)
-    return arguments
-
-
-def check_arguments(model_args, data_args, training_args):
-    """Refuse values out of range and missing packages, files and folders."""
+    values = vars(data) | vars(training)
     least = {"seq_len": 2, "vocab_size": 258, "validation_blocks": 1, "tokenizer_documents": 1, "baseline_tokens": 0}
+    least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     for name, minimum in least.items():
-        if getattr(data_args, name) < minimum:
-            refuse(f"--{name} must be at least {minimum}, got {getattr(data_args, name)}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(training_args, name) < 1:
-            refuse(f"--{name} must be at least 1, got {getattr(training_args, name)}")
-    if not 0.0 < data_args.validation_fraction < 1.0:
-        refuse(f"--validation_fraction must lie in (0, 1), got {data_args.validation_fraction}")
-    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    for name in training_args.report_to:
-        if name in installed and not installed[name]():
+        if values[name] < minimum:
+            refuse(f"--{name} must be at least {minimum}, got {values[name]}")
+    if not 0.0 < data.validation_fraction < 1.0:
+        refuse(f"--validation_fraction must lie in (0, 1), got {data.validation_fraction}")
+    for name, installed in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
+        if name in training.report_to and not installed():
             refuse(f"--report_to {name} needs a package that is not installed; pip install {name}")
-    if model_args.model_name_or_path and data_args.tokenizer_name:
-        refuse(f"--tokenizer_name {data_args.tokenizer_name} contradicts --model_name_or_path, which brings its own")
-    resume = training_args.resume_from_checkpoint
+    if model.model_name_or_path and data.tokenizer_name:
+        refuse(f"--tokenizer_name {data.tokenizer_name} contradicts --model_name_or_path, which brings its own")
+    resume, folder = training.resume_from_checkpoint, training.output_dir
     if resume and resume.lower() in ("true", "last"):
-        folder = training_args.output_dir
-        resume = training_args.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        resume = training.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         if resume is None:
             refuse(f"--resume_from_checkpoint last: no checkpoint in --output_dir {folder}; name a checkpoint folder")
     if resume and not (Path(resume) / "trainer_state.json").is_file():
         refuse(f"--resume_from_checkpoint {resume} is no checkpoint folder (it has no trainer_state.json)")
+    return model, data, training
 
 
-def make_blocks(data_args, training_args, tokenizer, documents):
-    """Train and validation blocks; refuses data that do not fill one batch."""
-    with training_args.main_process_first(desc="packing"):
-        train, validation = (pack(part, tokenizer, data_args.seq_len) for part in documents)
-    if not isinstance(validation, datasets.Dataset):
-        validation = datasets.Dataset.from_list(list(islice(validation, data_args.validation_blocks)))
-    if not len(validation):
-        refuse(
-            f"--seq_len {data_args.seq_len} is longer than the validation data; lower --seq_len, or raise "
-            f"--validation_fraction {data_args.validation_fraction}"
-        )
-    if len(validation) > data_args.validation_blocks:
-        validation = validation.shuffle(seed=0).select(range(data_args.validation_blocks))
-    if isinstance(train, datasets.Dataset):
-        batch = training_args.train_batch_size * training_args.world_size
-        if len(train) < batch:
-            refuse(
-                f"--seq_len {data_args.seq_len} is longer than the data allow: {len(train)} blocks do not fill one "
-                f"batch of {batch}; lower --seq_len or --batch, or add text"
-            )
-        train = train.select(range(len(train) // batch * batch))  # shapes stay fixed, which compilation likes
-    else:
-        train = train.shuffle(seed=training_args.seed, buffer_size=1000)
-    return train, validation
-
-
-def new_model(changes, vocab_size, seq_len):
-    """Config fields of a new model: `changes`, and what suits its size for those left open.
-
-    At width 128, untied embeddings brought the loss after 200 steps of the main job from 5.39 to 4.88, and weights of
-    standard deviation 0.06 instead of 0.02 to 4.65.
-    """
-    width = changes.get("hidden_size", 128)
-    head_dim = changes.get("head_dim", 32 if width < 512 else 64)
-    return {
-        "hidden_size": width,
-        "head_dim": head_dim,
-        "num_hidden_layers": 4,
-        "num_attention_heads": max(1, width // head_dim),
-        "num_key_value_heads": 2,
-        "intermediate_size": -(-width * 8 // 96) * 32,
-        "sliding_window": min(128, seq_len // 4),
-        "tie_word_embeddings": False,
-        "initializer_range": round(0.7 * width**-0.5, 3),
-    } | changes | {"vocab_size": vocab_size}  # fmt: skip
-
-
-def make_config(model_args, vocab_size, seq_len):
-    """Configuration of a new model, or of the saved one with the command line's changes."""
-    changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
-    if model_args.sparsity_k:
-        changes["sparsity_k"] = model_args.sparsity_k if len(model_args.sparsity_k) > 1 else model_args.sparsity_k[0]
-    changes |= parse_overrides("--config_overrides", model_args.config_overrides)
-    source = model_args.model_name_or_path
-    if not source:
-        return config_with(new_model(changes, vocab_size, seq_len), "--config_overrides")
-    saved = config_with({}, source=source)
-    for name in SIZES:
-        if changes.get(name, getattr(saved, name)) != getattr(saved, name):
-            refuse(f"--{name} {changes[name]} differs from {source}, which has {getattr(saved, name)}; leave it out")
-    # a trained router needs no annealing
-    return config_with({"sparsity_anneal_fraction": 0.0} | changes, "--config_overrides", source)
-
-
-def make_model(model_args, config, tokenizer):
-    """The model to train, float32 weights: loaded, or freshly drawn from torch's current seed."""
-    if model_args.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path, config=config, trust_remote_code=True, dtype=torch.float32
-        )
-    config.vocab_size = len(tokenizer)
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
-
-
-def make_tokenizer(model_args, data_args, training_args, documents):
-    """The checkpoint's, the saved model's or the named tokenizer, else a new one fitted on the training documents."""
+def make_data(model_args, data_args, training_args):
+    """Tokenizer (of checkpoint, saved model or that name, or fitted on the documents), train and validation blocks."""
+    with training_args.main_process_first(desc="reading documents"):
+        documents = tuple(load_documents(data_args))
     name = training_args.resume_from_checkpoint or model_args.model_name_or_path or data_args.tokenizer_name
     if name:
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
         except (OSError, ValueError) as error:
             refuse(f"no tokenizer can be loaded from {name}: {str(error).strip().splitlines()[0]}")
-    texts = (row["text"] for row in islice(documents, data_args.tokenizer_documents) if row["text"])
-    return fit_tokenizer(texts, data_args.vocab_size, padding=True)
+    else:
+        texts = (row["text"] for row in islice(documents[0], data_args.tokenizer_documents) if row["text"])
+        tokenizer = fit_tokenizer(texts, data_args.vocab_size, padding=True)
+    with training_args.main_process_first(desc="packing"):
+        train, validation = (pack(part, tokenizer, data_args.seq_len) for part in documents)
+    most, problem = data_args.validation_blocks, f"--seq_len {data_args.seq_len} is longer than the"
+    if not isinstance(validation, datasets.Dataset):
+        validation = datasets.Dataset.from_list(list(islice(validation, most)))
+    if not len(validation):
+        way_out = f"lower --seq_len, or raise --validation_fraction {data_args.validation_fraction}"
+        refuse(f"{problem} validation data; {way_out}")
+    if len(validation) > most:
+        validation = validation.shuffle(seed=0).select(range(most))
+    if not isinstance(train, datasets.Dataset):
+        return tokenizer, train.shuffle(seed=training_args.seed, buffer_size=1000), validation
+    batch = training_args.train_batch_size * training_args.world_size
+    if len(train) < batch:
+        few = f"{len(train)} blocks do not fill one batch of {batch}"
+        refuse(f"{problem} data allow: {few}; lower --seq_len or --batch, or add text")
+    train = train.select(range(len(train) // batch * batch))  # shapes stay fixed, which compilation likes
+    return tokenizer, train, validation
+
+
+def make_config(model_args, vocab_size, seq_len):
+    """Configuration of the saved model with the command line's changes, or of a new one with what suits its size."""
+    source, shares = model_args.model_name_or_path, model_args.sparsity_k
+    changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
+    if shares:
+        changes["sparsity_k"] = shares if len(shares) > 1 else shares[0]
+    changes |= parse_overrides("--config_overrides", model_args.config_overrides)
+    if source:
+        saved = config_with({}, source=source)
+        for name in SIZES:
+            if changes.get(name, has := getattr(saved, name)) != has:
+                refuse(f"--{name} {changes[name]} differs from {source}, which has {has}; leave it out")
+        # a trained router needs no annealing
+        return config_with({"sparsity_anneal_fraction": 0.0} | changes, "--config_overrides", source)
+    width = changes.get("hidden_size", 128)
+    head_dim = changes.get("head_dim", 32 if width < 512 else 64)
+    # at width 128, untied embeddings brought the loss after 200 steps of the main job from 5.39 to 4.88, and weights
+    # of standard deviation 0.06 instead of 0.02 to 4.65
+    fresh = {
+        "hidden_size": width, "head_dim": head_dim, "num_hidden_layers": 4, "num_key_value_heads": 2,
+        "num_attention_heads": max(1, width // head_dim), "intermediate_size": -(-width * 8 // 96) * 32,
+        "sliding_window": min(128, seq_len // 4), "tie_word_embeddings": False,
+        "initializer_range": round(0.7 * width**-0.5, 3),
+    }  # fmt: skip
+    return config_with(fresh | changes | {"vocab_size": vocab_size}, "--config_overrides")
 
 
 class AnnealingCallback(TrainerCallback):
-    """Over the first `sparsity_anneal_fraction` of the steps every router's target falls from 1.0 to `sparsity_k`, and
-    states are bounded more and more."""
+    """Over the first `sparsity_anneal_fraction` of steps, targets fall from 1.0 to `sparsity_k`; states fade more."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Called before each step; a resumed run continues where it stood."""
@@ -278,20 +224,17 @@ class LogCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """One line per training log."""
-        if not state.is_world_process_zero or self.training_bar is None or "loss" not in logs:
-            return
-        loads, targets = (
-            [f"{value:.2f}" for name, value in logs.items() if name.startswith(kind)] for kind in ("load/", "target/")
-        )
-        targets = targets[:1] if len(set(targets)) == 1 else targets
-        line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        self.training_bar.write(f"{line}  load {' '.join(loads)}  target {' '.join(targets)}")
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+            for kind in ("load", "target"):
+                values = [f"{value:.2f}" for name, value in logs.items() if name.startswith(f"{kind}/")]
+                one = kind == "target" and len(set(values)) == 1
+                line += f"  {kind} {' '.join(values[:1] if one else values)}"
+            self.training_bar.write(line)
 
 
 class HSPMNTrainer(Trainer):
     """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean)."""
-
-    last_load = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; keeps the loads on the device, so that only a log line waits for them."""
@@ -308,54 +251,31 @@ class HSPMNTrainer(Trainer):
         self.eval_load = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(torch.stack(self.eval_load).sum(0), "sum")
-        loads = (sums[:-1] / sums[-1]).tolist()
-        output.metrics.update({f"{metric_key_prefix}_load/{layer}": load for layer, load in enumerate(loads)})
+        for layer, load in enumerate((sums[:-1] / sums[-1]).tolist()):
+            output.metrics[f"{metric_key_prefix}_load/{layer}"] = load
         return output
 
     def log(self, logs, start_time=None):
         """Adds `load/<layer>` and `target/<layer>` to training logs and warns of layers far from their target."""
-        if "loss" in logs and self.last_load is not None:
-            loads = self.last_load.tolist()
-            routing = iter(self.model.router_targets.tolist())
-            targets = [next(routing) if share else 0.0 for share in self.model.config.layer_sparsity]
-            logs = logs | {f"load/{layer}": load for layer, load in enumerate(loads)}
-            logs |= {f"target/{layer}": target for layer, target in enumerate(targets)}
-            for layer, (load, target) in enumerate(zip(loads, targets, strict=True)):
-                if not LOAD_WARNING[0] * target <= load <= LOAD_WARNING[1] * target:
+        if "loss" in logs:
+            logs, loads, targets = dict(logs), self.last_load.tolist(), iter(self.model.router_targets.tolist())
+            for layer, share in enumerate(self.model.config.layer_sparsity):
+                load, target = loads[layer], next(targets) if share else 0.0
+                logs |= {f"load/{layer}": load, f"target/{layer}": target}
+                if not 0.25 * target <= load <= 2.0 * target:
                     text = "step %d: layer %d routes %.3f of its tokens, far from its target %.3f"
-                    logger.warning(text, self.state.global_step, layer, load, target)
+                    logging.warning(text, self.state.global_step, layer, load, target)
         super().log(logs, start_time)
 
 
-def generate_sample(model, tokenizer, prompt, max_new_tokens=64):
-    """Text that the model continues `prompt` with, sampled at temperature 0.8."""
-    model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    set_seed(0)
-    options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
-    ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
-
-
-def report(results, targets, sample):
-    """What the run measured, as text for the terminal and the model card."""
-    bigram = results.get("bigram_loss")
-    baseline = "" if bigram is None else f", bigram {bigram:.4f}"
-    lines = [
-        f"data: {results['train_data']}; {results['validation_tokens']:,} validation tokens",
-        f"model: {results['parameters']:,} parameters",
-        f"training: {results['steps']} steps, {results['train_seconds']:.0f} s on {results['device']} "
-        f"({results['seconds']:.0f} s with reading, tokenizing and validation)",
-        f"validation loss, nats per token: before {results['loss_before']:.4f}, "
-        f"after {results['loss_after']:.4f}{baseline}",
-        "layer  load   target",
-    ]
-    for layer, (load, target) in enumerate(zip(results["loads"], targets, strict=True)):
-        remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
-        lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
-    return "\n".join([*lines, "sample:", sample])
-
-
+REPORT = """data: {train_data}; {validation_tokens:,} validation tokens
+model: {parameters:,} parameters
+training: {steps} steps, {train_seconds:.0f} s on {device} ({seconds:.0f} s with reading, tokenizing and validation)
+validation loss, nats per token: before {loss_before:.4f}, after {loss_after:.4f}{bigram}
+layer  load   target
+{layers}
+sample:
+{sample}"""
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -394,29 +314,24 @@ def main(argv=None):
     config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
     if not training_args.learning_rate:
         training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
-    with training_args.main_process_first(desc="reading documents"):
-        documents = tuple(load_documents(data_args))
-    tokenizer = make_tokenizer(model_args, data_args, training_args, documents[0])
-    train, validation = make_blocks(data_args, training_args, tokenizer, documents)
+    tokenizer, train, validation = make_data(model_args, data_args, training_args)
     set_seed(training_args.seed)
-    model = make_model(model_args, config, tokenizer)
-    trainer = HSPMNTrainer(
-        model,
-        training_args,
-        data_collator=partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None),
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[AnnealingCallback()],
-    )
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    if model_args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, config=config, **options)
+    else:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config.update({"vocab_size": len(tokenizer)} | special)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    collator = partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None)
+    callbacks = [AnnealingCallback()]
+    trainer = HSPMNTrainer(model, training_args, collator, train, validation, tokenizer, callbacks=callbacks)
     model.config.use_cache = True  # Trainer turns it off, and the saved folder would keep that
     trainer.remove_callback(ProgressCallback)
     if not training_args.disable_tqdm:
         trainer.add_callback(LogCallback())
-
     source = " ".join(data_args.dataset) or f"standard library of Python {sys.version.split()[0]}"
-    streamed = not isinstance(train, datasets.Dataset)
-    size = "streamed" if streamed else f"{len(train) * data_args.seq_len:,} training tokens"
+    size = f"{len(train) * data_args.seq_len:,} training tokens" if isinstance(train, datasets.Dataset) else "streamed"
     device = f"{training_args.device.type.upper()} with {torch.get_num_threads()} threads"
     if training_args.device.type == "cuda":
         device = f"{training_args.world_size} x {torch.cuda.get_device_name()}"
@@ -439,14 +354,21 @@ def finish(trainer, tokenizer, results):
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    results["sample"] = generate_sample(model, tokenizer, args.prompt)
-    text = report(results, model.config.layer_sparsity, results["sample"])
-    folder = Path(args.output_dir)
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
+    set_seed(0)
+    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)
+    results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
+    lines = []
+    for layer, (load, target) in enumerate(zip(results["loads"], model.config.layer_sparsity, strict=True)):
+        remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
+        lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
+    bigram = f", bigram {results['bigram_loss']:.4f}" if "bigram_loss" in results else ""
+    text, folder = REPORT.format(**results, bigram=bigram, layers="\n".join(lines)), Path(args.output_dir)
     (folder / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    print(text)
-    print(f"saved in {folder}")
+    write_json(folder / "results.json", results)
+    print(f"{text}\nsaved in {folder}")
 
 
 if __name__ == "__main__":
