@@ -3,13 +3,12 @@
 Legend of shape suffixes as in `operations_hspmn`. Nothing here imports Triton before a kernel is measured.
 """
 
-import importlib
 import importlib.util
-from functools import partial
+from collections import namedtuple
+from functools import partial, partialmethod
 from inspect import signature
 from statistics import median
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,37 +23,15 @@ CHECKED_QUERIES = 512  # the last ones of the last row, over all their keys
 FEW_ROWS = 16  # that the kernels of a single token's products take
 
 
-class Sizes(NamedTuple):
-    """Sizes of the inputs, by default those of a layer of the measured model; P: slots of the sparse store.
-
-    share: routed tokens. even: all rows are full and alike, as benchmarks want them; else the second one is short and
-    the third one empty.
-    """
-
-    B: int = 1
-    T: int = 4096
-    H: int = 16
-    G: int = 4
-    E: int = 128
-    D: int = 2048
-    N: int = 8192
-    W: int = 128
-    P: int = 4096
-    taps: int = 4
-    share: float = 0.2
-    even: bool = False
-
-
-class Case(NamedTuple):
-    """Positional arguments of an operation, and masks over their leading dimensions.
-
-    compared: by output number (0 for a single tensor) or name of an argument written in place, which elements mean
-    something; all where there is no mask. unread: by argument name, elements that must not change any of these.
-    """
-
-    args: tuple
-    compared: dict = {}
-    unread: dict = {}
+# Sizes of the inputs, by default those of a layer of the measured model; P: slots of the sparse store; share: routed
+# tokens; even: rows are full and alike, as benchmarks want them, else the second one is short and the third one empty
+Sizes = namedtuple(
+    "Sizes", "B T H G E D N W P taps share even",
+    defaults=(1, 4096, 16, 4, 128, 2048, 8192, 128, 4096, 4, 0.2, False))  # fmt: skip
+# Positional arguments of an operation, and masks over their leading dimensions. compared: by output number (0 for a
+# single tensor) or name of an argument written in place, which elements mean something; all where there is no mask.
+# unread: by argument name, elements that must not change any of these
+Case = namedtuple("Case", "args compared unread", defaults=({}, {}))
 
 
 class Draw:
@@ -68,9 +45,7 @@ class Draw:
         """Unit-variance values."""
         return torch.randn(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def wide(self, *shape):
-        """Unit-variance values in float32."""
-        return self.normal(*shape, dtype=torch.float32)
+    wide = partialmethod(normal, dtype=torch.float32)  # the same in float32
 
     def weights(self, number, outputs, inputs):
         """Weights that keep the variance."""
@@ -94,9 +69,7 @@ class Draw:
         values = values[:1] if self.even else values
         return torch.tensor([values[b % len(values)] for b in range(self.B)], dtype=dtype, device=self.device)
 
-    def slots(self, *values):
-        """`rows` in int32."""
-        return self.rows(*values, dtype=torch.int32)
+    slots = partialmethod(rows, dtype=torch.int32)  # the same in int32
 
     def upto(self, width, limit_B):
         """Whether each of `width` columns lies below its row's limit."""
@@ -146,52 +119,41 @@ class Draw:
         return (*kept, positions_BP, held_B, opened_B, *scales), masks
 
 
-CASES = {}  # by operation and variant: function from sizes, dtype and device to a `Case`
-
-
-def case(operation, variant, sizes, dtype, device):
-    """A `Case` drawn from the generator that `torch.manual_seed` sets."""
-    return CASES[operation][variant](sizes, dtype, device)
-
-
-def variants(name, **options):
-    """Register a maker of an operation's inputs, with the keyword arguments that each variant gives it."""
-
-    def register(maker):
-        def make(sizes, dtype, device, **kwargs):
-            made = maker(Draw(sizes, dtype, device), **kwargs)
-            return made if isinstance(made, Case) else Case(made)
-
-        CASES[name] = {variant: partial(make, **kwargs) for variant, kwargs in options.items()}
-        return maker
-
-    return register
-
-
-for _name, _maker in {
+CASES = {name: {"plain": maker} for name, maker in {  # by operation and variant: from a `Draw` to a `Case` or its args
     "take_rows": lambda m: (m.heads(m.T)[2], *m.route(m.T)[:2]),
     "add_norm": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.D), *m.norm(m.D)),
     "swiglu": lambda m: (m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D)),
     "linear_add": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.N), *m.weights(1, m.D, m.N)),
     "swiglu_token": lambda m: (3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *m.weights(2, m.N, m.D)),
     "linear_add_token": lambda m: (m.normal(m.B, 1, m.D), m.normal(m.B, 1, m.N), *m.weights(1, m.D, m.N)),
-}.items():
-    variants(_name, plain={})(_maker)
+}.items()}  # fmt: skip
 
 
-@variants(
-    "route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
-    row={"kind": "row", "initial": 3}, every={"initial": EVERY_TOKEN}, full={"slots": 1 / 3},
-)  # fmt: skip
+def case(operation, variant, sizes, dtype, device):
+    """A `Case` drawn from the generator that `torch.manual_seed` sets."""
+    made = CASES[operation][variant](Draw(sizes, dtype, device))
+    return made if isinstance(made, Case) else Case(made)
+
+
+def variants(name, **options):
+    """Register a maker of an operation's inputs, with the keyword arguments that each variant gives it."""
+
+    def register(maker):
+        CASES[name] = {variant: partial(maker, **kwargs) for variant, kwargs in options.items()}
+        return maker
+
+    return register
+
+
+@variants("route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
+          row={"kind": "row", "initial": 3}, every={"initial": EVERY_TOKEN}, full={"slots": 1 / 3})  # fmt: skip
 def _route(m, kind=None, padded=False, initial=0, slots=1.0):
     length_B, bias = m.length(padded), torch.tensor(0.1, device=m.device)
     return m.wide(m.B, m.T), bias, m.start(kind, 1, length_B), length_B, 0.3, initial, max(1, int(slots * m.T))
 
 
-@variants(
-    "split_heads", plain={}, packed={"kind": "packed"}, history={"kind": "row", "past": 9}, elu={"feature": "elu"},
-    continued={"kind": "packed", "past": 2, "padded": True},
-)  # fmt: skip
+@variants("split_heads", plain={}, packed={"kind": "packed"}, history={"kind": "row", "past": 9},
+          elu={"feature": "elu"}, continued={"kind": "packed", "past": 2, "padded": True})  # fmt: skip
 def _split_heads(m, kind=None, past=0, padded=False, feature="gated"):
     C, lags, length_B, compared, unread = (m.H + 2 * m.G) * m.E, m.taps - 1, m.length(padded), {}, {}
     history_BLC = m.normal(m.B, lags, C) if past else None
@@ -220,10 +182,9 @@ def _project_token(m, scored=True):
     return 3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *weights, m.wide(m.D) / m.D**0.5 if scored else None
 
 
-@variants(
-    "linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
-    packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True}, normaliser={"columns": 1},
-)  # fmt: skip
+@variants("linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
+          packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True},
+          normaliser={"columns": 1})  # fmt: skip
 def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
     length_B, width = m.length(padded), m.E + columns
     heads, decay_BTH = m.heads(m.T, width), -(torch.rand(m.B, m.T, m.H, device=m.device) ** 3)
@@ -235,10 +196,8 @@ def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
     return Case(args, {0: real_BT}, dict.fromkeys(names, ~real_BT))
 
 
-WINDOWS = {
-    "plain": {}, "packed": {"kind": "packed"}, "ring": {"kind": "row", "cached": True},
-    "packed_ring": {"kind": "packed", "cached": True},
-}  # fmt: skip
+WINDOWS = {"plain": {}, "packed": {"kind": "packed"}, "ring": {"kind": "row", "cached": True},
+           "packed_ring": {"kind": "packed", "cached": True}}  # fmt: skip
 
 
 @variants("local_attention", **WINDOWS)
@@ -253,10 +212,8 @@ def _reflexive_merge(m, kind=None, cached=False):
     return *_local_attention(m, kind, cached), m.normal(m.B, m.T, m.H, m.E), gate_BTH, *m.norm(m.E)
 
 
-@variants(
-    "sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
-    token={"cached": True, "T": 1},
-)  # fmt: skip
+@variants("sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
+          token={"cached": True, "T": 1})  # fmt: skip
 def _sqsk_attention(m, packed=False, cached=False, T=None):
     K, P = T or m.T, m.P * cached
     held_B, count_B = m.slots(P, P // 2, 0), m.slots(K, (K + 2) // 3, 0, max(K - 1, 1))
@@ -266,10 +223,8 @@ def _sqsk_attention(m, packed=False, cached=False, T=None):
     return Case(args, {}, {"q_BKHE": ~m.upto(K, count_B), "k_BPGE": hidden_BP, "v_BPGE": hidden_BP})
 
 
-@variants(
-    "sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
-    token={"cached": True, "T": 1},
-)  # fmt: skip
+@variants("sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
+          token={"cached": True, "T": 1})  # fmt: skip
 def _sqsk_merge(m, packed=False, cached=False, T=None):
     T, P, held_B = T or m.T, m.P * cached, m.slots(m.P, m.P // 2, 0) if cached else None
     (q_BTHE, *kv), (index_BK, slot_BT, count_B) = m.heads(T), m.route(T)
@@ -282,10 +237,8 @@ def _sqsk_merge(m, packed=False, cached=False, T=None):
     return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, held_B, count_B), {}, unread)
 
 
-@variants(
-    "extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True}, int8={"whole": True},
-    full={"full": True}, window={"routed": False},
-)  # fmt: skip
+@variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
+          int8={"whole": True}, full={"full": True}, window={"routed": False})  # fmt: skip
 def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
     """full: the store overflows in the first row, and has overflowed in the second."""
     length_B = m.length(padded)
@@ -293,8 +246,7 @@ def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
     store, compared = m.store(held_B, whole)
     position_BT = torch.arange(m.T, device=m.device).expand(m.B, m.T) + 7
     place, route = (position_BT, m.start(kind, 3, length_B), length_B, m.rows(50, 3, 0)), m.route(m.T, length_B)
-    if routed:
-        compared[0] = m.upto(route[0].shape[1], route[2])
+    compared |= {0: m.upto(route[0].shape[1], route[2])} if routed else {}
     return Case((*m.heads(m.T)[1:], *place, *(route if routed else (None,) * 3), *m.rings(), *store), compared)
 
 
@@ -307,10 +259,8 @@ def _place(m, given=None):
     return tokens, position_BT, seen_B, last_B, frequency_F, 1.0, m.dtype
 
 
-@variants(
-    "attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
-    int8={"whole": True}, full={"full": True},
-)  # fmt: skip
+@variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
+          int8={"whole": True}, full={"full": True})  # fmt: skip
 def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
 
@@ -320,11 +270,9 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=Fal
     features = [F.normalize(x.float(), dim=-1).to(m.dtype) for x in (q_linear, k_linear)]
     if whole:
         heads[1][1:2] = 0.0  # a key without a scale
-    start_B, seen_B, length_B = m.rows(-500, 0, -1, -3, -9), m.rows(500, 77, 5, 2, 9), None
-    real_B = torch.ones(m.B, dtype=torch.bool, device=m.device)
-    if padded:
-        length_B = m.rows(1, 0, 1, 1, 1)
-        real_B = length_B > 0
+    start_B, seen_B = m.rows(-500, 0, -1, -3, -9), m.rows(500, 77, 5, 2, 9)
+    length_B = m.rows(1, 0, 1, 1, 1) if padded else None
+    real_B = m.rows(True, not padded, True, True, True, dtype=torch.bool)
     held_B = m.slots(m.P, m.P + 1, 2, 1, m.P) if full else m.slots(m.P - 1, 2, 2, 1, m.P)
     score_BT = m.rows(0.5, -0.2, -4.0, 2.0, 0.1, dtype=torch.float32)[:, None]
     bias = torch.tensor(0.3, device=m.device)
@@ -377,15 +325,16 @@ def simple_gla(q, k, v, decay_BTH, *_):
     return lambda *_: chunk_simple_gla(q, k, v, g=decay_BTH, scale=1.0)[0]
 
 
-ATTENTION_RIVALS = {
+def compiled(name, *_):
+    """A call of an operation's compiled reference."""
+    return torch.compile(REGISTRY[name].reference, dynamic=False)
+
+
+RIVALS = {name: {"compiled": partial(compiled, name)} for name in ("norm_heads", "add_norm", "swiglu", "linear_add")}
+RIVALS["linear_attention"] = {"fla_simple_gla": simple_gla}
+RIVALS["sqsk_attention"] = {
     "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-    "flex": flex,
-}  # fmt: skip
-RIVALS = {"sqsk_attention": ATTENTION_RIVALS, "linear_attention": {"fla_simple_gla": simple_gla}}
-RIVALS |= {
-    name: {"compiled": lambda *_, name=name: torch.compile(REGISTRY[name].reference, dynamic=False)}
-    for name in ("norm_heads", "add_norm", "swiglu", "linear_add")
-}
+    "flex": flex}  # fmt: skip
 MEASURED = {"norm_heads": "scored", "project_token": "scored", "sqsk_merge": "tokens", "place": "counted"}
 SINGLE_TOKEN = ("project_token", "swiglu_token", "linear_add_token")
 BY_SHARE = ("take_rows", "sqsk_merge", "extend", "attend_token")
@@ -416,9 +365,9 @@ def products(a):
     return 2 * next(iter(vars(a).values()))[..., 0].numel() * weights if weights else 0
 
 
-def named(operation, args):
-    """Arguments of an operation by name."""
-    return SimpleNamespace(**dict(zip(signature(operation.reference).parameters, args, strict=True)))
+def written(operation, a):
+    """The arguments that the operation writes in place, by name."""
+    return {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
 
 
 def results(call, operation, a):
@@ -428,36 +377,24 @@ def results(call, operation, a):
     return dict(enumerate(outputs)) | written(operation, a)
 
 
-def written(operation, a):
-    """The arguments that the operation writes in place, by name."""
-    return {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
-
-
 def last_row(operation, a, widen=False):
     """Copies of the arguments for the last row alone, in float64 if they are to be wide.
 
     Of `sqsk_attention` they are for its last queries, over all their keys.
     """
-    row = {}
+    row = SimpleNamespace(**vars(a))
     for name, x in vars(a).items():
-        per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
         if isinstance(x, torch.Tensor):
+            per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
             x = (x[-1:] if per_row else x).clone()
-        row[name] = torch.float64 if widen and isinstance(x, torch.dtype) else x
-        if widen and isinstance(x, torch.Tensor) and x.is_floating_point():
-            row[name] = x.double()
+            setattr(row, name, x.double() if widen and x.is_floating_point() else x)
+        elif widen and isinstance(x, torch.dtype):
+            setattr(row, name, torch.float64)
     if operation is REGISTRY["sqsk_attention"]:
-        row["q_BKHE"] = row["q_BKHE"][:, -CHECKED_QUERIES:]
-        row["held_B"] = row["count_B"] - row["q_BKHE"].shape[1]
-        row["count_B"] -= row["held_B"]
-    return SimpleNamespace(**row)
-
-
-def relative_rms(got, want):
-    """Root mean square of the difference over that of `want`; infinities that agree do not differ."""
-    got, want = got.double(), want.double()
-    difference = torch.where(got == want, 0, got - want)
-    return (difference.square().mean() / want[want.isfinite()].square().mean().clamp_min(1e-30)).sqrt().item()
+        row.q_BKHE = row.q_BKHE[:, -CHECKED_QUERIES:]
+        row.held_B = row.count_B - row.q_BKHE.shape[1]
+        row.count_B -= row.held_B
+    return row
 
 
 def check(got, eager, exact, compared):
@@ -466,6 +403,12 @@ def check(got, eager, exact, compared):
     All three are `results`, of which the last two may hold the last elements of each tensor alone.
     """
     worst = 0.0
+
+    def relative_rms(x, right):
+        difference = torch.where(x == right, 0, x.double() - right.double())  # infinities that agree do not differ
+        scale = right[right.isfinite()].double().square().mean()
+        return (difference.square().mean() / scale.clamp_min(1e-30)).sqrt().item()
+
     for key, kernel in got.items():
         right, usual = exact[key], eager[key]
         mask = compared.get(key, torch.ones(kernel.shape[:1], dtype=torch.bool, device=kernel.device))
@@ -487,9 +430,8 @@ def measure_operation(args, name, backend, sizes):
     importlib.import_module("...kernels_hspmn", __name__)  # registers the kernels; needs Triton, as no other mode does
     torch.manual_seed(0)
     operation, made = REGISTRY[name], case(name, MEASURED.get(name, "plain"), sizes, args.dtype, args.device)
-    a, call = named(operation, made.args), operation.form("triton")
-    if backend != "triton":
-        call = RIVALS[name][backend](*made.args)
+    a = SimpleNamespace(**dict(zip(signature(operation.reference).parameters, made.args, strict=True)))
+    call = operation.form("triton") if backend == "triton" else RIVALS[name][backend](*made.args)
     eager, exact = (results(operation.reference, operation, last_row(operation, a, widen)) for widen in (False, True))
     counts = [(x, x.clone()) for x in written(operation, a).values() if x.dtype == torch.int32]
     found = results(call, operation, a)
@@ -514,6 +456,10 @@ def measure_operation(args, name, backend, sizes):
 
 def kernels_cases(args):
     """`<operation>/<backend>/<shape>`; without CUDA and Triton's interpreter a single case that says so."""
+
+    def leave_out():
+        raise LeftOut("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")
+
     if args.device.type != "cuda" and not interpreted():
         yield "kernels", leave_out
         return
@@ -521,7 +467,8 @@ def kernels_cases(args):
     fields |= {"N": args.intermediate_size, "W": args.sliding_window, "even": True}
     default = CONCENTRATED_SHARE * ROUTING_PERIOD  # of a routing layer of the default model
     for name in CASES:
-        for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
+        for text in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
+            B, T = map(int, text.split("x"))
             if name in SINGLE_TOKEN:
                 B, T = min(B, FEW_ROWS), 1
             for share in (default, args.sparsity_k) if name in BY_SHARE else (default,):
@@ -536,8 +483,3 @@ def interpreted():
     """Whether Triton runs kernels in its interpreter."""
     found = importlib.util.find_spec("triton") is not None
     return found and bool(importlib.import_module("triton").knobs.runtime.interpret)
-
-
-def leave_out():
-    """The case of a machine without kernels."""
-    raise LeftOut("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")
