@@ -50,60 +50,48 @@ CASES = {mode: partial(block_cases, mode) for mode in MODES} | {
     "kernels": kernels_cases, "context": context_cases, "decode": decode_cases, "serve": serve_cases}  # fmt: skip
 
 
-def attempt(call, args, spent):
-    """What a case measured after `spent` seconds of the run, or why it was left out, or None and how it failed."""
-    try:
-        if args.time_budget and spent > args.time_budget:
-            raise LeftOut(f"{spent:.0f} s of {args.time_budget:.0f} s are spent")
-        metrics = call()
-        return metrics, " ".join(f"{metric} {number(value)}" for metric, value in list(metrics.items())[:4])
-    except (LeftOut, torch.OutOfMemoryError) as reason:
-        return {}, f"left out, {str(reason).splitlines()[0]}"
-    except Exception:  # whatever it is, it is shown, counted, and must not cost the cases after it
-        return None, f"FAILED\n{traceback.format_exc()}"
-
-
 def run(args, modes):
-    """Run all cases of `modes` one by one, save what each measured, and print the tables last.
-
-    Returns how many failed: these are reported with their traceback and do not stop the others.
-    """
+    """Run all cases of `modes` one by one, save what each measured, and print the tables last. Returns how many
+    failed: these are reported with their traceback and do not stop the others."""
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
     cases = [(mode, name, call) for mode in modes for name, call in CASES[mode](args)]
     begun, measured, failed = time.monotonic(), {}, 0
     for done, (mode, name, call) in enumerate(cases, 1):
-        spent = time.monotonic() - begun
-        metrics, text = attempt(call, args, spent)
-        if metrics:
-            measured.setdefault(mode, {})[name] = metrics
-            text += f" ({time.monotonic() - begun - spent:.0f} s)"
-            if args.output is not None:
-                rows = [row(name, metric, value) for metric, value in metrics.items()]
-                merge_results(args.output / f"{mode}.json", rows, {}, args.command)
-        failed += metrics is None
-        style = "red" if metrics is None else None
+        spent, metrics, style = time.monotonic() - begun, {}, None
+        try:
+            if args.time_budget and spent > args.time_budget:
+                raise LeftOut(f"{spent:.0f} s of {args.time_budget:.0f} s are spent")
+            metrics = call()
+            first = " ".join(f"{metric} {number(value)}" for metric, value in list(metrics.items())[:4])
+            text = f"{first} ({time.monotonic() - begun - spent:.0f} s)"
+        except (LeftOut, torch.OutOfMemoryError) as reason:
+            text = f"left out, {str(reason).splitlines()[0]}"
+        except Exception:  # whatever it is, it is shown, counted, and must not cost the cases after it
+            text, style, failed = f"FAILED\n{traceback.format_exc()}", "red", failed + 1
         console.print(f"[{done}/{len(cases)}] {mode} {name}: {text}", style=style, markup=False, highlight=False)
         console.file.flush()  # so that a log can be followed
+        if metrics:
+            measured.setdefault(mode, {})[name] = metrics
+        if metrics and args.output is not None:
+            rows = [row(name, metric, value) for metric, value in metrics.items()]
+            merge_results(args.output / f"{mode}.json", rows, {}, args.command)
         free_memory(args)
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     for mode, found in measured.items():
         table = Table("case", title=f"{mode}: {device}")
-        names = list(dict.fromkeys(metric for metrics in found.values() for metric in metrics))
+        names = dict.fromkeys(name for metrics in found.values() for name in metrics)
         for metric in names:
             table.add_column(metric, justify="right")
         for case, metrics in found.items():
-            table.add_row(case, *(number(metrics.get(metric)) for metric in names))
+            table.add_row(case, *(number(metrics[name]) if name in metrics else "-" for name in names))
         console.print(table)
     return failed
 
 
 def number(value):
     """A value in few characters."""
-    if value is None:
-        return "-"
-    if isinstance(value, int) and abs(value) < 1e9:
-        return f"{value:,}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    whole = isinstance(value, int) or abs(value) >= 1e3
+    return f"{value:,.0f}" if whole and abs(value) < 1e9 else f"{value:.4g}"
 
 
 TINY = {

@@ -19,8 +19,6 @@ from .timing import LeftOut, measure, peak_memory, random_hidden, spread
 
 MODELS = ("hspmn", "hspmn_even", "dense", "gdn", "floor")
 DEFAULT_LAYERS = ("hspmn_routing", "hspmn_reflexive")  # of the default model, whose mean layer is `hspmn`
-
-
 # One block ready to run: its module, `forward` from [B, S, D] to the same, flops of it, and the measured load
 Block = namedtuple("Block", "module forward flops load", defaults=({},))
 
@@ -119,11 +117,9 @@ def gemm_flops(args, tokens):
 
 
 def least_bytes(args, tokens):
-    """Bytes that pass between the GEMMs if every step reads its inputs and writes its outputs once.
-
-    Norm (x in, h out), attention (qkv in, heads out), sum and norm (two in, two out), SiLU and product (two in, one
-    out), sum (two in, one out).
-    """
+    """Bytes that pass between the GEMMs if every step reads its inputs and writes its outputs once. Norm (x in, h
+    out), attention (qkv in, heads out), sum and norm (two in, two out), SiLU and product (two in, one out), sum (two
+    in, one out)."""
     (D, qkv_width), (heads_width, _), _, (width, _) = gemm_sizes(args)
     return tokens * args.dtype.itemsize * (9 * D + qkv_width + heads_width + 3 * width)
 
@@ -144,11 +140,9 @@ def measure_forward(args, name, shape):
 
 @torch.no_grad()
 def measure_latency(args, name, shape):
-    """One block called eagerly, compiled, and replayed from a CUDA graph of the compiled call.
-
-    graphs and graph_breaks are those of the compiled call, host_syncs what it waits for; cuda_graphs is 1 if it is
-    captured whole, 0 if it cannot be.
-    """
+    """One block called eagerly, compiled, and replayed from a CUDA graph of the compiled call. graphs and graph_breaks
+    are those of the compiled call, host_syncs what it waits for; cuda_graphs is 1 if it is captured whole, 0 if it
+    cannot be."""
     x_BSD, block, forward = prepare(args, name, shape)
     call = partial(forward, x_BSD)
     counters.clear()
@@ -186,14 +180,11 @@ def mean_layer(found, tokens):
     if not found.keys() >= set(DEFAULT_LAYERS):
         raise LeftOut("one of its two kinds of layer was not measured")
     routing, reflexive = (found[name] for name in DEFAULT_LAYERS)
-    names = [name for name in reflexive if name.endswith("ms") or name in ("flops", "bytes", "load")]
-    sums = {name: routing[name] + (ROUTING_PERIOD - 1) * reflexive[name] for name in names if name in routing}
-    metrics = {name: total / ROUTING_PERIOD for name, total in sums.items()}
-    if "ms" in metrics:
-        metrics["tok_s"] = 1e3 * tokens / metrics["ms"]
-    if "peak_gb" in routing:
-        metrics["peak_gb"] = max(routing["peak_gb"], reflexive["peak_gb"])
-    return metrics
+    means = [name for name in reflexive if name.endswith("ms") or name in ("flops", "bytes", "load")]
+    total = {name: routing[name] + (ROUTING_PERIOD - 1) * reflexive[name] for name in means if name in routing}
+    metrics = {name: value / ROUTING_PERIOD for name, value in total.items()}
+    metrics |= {"tok_s": 1e3 * tokens / metrics["ms"]} if "ms" in metrics else {}
+    return metrics | ({"peak_gb": max(routing["peak_gb"], reflexive["peak_gb"])} if "peak_gb" in routing else {})
 
 
 MODES = {  # what is measured, how case names call it, and at which shapes

@@ -1,7 +1,5 @@
-"""Inputs of every operation: one maker for the tests of its kernel and for `benchmark.py --mode kernels`.
-
-Legend of shape suffixes as in `operations_hspmn`. Nothing here imports Triton before a kernel is measured.
-"""
+"""Inputs of every operation: one maker for the tests of its kernel and for `benchmark.py --mode kernels`. Legend of
+shape suffixes as in `operations_hspmn`. Nothing here imports Triton before a kernel is measured."""
 
 import importlib.util
 from collections import namedtuple
@@ -72,8 +70,8 @@ class Draw:
     slots = partialmethod(rows, dtype=torch.int32)  # the same in int32
 
     def upto(self, width, limit_B):
-        """Whether each of `width` columns lies below its row's limit."""
-        return torch.arange(width, device=self.device) < limit_B[:, None]
+        """Whether each of `width` columns lies below its row's limit, if there is one."""
+        return True if limit_B is None else torch.arange(width, device=self.device) < limit_B[:, None]
 
     def length(self, padded):
         """Real tokens per row, or None."""
@@ -87,17 +85,13 @@ class Draw:
             return self.rows(-past, 0, -1, -past // 2)[:, None]
         token_T = torch.arange(self.T, device=self.device)
         begins_BT = torch.rand(self.B, self.T, device=self.device) < 4 / self.T
-        if length_B is not None:
-            begins_BT &= self.upto(self.T, length_B)
-        return torch.where(begins_BT, token_T, -past).cummax(1).values
+        return torch.where(begins_BT & self.upto(self.T, length_B), token_T, -past).cummax(1).values
 
     def route(self, T, length_B=None):
         """index_BK, slot_BT and count_B of a share of each row's tokens; rows that are not even have free slots."""
         K = max(1, round(self.share * T))
-        wanted_B = self.rows(K, (K + 1) // 2, 0)
-        routed_BT = torch.rand(self.B, T, device=self.device).argsort(1).argsort(1) < wanted_B[:, None]
-        if length_B is not None:
-            routed_BT &= self.upto(T, length_B)
+        rank_BT = torch.rand(self.B, T, device=self.device).argsort(1).argsort(1)
+        routed_BT = (rank_BT < self.rows(K, (K + 1) // 2, 0)[:, None]) & self.upto(T, length_B)
         return compact(routed_BT, K if self.even else min(T, K + 2))
 
     def first(self, K, past, held_B):
@@ -263,9 +257,7 @@ def _place(m, given=None):
           int8={"whole": True}, full={"full": True})  # fmt: skip
 def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
-
-    Slots outside of a row's document are not read, neither in the store nor in the window.
-    """
+    Slots outside of a row's document are not read, neither in the store nor in the window."""
     (q_linear, k_linear, _), heads = m.heads(1), m.heads(1)
     features = [F.normalize(x.float(), dim=-1).to(m.dtype) for x in (q_linear, k_linear)]
     if whole:
@@ -297,23 +289,19 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=Fal
 # `benchmark.py --mode kernels`
 
 
-def sdpa(backend, q_BKHE, k_BKGE, v_BKGE, *_):
-    """A call of causal attention by one backend of SDPA."""
+def attention(backend, q_BKHE, k_BKGE, v_BKGE, *_):
+    """A call of causal attention by a backend of SDPA, or by compiled FlexAttention, whose mask is made once."""
     q, k, v = (x.transpose(1, 2) for x in (q_BKHE, k_BKGE, v_BKGE))
+    if backend == "flex":
+        K, attend = q.shape[2], torch.compile(flex_attention, dynamic=False)
+        causal = create_block_mask(lambda b, h, i, j: j <= i, None, None, K, K, device=q.device, _compile=True)
+        return lambda *_: attend(q, k, v, block_mask=causal, enable_gqa=True).transpose(1, 2)
 
     def call(*_):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     return call
-
-
-def flex(q_BKHE, k_BKGE, v_BKGE, *_):
-    """A call of compiled FlexAttention, whose causal mask is made once."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BKHE, k_BKGE, v_BKGE))
-    K, attend = q.shape[2], torch.compile(flex_attention, dynamic=False)
-    causal = create_block_mask(lambda b, h, i, j: j <= i, None, None, K, K, device=q.device, _compile=True)
-    return lambda *_: attend(q, k, v, block_mask=causal, enable_gqa=True).transpose(1, 2)
 
 
 def simple_gla(q, k, v, decay_BTH, *_):
@@ -332,9 +320,8 @@ def compiled(name, *_):
 
 RIVALS = {name: {"compiled": partial(compiled, name)} for name in ("norm_heads", "add_norm", "swiglu", "linear_add")}
 RIVALS["linear_attention"] = {"fla_simple_gla": simple_gla}
-RIVALS["sqsk_attention"] = {
-    "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-    "flex": flex}  # fmt: skip
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "flex": "flex"}
+RIVALS["sqsk_attention"] = {name: partial(attention, backend) for name, backend in BACKENDS.items()}
 MEASURED = {"norm_heads": "scored", "project_token": "scored", "sqsk_merge": "tokens", "place": "counted"}
 SINGLE_TOKEN = ("project_token", "swiglu_token", "linear_add_token")
 BY_SHARE = ("take_rows", "sqsk_merge", "extend", "attend_token")
@@ -365,23 +352,17 @@ def products(a):
     return 2 * next(iter(vars(a).values()))[..., 0].numel() * weights if weights else 0
 
 
-def written(operation, a):
-    """The arguments that the operation writes in place, by name."""
-    return {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
-
-
 def results(call, operation, a):
     """What a call with the arguments `a` gives: its outputs by number, then what it writes in place by name."""
     out = call(*vars(a).values())
     outputs = out if isinstance(out, tuple) else () if out is None else (out,)
-    return dict(enumerate(outputs)) | written(operation, a)
+    written = {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
+    return dict(enumerate(outputs)) | written
 
 
 def last_row(operation, a, widen=False):
-    """Copies of the arguments for the last row alone, in float64 if they are to be wide.
-
-    Of `sqsk_attention` they are for its last queries, over all their keys.
-    """
+    """Copies of the arguments for the last row alone, in float64 if they are to be wide. Of `sqsk_attention` they are
+    for its last queries, over all their keys."""
     row = SimpleNamespace(**vars(a))
     for name, x in vars(a).items():
         if isinstance(x, torch.Tensor):
@@ -399,9 +380,7 @@ def last_row(operation, a, widen=False):
 
 def check(got, eager, exact, compared):
     """Largest relative error against float64; ValueError beyond twice that of the eager reference in low precision.
-
-    All three are `results`, of which the last two may hold the last elements of each tensor alone.
-    """
+    All three are `results`, of which the last two may hold the last elements of each tensor alone."""
     worst = 0.0
 
     def relative_rms(x, right):
@@ -433,7 +412,8 @@ def measure_operation(args, name, backend, sizes):
     a = SimpleNamespace(**dict(zip(signature(operation.reference).parameters, made.args, strict=True)))
     call = operation.form("triton") if backend == "triton" else RIVALS[name][backend](*made.args)
     eager, exact = (results(operation.reference, operation, last_row(operation, a, widen)) for widen in (False, True))
-    counts = [(x, x.clone()) for x in written(operation, a).values() if x.dtype == torch.int32]
+    written = {name: vars(a)[name] for name in operation.mutates}
+    counts = [(x, x.clone()) for x in written.values() if x is not None and x.dtype == torch.int32]
     found = results(call, operation, a)
     metrics = {"error": check(found, eager, exact, made.compared)}
     if args.device.type != "cuda":

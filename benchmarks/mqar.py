@@ -32,12 +32,9 @@ TINY = {
 
 
 def mqar_batch(batch_size, length, pairs, vocab_size, generator):
-    """A batch of multi-query associative recall: ids [B, T], query positions [B, P] and their values [B, P].
-
-    The first 2 * pairs tokens are distinct keys (lower half of the vocabulary) each followed by its value (upper
-    half). Every key returns once, at an even distance that follows a power law with exponent 0.01 - 1; the rest is
-    token 0.
-    """
+    """A batch of multi-query associative recall: ids [B, T], query positions [B, P] and their values [B, P]. The first
+    2 * pairs tokens are distinct keys (lower half of the vocabulary) each followed by its value (upper half). Every
+    key returns once, at an even distance that follows a power law with exponent 0.01 - 1; the rest is token 0."""
     half, slots, device = vocab_size // 2, (length - 2 * pairs) // 2, generator.device
     keys_BP = 1 + torch.rand(batch_size, half - 1, generator=generator, device=device).topk(pairs, 1).indices
     values_BP = torch.randint(half, vocab_size, (batch_size, pairs), generator=generator, device=device)

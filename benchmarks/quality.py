@@ -85,15 +85,11 @@ def prepare_data(args):
 
 
 class Batches:
-    """Training batches, equal for every model.
-
-    Rows are windows of the token stream in an order drawn per seed and epoch; a share `needle_mix` of each batch is
-    needle tasks instead, the same ones for every seed, which worker processes make while training runs. `epochs` says
-    how often the stream is passed.
-    """
+    """Training batches, equal for every model, from the token ids `train`. Rows are windows of the token stream in an
+    order drawn per seed and epoch; a share `needle_mix` of each batch is needle tasks instead, the same ones for every
+    seed, which worker processes make while training runs. `epochs` says how often the stream is passed."""
 
     def __init__(self, args, tokenizer, train):
-        """Put the rows of `train` (int32 token ids) on the device."""
         self.rows = rows_of(train, args.length).to(args.device, torch.int32)
         self.steps, needles, self.needle_loader = args.steps, round(args.needle_mix * args.batch_size), None
         if needles:
@@ -126,10 +122,8 @@ def count_parameters(case, config):
 
 
 def matched_config(case, sizes, overrides, target, tolerance):
-    """Configuration of a case with `intermediate_size` chosen so that it has `target` parameters, and their number.
-
-    A given `intermediate_size` in `overrides` stays. Refuses what is beyond the tolerance.
-    """
+    """Configuration of a case with `intermediate_size` chosen so that it has `target` parameters, and their number. A
+    given `intermediate_size` in `overrides` stays. Refuses what is beyond the tolerance."""
     config = comparison_config(case, sizes, overrides)
     parameters = count_parameters(case, config)
     if "intermediate_size" not in overrides:
@@ -145,93 +139,74 @@ def matched_config(case, sizes, overrides, target, tolerance):
     return config, parameters
 
 
-def compiled_loss(model, how):
-    """Compile the network as `how` says; returns a function from model and token ids [B, T] to loss and outputs.
-
-    The loss is the mean cross entropy in nats of the next token.
-    """
-
-    def next_token_loss(hidden_BTD, weight_VD, ids_BT):
-        logits = F.linear(hidden_BTD, weight_VD)[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
-
-    def loss_and_outputs(model, ids_BT):
-        outputs = model.base_model(input_ids=ids_BT, use_cache=False)
-        return loss_function(outputs.last_hidden_state, model.get_output_embeddings().weight, ids_BT), outputs
-
-    loss_function = next_token_loss
-    if how != "none":
-        torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64  # layers of several targets, two stages of annealing, evaluation
-        for module in model.base_model.layers if how == "layers" else [model.base_model]:
-            module.compile(dynamic=False, fullgraph=True)
-        loss_function = torch.compile(next_token_loss, dynamic=False)
-    return loss_and_outputs
-
-
-def last(values, parts):
-    """The last of so many parts of a list, at least one value."""
-    return values[-max(1, len(values) // parts) :]
-
-
-def train(model, loss_function, batches, seed, args):
-    """Train a model from its present weights; returns throughputs, curve, and the router's state over the end.
-
-    The device is read only at the end of an interval of `--log_every` steps.
-    """
-    every, losses, router, curve, speeds = min(args.log_every, args.steps), [], [], [], []
-    begun = time.monotonic()
-    steps = train_steps(model, batches.of(seed), loss_function, args.steps, args.lr)
-    for step, (loss, outputs) in enumerate(steps, 1):
-        losses.append(loss)
-        if getattr(outputs, "router_overflow", None) is not None:
-            router.append(torch.stack([outputs.router_load, outputs.router_overflow]))
-        if step % every:
-            continue
-        mean, now = torch.stack(losses).mean().item(), time.monotonic()
-        if not np.isfinite(mean):
-            results.refuse(f"--lr {args.lr}: the training loss is {mean} at step {step}; lower it")
-        curve.append([step, round(mean, 4)])
-        speeds.append(len(losses) * args.batch_size * args.length / (now - begun))
-        losses, begun = [], now
-        if step % (10 * every) == 0:
-            print(f"  step {step} loss {mean:.3f} {speeds[-1]:,.0f} tok/s", flush=True)
-    result = {"train_tok_s": median(speeds), "final_tok_s": median(last(speeds, 5)), "curve": curve}
-    result["train_loss"] = fmean(loss for _, loss in last(curve, 10))
-    if router:
-        result["train_load"], result["overflow"] = torch.stack(last(router, 10)).mean(0).tolist()
-    return result
+def next_token_loss(hidden_BTD, weight_VD, ids_BT):
+    """Mean cross entropy in nats of the next token."""
+    logits = F.linear(hidden_BTD, weight_VD)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
 class Case:
-    """One model of the comparison, compiled once and trained from fresh weights for each seed."""
+    """One model of the comparison, built like the model `base` with as many parameters as the dense one. It is
+    compiled as `--compile` says with the first seed and trained from fresh weights for each: only values change."""
 
     def __init__(self, name, base, overrides, args, dense_parameters):
-        """Choose the sizes of case `name`, built like the model `base`; weights come with the first seed."""
         self.name, self.base, self.overrides, self.args, self.model = name, base, overrides, args, None
-        sizes, tolerance = sizes_of(args, base), args.parameter_tolerance
+        sizes, tolerance, self.loss = sizes_of(args, base), args.parameter_tolerance, next_token_loss
         self.config, self.parameters = matched_config(base, sizes, overrides, dense_parameters, tolerance)
 
-    def run(self, seed, batches, validation_rows):
-        """Train and evaluate one seed; returns its entry of the results file.
+    def _prepare(self, seed):
+        fresh, how = build_model(self.base, self.config, seed), self.args.compile
+        if self.model is not None:
+            self.model.load_state_dict(fresh.state_dict())
+            return
+        self.model = fresh.to(self.args.device)
+        if how != "none":
+            torch.set_float32_matmul_precision("high")
+            torch._dynamo.config.recompile_limit = 64  # layers of several targets, two stages of annealing, evaluation
+            for module in self.model.base_model.layers if how == "layers" else [self.model.base_model]:
+                module.compile(dynamic=False, fullgraph=True)
+            self.loss = torch.compile(next_token_loss, dynamic=False)
 
-        The compiled code of an earlier seed is kept, since only values change. `kv_bytes_per_token`: by how much a
-        bfloat16 cache grows, on average.
-        """
+    def _loss_and_outputs(self, model, ids_BT):
+        outputs = model.base_model(input_ids=ids_BT, use_cache=False)
+        return self.loss(outputs.last_hidden_state, model.get_output_embeddings().weight, ids_BT), outputs
+
+    def _train(self, batches, seed):  # reads the device only at the end of an interval of `--log_every` steps
+        args, begun, losses, router, curve, speeds = self.args, time.monotonic(), [], [], [], []
+        every = min(args.log_every, args.steps)
+        steps = train_steps(self.model, batches.of(seed), self._loss_and_outputs, args.steps, args.lr)
+        for step, (loss, outputs) in enumerate(steps, 1):
+            losses.append(loss)
+            if getattr(outputs, "router_overflow", None) is not None:
+                router.append(torch.stack([outputs.router_load, outputs.router_overflow]))
+            if step % every:
+                continue
+            mean, now = torch.stack(losses).mean().item(), time.monotonic()
+            if not np.isfinite(mean):
+                results.refuse(f"--lr {args.lr}: the training loss is {mean} at step {step}; lower it")
+            curve.append([step, round(mean, 4)])
+            speeds.append(len(losses) * args.batch_size * args.length / (now - begun))
+            losses, begun = [], now
+            if step % (10 * every) == 0:
+                print(f"  step {step} loss {mean:.3f} {speeds[-1]:,.0f} tok/s", flush=True)
+        fifth, tenth, last = max(1, len(speeds) // 5), max(1, len(curve) // 10), max(1, len(router) // 10)
+        result = {"train_tok_s": median(speeds), "final_tok_s": median(speeds[-fifth:]), "curve": curve}
+        result["train_loss"] = fmean(loss for _, loss in curve[-tenth:])
+        if router:
+            result["train_load"], result["overflow"] = torch.stack(router[-last:]).mean(0).tolist()
+        return result
+
+    def run(self, seed, batches, validation_rows):
+        """Train and evaluate one seed; returns its entry of the results file, where `kv_bytes_per_token` is by how
+        much a bfloat16 cache grows, on average."""
         print(f"{self.name} seed {seed}: {self.parameters:,} parameters", flush=True)
         begun, args, config = time.monotonic(), self.args, self.config
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        fresh = build_model(self.base, config, seed)
-        if self.model is None:
-            self.model = fresh.to(args.device)
-            self.loss_function = compiled_loss(self.model, args.compile)
-        else:
-            self.model.load_state_dict(fresh.state_dict())
+        self._prepare(seed)
         entry = {"case": self.name, "seed": seed, "params": self.parameters, "overrides": self.overrides}
         entry["intermediate_size"] = config.intermediate_size
-        entry |= train(self.model, self.loss_function, batches, seed, args)
-        entry |= validate(self.model, validation_rows, args.batch_size)
+        entry |= self._train(batches, seed) | validate(self.model, validation_rows, args.batch_size)
         dense_bytes = 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
         own_bytes = getattr(self.model, "kv_bytes_per_token", None)
         entry["kv_bytes_per_token"] = own_bytes(torch.bfloat16) if own_bytes else dense_bytes
@@ -274,14 +249,14 @@ def summary_rows(runs):
 
 
 class Results:
-    """The results file: finished pairs of the same code and settings, saved after each one."""
+    """The results file: finished pairs of the same code and settings, saved after each one. A file that is there is
+    continued; one of other code or settings is refused without `--force`."""
 
     def __init__(self, args, settings):
-        """Read the file to continue, if there is one; refuses one of other code or settings without `--force`."""
         self.path, self.args, self.settings = args.output / f"{args.name}.json", args, settings
+        self.runs, self.commands = [], []
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.stamp = {"code": results.code_hash(), "settings": digest}  # of the pairs that count as finished
-        self.runs, self.commands = [], []
         self._read()
 
     def _read(self):
@@ -302,10 +277,8 @@ class Results:
         return any(wanted.items() <= run.items() for run in self.runs)
 
     def add(self, entry):
-        """Keep an entry, in place of an earlier one of the same pair, and save.
-
-        Processes that run other pairs, on other GPUs say, may share the file: each adds to what the others wrote.
-        """
+        """Keep an entry, in place of an earlier one of the same pair, and save. Processes that run other pairs, on
+        other GPUs say, may share the file: each adds to what the others wrote."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -314,10 +287,10 @@ class Results:
             others = [run for run in self.runs if (run["case"], run["seed"]) != (entry["case"], entry["seed"])]
             self.runs = sorted([*others, entry | {"stamp": self.stamp}], key=lambda run: run["seed"])
             self.commands = list(dict.fromkeys([*self.commands, self.args.command]))
-            document = results.results_header(self.args.name, self.args.command)
-            document |= {"commands": self.commands, "settings": self.settings, "rows": summary_rows(self.runs)}
-            document["mixed"] = len({json.dumps(run["stamp"]) for run in self.runs}) > 1  # appended with --force
-            results.write_json(self.path, document | {"runs": self.runs})
+            mixed = len({json.dumps(run["stamp"]) for run in self.runs}) > 1  # appended with --force
+            results.write_json(self.path, results.results_header(self.args.name, self.args.command) | {
+                "commands": self.commands, "settings": self.settings, "rows": summary_rows(self.runs),
+                "mixed": mixed, "runs": self.runs})  # fmt: skip
         finally:
             os.close(folder)
 

@@ -85,9 +85,7 @@ class Server:
     @torch.no_grad()
     def layer(self, name, B, cached):
         """Launches and microseconds of the host per layer, of a call that it queues without waiting for the device.
-
-        The call is a prompt of LAYER_PROMPT tokens with a cache, or one token after a cached SHORT_PROMPT.
-        """
+        The call is a prompt of LAYER_PROMPT tokens with a cache, or one token after a cached SHORT_PROMPT."""
         args, model, times = self.args, self.load(name), []
         call = partial(model, input_ids=self.prompt(B, LAYER_PROMPT), use_cache=True, logits_to_keep=1)
         if cached:

@@ -1,7 +1,4 @@
-"""What all modes of `benchmark.py` share: timing, compiling, capturing, and the sizes of what is measured.
-
-B batch, S and T tokens, H query heads, G key/value heads, E head width, D hidden size.
-"""
+"""What all modes of `benchmark.py` share: timing, compiling, capturing, and what is measured, lettered as there."""
 
 import gc
 import time
@@ -36,11 +33,9 @@ def peak_memory(args):
 
 
 def measure(call, args, before=lambda: None, wall=False):
-    """Milliseconds of `args.reps` calls after a warm-up of three; `before` runs before each, untimed.
-
-    Between CUDA events, without waiting for one call before the next is queued; by the clock on a CPU and for `wall`:
-    from an idle device until the result is there. Resets the peak memory counter after the warm-up.
-    """
+    """Milliseconds of `args.reps` calls after a warm-up of three; `before` runs before each, untimed. Between CUDA
+    events, without waiting for one call before the next is queued; by the clock on a CPU and for `wall`: from an idle
+    device until the result is there. Resets the peak memory counter after the warm-up."""
     for _ in range(3):
         spent = wall_ms(call, args, before)
     reps = args.reps if spent < SLOW_MS else min(args.reps, 5)
@@ -88,9 +83,8 @@ def copy_rate(args):
 
 def compiled(function, args, fullgraph=True):
     """`function` compiled for its one shape as `--compile` says."""
-    if args.compile == "none":
-        return function
-    return torch.compile(function, fullgraph=fullgraph, dynamic=False, backend=args.compile)
+    how = {"fullgraph": fullgraph, "dynamic": False, "backend": args.compile}
+    return function if args.compile == "none" else torch.compile(function, **how)
 
 
 def capture(call):
@@ -117,9 +111,7 @@ def replayed(step, args):
 
 def host_work(call):
     """Launches of a call, and how often the host waits for the device, or copies from it, between the first and last.
-
-    Both are None if the profiler saw no launch, as where it may not read the device's counters.
-    """
+    Both are None if the profiler saw no launch, as where it may not read the device's counters."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
@@ -134,11 +126,9 @@ def host_work(call):
 
 
 def model_config(args, name, layers, intermediate_size):
-    """Configuration of a model of the sizes in `args`: a Llama with SDPA for dense, else an HSPMN with `--set`.
-
-    hspmn is the default one, of whose layers hspmn_routing and hspmn_reflexive are the two kinds; hspmn_even routes
-    the same share in every layer.
-    """
+    """Configuration of a model of the sizes in `args`: a Llama with SDPA for dense, else an HSPMN with `--set`. hspmn
+    is the default one, of whose layers hspmn_routing and hspmn_reflexive are the two kinds; hspmn_even routes the same
+    share in every layer."""
     fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = {field: getattr(args, field) for field in fields} | {
         "num_hidden_layers": layers, "intermediate_size": intermediate_size, "tie_word_embeddings": True,
