@@ -33,7 +33,7 @@ from types import ModuleType
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
@@ -78,10 +78,8 @@ def run(args, modes):
         free_memory(args)
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     for mode, found in measured.items():
-        table = Table("case", title=f"{mode}: {device}")
         names = dict.fromkeys(name for metrics in found.values() for name in metrics)
-        for metric in names:
-            table.add_column(metric, justify="right")
+        table = Table("case", *(Column(name, justify="right") for name in names), title=f"{mode}: {device}")
         for case, metrics in found.items():
             table.add_row(case, *(number(metrics[name]) if name in metrics else "-" for name in names))
         console.print(table)

@@ -53,21 +53,14 @@ def hspmn_block(args, name, x_BSD):
     return Block(block, lambda x: block(x, stream, output_router=True)[0], flops, {"load": load})
 
 
-class GatedDelta(nn.Module):
-    """fla's GatedDeltaNet in the place of a Llama's attention, with as many heads of the same width."""
-
-    def __init__(self, args):
-        super().__init__()
-        sizes = {"hidden_size": args.hidden_size, "num_heads": args.num_attention_heads, "head_dim": args.head_dim}
-        self.mixer = importlib.import_module("fla.layers").GatedDeltaNet(**sizes, expand_v=1, layer_idx=0)
-
+class _Mixer(nn.Sequential):  # fla's GatedDeltaNet in the place of a Llama's attention, which gives weights, too
     def forward(self, hidden_states, **kwargs):
-        """[B, S, D] to the same, and no attention weights."""
-        return self.mixer(hidden_states)[0], None
+        return self[0](hidden_states)[0], None
 
 
 def llama_block(args, name, x_BSD):
-    """The block of a Llama; gdn has GatedDeltaNet in it, and is left out where fla or CUDA are missing."""
+    """The block of a Llama; gdn has GatedDeltaNet with as many heads of the same width in it, and is left out where
+    fla or CUDA are missing."""
     if name == "gdn" and (args.device.type != "cuda" or importlib.util.find_spec("fla") is None):
         raise LeftOut("flash-linear-attention is not installed" if args.device.type == "cuda" else "it needs CUDA")
     torch.manual_seed(0)
@@ -76,7 +69,9 @@ def llama_block(args, name, x_BSD):
     angles = LlamaRotaryEmbedding(config).to(args.device)(x_BSD, torch.arange(S, device=args.device)[None])
     flops = gemm_flops(args, B * S) + 2 * B * args.num_attention_heads * args.head_dim * S**2
     if name == "gdn":
-        block.self_attn = GatedDelta(args).to(args.device, args.dtype).eval()
+        sizes = {"hidden_size": args.hidden_size, "num_heads": args.num_attention_heads, "head_dim": args.head_dim}
+        mixer = importlib.import_module("fla.layers").GatedDeltaNet(**sizes, expand_v=1, layer_idx=0)
+        block.self_attn = _Mixer(mixer).to(args.device, args.dtype).eval()
         flops = 2 * B * S * sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
     return Block(block, lambda x: block(x, position_embeddings=angles), flops)
 

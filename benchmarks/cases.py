@@ -331,14 +331,12 @@ FLOPS = {  # of attentions; of all others, those of their products
     "reflexive_merge": lambda a: 4 * a.q_BTHE.numel() * min(a.window, a.q_BTHE.shape[1]),
     "attend_token": lambda a: 4 * a.q_BTHE.numel() * a.keys_BPGE.shape[1],
     "sqsk_attention": lambda a: 2 * a.q_BKHE.numel() * (a.q_BKHE.shape[1] + 1),
-    "sqsk_merge": lambda a: 2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1),
-}
+    "sqsk_merge": lambda a: 2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1)}  # fmt: skip
 BYTES = {  # of operations that move some rows of their tensors
     "take_rows": lambda a: 2 * routed_rows(a, a.x_BTX),
     "sqsk_merge": lambda a: routed_rows(a, a.k_BPGE, a.v_BPGE, a.q_BTHE, a.reflexive_BTHE, a.reflexive_BTHE),
     "extend": lambda a: 2 * routed_rows(a, a.k_BTGE, a.v_BTGE) + 4 * a.ring_k_BWGE.nbytes,
-    "attend_token": lambda a: 2 * (a.state_BHEE.nbytes + a.ring_k_BWGE.nbytes + a.keys_BPGE.nbytes),
-}
+    "attend_token": lambda a: 2 * (a.state_BHEE.nbytes + a.ring_k_BWGE.nbytes + a.keys_BPGE.nbytes)}  # fmt: skip
 
 
 def routed_rows(a, *tensors):

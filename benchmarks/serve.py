@@ -112,6 +112,5 @@ def serve_cases(args):
         if name == "hspmn":
             yield f"{name}/sampled_static_B1", partial(server.rate, name, "sampled", 1, **static, **SAMPLING)
             yield f"{name}/captured_B1", partial(server.captured, name)
-            yield f"{name}/layer_prefill", partial(server.layer, name, 1, cached=False)
-            for B in (1, 16):
-                yield f"{name}/layer_token_B{B}", partial(server.layer, name, B, cached=True)
+            for way, B in (("prefill", 1), ("token_B1", 1), ("token_B16", 16)):
+                yield f"{name}/layer_{way}", partial(server.layer, name, B, cached=way != "prefill")
