@@ -17,127 +17,94 @@ if it is installed, between the norms and SwiGLU of dense; floor, what no block 
 much: its GEMMs alone on random data, and the least bytes of everything between them at the measured copy rate. Every
 model runs in the same process and dtype. Routing biases are set so that random inputs are routed at the configured
 shares. floor_ratio is the floor's time over the measured one, so 1 is the best; flops of gdn counts its GEMMs alone.
-
 Results go to one file per mode, saved after every case; later runs replace cases of the same name. B batch, S and T
 tokens, K routed tokens, H query heads, G key/value heads, E head width, D hidden size.
 """
 
 import argparse
+import re
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
-from hspmn.benchmarks.blocks import MODELS, latency_cases, throughput_cases, train_cases
+from hspmn.benchmarks.blocks import MODELS, MODES, block_cases
 from hspmn.benchmarks.cases import kernels_cases
 from hspmn.benchmarks.context import context_cases, decode_cases
 from hspmn.benchmarks.serve import serve_cases
-from hspmn.benchmarks.timing import SLOW_MS, LeftOut, Shape, free_memory, model_config
+from hspmn.benchmarks.timing import SLOW_MS, LeftOut, free_memory, model_config
 from hspmn.results import DEVICES, RESULTS, Parser, at_least, merge_results, refuse, row
 
-CASES = {
-    "throughput": throughput_cases, "latency": latency_cases, "train": train_cases, "kernels": kernels_cases,
-    "context": context_cases, "decode": decode_cases, "serve": serve_cases,
-}  # fmt: skip
+CASES = {mode: partial(block_cases, mode) for mode in MODES} | {
+    "kernels": kernels_cases, "context": context_cases, "decode": decode_cases, "serve": serve_cases}  # fmt: skip
 
 
-class Runner:
-    """Runs cases one by one within the time budget, saves what each measured, and prints the tables last.
-
-    A case that fails is reported with its traceback and does not stop the others; `failed` counts them.
-    """
-
-    def __init__(self, args):
-        self.args, self.begun, self.rows, self.failed = args, time.monotonic(), {}, 0
-        # a log has no width of its own
-        self.console = Console(width=None if sys.stdout.isatty() else 160)
-
-    def run(self, modes):
-        """Run all cases of `modes`."""
-        cases = [(mode, name, call) for mode in modes for name, call in CASES[mode](self.args)]
-        for done, (mode, name, call) in enumerate(cases, 1):
-            metrics = self.attempt(f"[{done}/{len(cases)}] {mode} {name}", call)
-            if metrics:
-                self.save(mode, [row(name, metric, value) for metric, value in metrics.items()])
-            free_memory(self.args)
-
-    def attempt(self, name, call):
-        """What a case measured, or None if it did not run to its end."""
-        spent = time.monotonic() - self.begun
+def run(args, modes):
+    """Run all cases of `modes` one by one, save what each measured, and print the tables last. Returns how many
+    failed: these are reported with their traceback and do not stop the others."""
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
+    cases = [(mode, name, call) for mode in modes for name, call in CASES[mode](args)]
+    begun, measured, failed = time.monotonic(), {}, 0
+    for done, (mode, name, call) in enumerate(cases, 1):
+        spent, metrics, style = time.monotonic() - begun, {}, None
         try:
-            if self.args.time_budget and spent > self.args.time_budget:
-                raise LeftOut(f"{spent:.0f} s of {self.args.time_budget:.0f} s are spent")
+            if args.time_budget and spent > args.time_budget:
+                raise LeftOut(f"{spent:.0f} s of {args.time_budget:.0f} s are spent")
             metrics = call()
             first = " ".join(f"{metric} {number(value)}" for metric, value in list(metrics.items())[:4])
-            self.say(f"{name}: {first} ({time.monotonic() - self.begun - spent:.0f} s)")
-            return metrics
-        except LeftOut as reason:
-            self.say(f"{name}: left out, {reason}")
-        except torch.OutOfMemoryError as error:
-            self.say(f"{name}: left out, {str(error).splitlines()[0]}")
+            text = f"{first} ({time.monotonic() - begun - spent:.0f} s)"
+        except (LeftOut, torch.OutOfMemoryError) as reason:
+            text = f"left out, {str(reason).splitlines()[0]}"
         except Exception:  # whatever it is, it is shown, counted, and must not cost the cases after it
-            self.failed += 1
-            self.say(f"{name}: FAILED\n{traceback.format_exc()}", style="red")
-        return None
-
-    def say(self, text, style=None):
-        """Print at once, so that a log can be followed."""
-        self.console.print(text, style=style, markup=False, highlight=False)
-        self.console.file.flush()
-
-    def save(self, mode, rows):
-        """Keep the rows of one case, and write them if there is an output folder."""
-        self.rows.setdefault(mode, []).extend(rows)
-        if self.args.output is not None:
-            merge_results(self.args.output / f"{mode}.json", rows, {}, self.args.command)
-
-    def print_tables(self):
-        """One table per mode: a line per case, a column per metric."""
-        device = torch.cuda.get_device_name() if self.args.device.type == "cuda" else "CPU"
-        for mode, rows in self.rows.items():
-            values = {(item["case"], item["metric"]): item["value"] for item in rows}
-            metrics = list(dict.fromkeys(metric for _, metric in values))
-            table = Table("case", title=f"{mode}: {device}")
-            for metric in metrics:
-                table.add_column(metric, justify="right")
-            for case in dict.fromkeys(case for case, _ in values):
-                table.add_row(case, *(number(values.get((case, metric))) for metric in metrics))
-            self.console.print(table)
+            text, style, failed = f"FAILED\n{traceback.format_exc()}", "red", failed + 1
+        console.print(f"[{done}/{len(cases)}] {mode} {name}: {text}", style=style, markup=False, highlight=False)
+        console.file.flush()  # so that a log can be followed
+        if metrics:
+            measured.setdefault(mode, {})[name] = metrics
+        if metrics and args.output is not None:
+            rows = [row(name, metric, value) for metric, value in metrics.items()]
+            merge_results(args.output / f"{mode}.json", rows, {}, args.command)
+        free_memory(args)
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
+    for mode, found in measured.items():
+        names = dict.fromkeys(name for metrics in found.values() for name in metrics)
+        table = Table("case", *(Column(name, justify="right") for name in names), title=f"{mode}: {device}")
+        for case, metrics in found.items():
+            table.add_row(case, *(number(metrics[name]) if name in metrics else "-" for name in names))
+        console.print(table)
+    return failed
 
 
 def number(value):
     """A value in few characters."""
-    if value is None:
-        return "-"
-    if isinstance(value, int) and abs(value) < 1e9:
-        return f"{value:,}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    whole = isinstance(value, int) or abs(value) >= 1e3
+    return f"{value:,.0f}" if whole and abs(value) < 1e9 else f"{value:.4g}"
 
 
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "model_intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "layers": 2, "sliding_window": 8, "reps": 3,
-    "shapes": [Shape(2, 64)], "kernel_shapes": [Shape(2, 70)], "sqsk_shapes": [Shape(2, 40)],
+    "shapes": ["2x64"], "kernel_shapes": ["2x70"], "sqsk_shapes": ["2x40"],
     "chunk": 64, "context_tokens": 256, "new_tokens": 4, "static_tokens": 4, "block_tokens": 4096, "memory_gb": 2e-4,
     "contexts": [64, 128], "batches": [1, 2], "prompts": [32, 64], "pieces": [16, 32], "device": "cpu",
-    "compile": "eager",
-}  # fmt: skip
+    "compile": "eager"}  # fmt: skip
 # Numbers from 1 up: the default, which is the setting of the committed measurement, and what they say
 NUMBERS = {
     "hidden_size": (2048, None), "num_attention_heads": (16, None), "num_key_value_heads": (4, None),
     "head_dim": (128, None), "intermediate_size": (8192, "of one block"), "vocab_size": (16384, None),
-    "model_intermediate_size": (6912, "of a whole model: 1.3 B parameters in all"),
-    "layers": (24, "of a whole model"), "sliding_window": (128, "tokens of the local attention"),
+    "model_intermediate_size": (6912, "of a whole model: 1.3 B parameters in all"), "layers": (24, "of a whole model"),
+    "sliding_window": (128, "tokens of the local attention"),
     "reps": (20, f"timed calls per case; five if one takes {SLOW_MS / 1e3} s"),
     "chunk": (65536, "context: tokens read at once"),
     "context_tokens": (1048576, "context: tokens read by the whole model"),
@@ -146,18 +113,16 @@ NUMBERS = {
     "static_tokens": (512, "serve: tokens generated with a static cache"),
     "contexts": ([8192, 131072, 1048576], "decode: tokens of context"), "batches": ([1, 8], "decode: rows"),
     "prompts": ([2048, 8192, 32768, 65536, 131072], "serve: tokens before the first one that is generated"),
-    "pieces": ([4096, 16384, 32768], "serve: pieces in which the shortest longer prompt is read, too"),
-}  # fmt: skip
+    "pieces": ([4096, 16384, 32768], "serve: pieces in which the shortest longer prompt is read, too")}  # fmt: skip
 # Routed tokens of the shapes of --mode throughput: in a routing layer of the default model, then a fifth of all
-SQSK_SHAPES = [Shape(64, 3277), Shape(8, 26214), Shape(1, 268698), Shape(64, 820), Shape(8, 6554), Shape(1, 67175)]
+SQSK_SHAPES = ["64x3277", "8x26214", "1x268698", "64x820", "8x6554", "1x67175"]
 
 
-def parse_shape(text):
-    """A `Shape` from a text such as "64x4096"; raises ArgumentTypeError for others."""
-    B, cross, S = text.partition("x")
-    if not (cross and B.isdecimal() and S.isdecimal() and int(B) and int(S)):
+def shape(text):
+    """A text such as "64x4096" as it is; raises ArgumentTypeError for others."""
+    if not re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"expected BATCHxTOKENS such as 64x4096, got {text!r}")
-    return Shape(int(B), int(S))
+    return text
 
 
 def make_parser():
@@ -166,14 +131,14 @@ def make_parser():
     add = parser.add_argument
     add("--mode", required=True, choices=(*CASES, "all"))
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="all but kernels")
-    add("--shapes", nargs="+", type=parse_shape, metavar="BxS", help="throughput, latency, train: such as 64x4096")
+    add("--shapes", nargs="+", type=shape, metavar="BxS", help="throughput, latency, train: such as 64x4096")
     add("--output", type=Path, help="folder of the results; benchmarks/results on cuda, none on cpu")
     add("--time_budget", type=at_least(0, float), default=0.0, help="seconds after which no case starts; 0: no limit")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, such as backend=flex")
     add("--sparsity_k", type=float, default=0.2, help="share of routed tokens of hspmn_even")
     add("--memory_gb", type=at_least(0, float), default=30.24, help="context: memory budget of the block, 10^9 bytes")
-    add("--kernel_shapes", nargs="+", type=parse_shape, default=[Shape(64, 4096)], metavar="BxT", help="kernels")
-    add("--sqsk_shapes", nargs="+", type=parse_shape, default=SQSK_SHAPES, metavar="BxK", help="compacted rows")
+    add("--kernel_shapes", nargs="+", type=shape, default=["64x4096"], metavar="BxT", help="kernels")
+    add("--sqsk_shapes", nargs="+", type=shape, default=SQSK_SHAPES, metavar="BxK", help="compacted rows")
     for name, (default, text) in NUMBERS.items():
         several = {"nargs": "+"} if isinstance(default, list) else {}
         add(f"--{name}", type=at_least(1), default=default, help=text, **several)
@@ -199,8 +164,7 @@ def parse_arguments(argv=None):
     args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     if args.output is None and args.device.type == "cuda" and not args.tiny:
         args.output = RESULTS
-    # refuses wrong sizes and a wrong --set
-    model_config(args, "hspmn_even", args.layers, args.model_intermediate_size)
+    model_config(args, "hspmn_even", args.layers, args.model_intermediate_size)  # refuses wrong sizes and wrong --set
     return args
 
 
@@ -210,10 +174,7 @@ def main(argv=None):
     if not torch.cuda.is_available():
         print("no CUDA device: small sizes on the CPU with the reference backend; these are not results")
     transformers.utils.logging.disable_progress_bar()
-    runner = Runner(args)
-    runner.run(CASES if args.mode == "all" else [args.mode])
-    runner.print_tables()
-    return int(runner.failed > 0)
+    return int(run(args, CASES if args.mode == "all" else [args.mode]) > 0)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Inputs of every operation: one maker for the tests of its kernel and for `benchmark.py --mode kernels`.
+"""Inputs of every operation: one maker for the tests of its kernel and for `benchmark.py --mode kernels`. Legend of
+shape suffixes as in `operations_hspmn`. Nothing here imports Triton before a kernel is measured."""
 
-Legend of shape suffixes as in `operations_hspmn`. Nothing here imports Triton before a kernel is measured.
-"""
-
-import importlib
 import importlib.util
-from functools import partial
+from collections import namedtuple
+from functools import partial, partialmethod
 from inspect import signature
 from statistics import median
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,37 +21,15 @@ CHECKED_QUERIES = 512  # the last ones of the last row, over all their keys
 FEW_ROWS = 16  # that the kernels of a single token's products take
 
 
-class Sizes(NamedTuple):
-    """Sizes of the inputs, by default those of a layer of the measured model; P: slots of the sparse store.
-
-    share: routed tokens. even: all rows are full and alike, as benchmarks want them; else the second one is short and
-    the third one empty.
-    """
-
-    B: int = 1
-    T: int = 4096
-    H: int = 16
-    G: int = 4
-    E: int = 128
-    D: int = 2048
-    N: int = 8192
-    W: int = 128
-    P: int = 4096
-    taps: int = 4
-    share: float = 0.2
-    even: bool = False
-
-
-class Case(NamedTuple):
-    """Positional arguments of an operation, and masks over their leading dimensions.
-
-    compared: by output number (0 for a single tensor) or name of an argument written in place, which elements mean
-    something; all where there is no mask. unread: by argument name, elements that must not change any of these.
-    """
-
-    args: tuple
-    compared: dict = {}
-    unread: dict = {}
+# Sizes of the inputs, by default those of a layer of the measured model; P: slots of the sparse store; share: routed
+# tokens; even: rows are full and alike, as benchmarks want them, else the second one is short and the third one empty
+Sizes = namedtuple(
+    "Sizes", "B T H G E D N W P taps share even",
+    defaults=(1, 4096, 16, 4, 128, 2048, 8192, 128, 4096, 4, 0.2, False))  # fmt: skip
+# Positional arguments of an operation, and masks over their leading dimensions. compared: by output number (0 for a
+# single tensor) or name of an argument written in place, which elements mean something; all where there is no mask.
+# unread: by argument name, elements that must not change any of these
+Case = namedtuple("Case", "args compared unread", defaults=({}, {}))
 
 
 class Draw:
@@ -68,9 +43,7 @@ class Draw:
         """Unit-variance values."""
         return torch.randn(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def wide(self, *shape):
-        """Unit-variance values in float32."""
-        return self.normal(*shape, dtype=torch.float32)
+    wide = partialmethod(normal, dtype=torch.float32)  # the same in float32
 
     def weights(self, number, outputs, inputs):
         """Weights that keep the variance."""
@@ -94,13 +67,11 @@ class Draw:
         values = values[:1] if self.even else values
         return torch.tensor([values[b % len(values)] for b in range(self.B)], dtype=dtype, device=self.device)
 
-    def slots(self, *values):
-        """`rows` in int32."""
-        return self.rows(*values, dtype=torch.int32)
+    slots = partialmethod(rows, dtype=torch.int32)  # the same in int32
 
     def upto(self, width, limit_B):
-        """Whether each of `width` columns lies below its row's limit."""
-        return torch.arange(width, device=self.device) < limit_B[:, None]
+        """Whether each of `width` columns lies below its row's limit, if there is one."""
+        return True if limit_B is None else torch.arange(width, device=self.device) < limit_B[:, None]
 
     def length(self, padded):
         """Real tokens per row, or None."""
@@ -114,17 +85,13 @@ class Draw:
             return self.rows(-past, 0, -1, -past // 2)[:, None]
         token_T = torch.arange(self.T, device=self.device)
         begins_BT = torch.rand(self.B, self.T, device=self.device) < 4 / self.T
-        if length_B is not None:
-            begins_BT &= self.upto(self.T, length_B)
-        return torch.where(begins_BT, token_T, -past).cummax(1).values
+        return torch.where(begins_BT & self.upto(self.T, length_B), token_T, -past).cummax(1).values
 
     def route(self, T, length_B=None):
         """index_BK, slot_BT and count_B of a share of each row's tokens; rows that are not even have free slots."""
         K = max(1, round(self.share * T))
-        wanted_B = self.rows(K, (K + 1) // 2, 0)
-        routed_BT = torch.rand(self.B, T, device=self.device).argsort(1).argsort(1) < wanted_B[:, None]
-        if length_B is not None:
-            routed_BT &= self.upto(T, length_B)
+        rank_BT = torch.rand(self.B, T, device=self.device).argsort(1).argsort(1)
+        routed_BT = (rank_BT < self.rows(K, (K + 1) // 2, 0)[:, None]) & self.upto(T, length_B)
         return compact(routed_BT, K if self.even else min(T, K + 2))
 
     def first(self, K, past, held_B):
@@ -146,52 +113,41 @@ class Draw:
         return (*kept, positions_BP, held_B, opened_B, *scales), masks
 
 
-CASES = {}  # by operation and variant: function from sizes, dtype and device to a `Case`
-
-
-def case(operation, variant, sizes, dtype, device):
-    """A `Case` drawn from the generator that `torch.manual_seed` sets."""
-    return CASES[operation][variant](sizes, dtype, device)
-
-
-def variants(name, **options):
-    """Register a maker of an operation's inputs, with the keyword arguments that each variant gives it."""
-
-    def register(maker):
-        def make(sizes, dtype, device, **kwargs):
-            made = maker(Draw(sizes, dtype, device), **kwargs)
-            return made if isinstance(made, Case) else Case(made)
-
-        CASES[name] = {variant: partial(make, **kwargs) for variant, kwargs in options.items()}
-        return maker
-
-    return register
-
-
-for _name, _maker in {
+CASES = {name: {"plain": maker} for name, maker in {  # by operation and variant: from a `Draw` to a `Case` or its args
     "take_rows": lambda m: (m.heads(m.T)[2], *m.route(m.T)[:2]),
     "add_norm": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.D), *m.norm(m.D)),
     "swiglu": lambda m: (m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D)),
     "linear_add": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.N), *m.weights(1, m.D, m.N)),
     "swiglu_token": lambda m: (3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *m.weights(2, m.N, m.D)),
     "linear_add_token": lambda m: (m.normal(m.B, 1, m.D), m.normal(m.B, 1, m.N), *m.weights(1, m.D, m.N)),
-}.items():
-    variants(_name, plain={})(_maker)
+}.items()}  # fmt: skip
 
 
-@variants(
-    "route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
-    row={"kind": "row", "initial": 3}, every={"initial": EVERY_TOKEN}, full={"slots": 1 / 3},
-)  # fmt: skip
+def case(operation, variant, sizes, dtype, device):
+    """A `Case` drawn from the generator that `torch.manual_seed` sets."""
+    made = CASES[operation][variant](Draw(sizes, dtype, device))
+    return made if isinstance(made, Case) else Case(made)
+
+
+def variants(name, **options):
+    """Register a maker of an operation's inputs, with the keyword arguments that each variant gives it."""
+
+    def register(maker):
+        CASES[name] = {variant: partial(maker, **kwargs) for variant, kwargs in options.items()}
+        return maker
+
+    return register
+
+
+@variants("route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
+          row={"kind": "row", "initial": 3}, every={"initial": EVERY_TOKEN}, full={"slots": 1 / 3})  # fmt: skip
 def _route(m, kind=None, padded=False, initial=0, slots=1.0):
     length_B, bias = m.length(padded), torch.tensor(0.1, device=m.device)
     return m.wide(m.B, m.T), bias, m.start(kind, 1, length_B), length_B, 0.3, initial, max(1, int(slots * m.T))
 
 
-@variants(
-    "split_heads", plain={}, packed={"kind": "packed"}, history={"kind": "row", "past": 9}, elu={"feature": "elu"},
-    continued={"kind": "packed", "past": 2, "padded": True},
-)  # fmt: skip
+@variants("split_heads", plain={}, packed={"kind": "packed"}, history={"kind": "row", "past": 9},
+          elu={"feature": "elu"}, continued={"kind": "packed", "past": 2, "padded": True})  # fmt: skip
 def _split_heads(m, kind=None, past=0, padded=False, feature="gated"):
     C, lags, length_B, compared, unread = (m.H + 2 * m.G) * m.E, m.taps - 1, m.length(padded), {}, {}
     history_BLC = m.normal(m.B, lags, C) if past else None
@@ -220,10 +176,9 @@ def _project_token(m, scored=True):
     return 3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *weights, m.wide(m.D) / m.D**0.5 if scored else None
 
 
-@variants(
-    "linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
-    packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True}, normaliser={"columns": 1},
-)  # fmt: skip
+@variants("linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
+          packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True},
+          normaliser={"columns": 1})  # fmt: skip
 def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
     length_B, width = m.length(padded), m.E + columns
     heads, decay_BTH = m.heads(m.T, width), -(torch.rand(m.B, m.T, m.H, device=m.device) ** 3)
@@ -235,10 +190,8 @@ def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
     return Case(args, {0: real_BT}, dict.fromkeys(names, ~real_BT))
 
 
-WINDOWS = {
-    "plain": {}, "packed": {"kind": "packed"}, "ring": {"kind": "row", "cached": True},
-    "packed_ring": {"kind": "packed", "cached": True},
-}  # fmt: skip
+WINDOWS = {"plain": {}, "packed": {"kind": "packed"}, "ring": {"kind": "row", "cached": True},
+           "packed_ring": {"kind": "packed", "cached": True}}  # fmt: skip
 
 
 @variants("local_attention", **WINDOWS)
@@ -253,10 +206,8 @@ def _reflexive_merge(m, kind=None, cached=False):
     return *_local_attention(m, kind, cached), m.normal(m.B, m.T, m.H, m.E), gate_BTH, *m.norm(m.E)
 
 
-@variants(
-    "sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
-    token={"cached": True, "T": 1},
-)  # fmt: skip
+@variants("sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
+          token={"cached": True, "T": 1})  # fmt: skip
 def _sqsk_attention(m, packed=False, cached=False, T=None):
     K, P = T or m.T, m.P * cached
     held_B, count_B = m.slots(P, P // 2, 0), m.slots(K, (K + 2) // 3, 0, max(K - 1, 1))
@@ -266,10 +217,8 @@ def _sqsk_attention(m, packed=False, cached=False, T=None):
     return Case(args, {}, {"q_BKHE": ~m.upto(K, count_B), "k_BPGE": hidden_BP, "v_BPGE": hidden_BP})
 
 
-@variants(
-    "sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
-    token={"cached": True, "T": 1},
-)  # fmt: skip
+@variants("sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
+          token={"cached": True, "T": 1})  # fmt: skip
 def _sqsk_merge(m, packed=False, cached=False, T=None):
     T, P, held_B = T or m.T, m.P * cached, m.slots(m.P, m.P // 2, 0) if cached else None
     (q_BTHE, *kv), (index_BK, slot_BT, count_B) = m.heads(T), m.route(T)
@@ -282,10 +231,8 @@ def _sqsk_merge(m, packed=False, cached=False, T=None):
     return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, held_B, count_B), {}, unread)
 
 
-@variants(
-    "extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True}, int8={"whole": True},
-    full={"full": True}, window={"routed": False},
-)  # fmt: skip
+@variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
+          int8={"whole": True}, full={"full": True}, window={"routed": False})  # fmt: skip
 def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
     """full: the store overflows in the first row, and has overflowed in the second."""
     length_B = m.length(padded)
@@ -293,8 +240,7 @@ def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
     store, compared = m.store(held_B, whole)
     position_BT = torch.arange(m.T, device=m.device).expand(m.B, m.T) + 7
     place, route = (position_BT, m.start(kind, 3, length_B), length_B, m.rows(50, 3, 0)), m.route(m.T, length_B)
-    if routed:
-        compared[0] = m.upto(route[0].shape[1], route[2])
+    compared |= {0: m.upto(route[0].shape[1], route[2])} if routed else {}
     return Case((*m.heads(m.T)[1:], *place, *(route if routed else (None,) * 3), *m.rings(), *store), compared)
 
 
@@ -307,24 +253,18 @@ def _place(m, given=None):
     return tokens, position_BT, seen_B, last_B, frequency_F, 1.0, m.dtype
 
 
-@variants(
-    "attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
-    int8={"whole": True}, full={"full": True},
-)  # fmt: skip
+@variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
+          int8={"whole": True}, full={"full": True})  # fmt: skip
 def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
-
-    Slots outside of a row's document are not read, neither in the store nor in the window.
-    """
+    Slots outside of a row's document are not read, neither in the store nor in the window."""
     (q_linear, k_linear, _), heads = m.heads(1), m.heads(1)
     features = [F.normalize(x.float(), dim=-1).to(m.dtype) for x in (q_linear, k_linear)]
     if whole:
         heads[1][1:2] = 0.0  # a key without a scale
-    start_B, seen_B, length_B = m.rows(-500, 0, -1, -3, -9), m.rows(500, 77, 5, 2, 9), None
-    real_B = torch.ones(m.B, dtype=torch.bool, device=m.device)
-    if padded:
-        length_B = m.rows(1, 0, 1, 1, 1)
-        real_B = length_B > 0
+    start_B, seen_B = m.rows(-500, 0, -1, -3, -9), m.rows(500, 77, 5, 2, 9)
+    length_B = m.rows(1, 0, 1, 1, 1) if padded else None
+    real_B = m.rows(True, not padded, True, True, True, dtype=torch.bool)
     held_B = m.slots(m.P, m.P + 1, 2, 1, m.P) if full else m.slots(m.P - 1, 2, 2, 1, m.P)
     score_BT = m.rows(0.5, -0.2, -4.0, 2.0, 0.1, dtype=torch.float32)[:, None]
     bias = torch.tensor(0.3, device=m.device)
@@ -349,23 +289,19 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=Fal
 # `benchmark.py --mode kernels`
 
 
-def sdpa(backend, q_BKHE, k_BKGE, v_BKGE, *_):
-    """A call of causal attention by one backend of SDPA."""
+def attention(backend, q_BKHE, k_BKGE, v_BKGE, *_):
+    """A call of causal attention by a backend of SDPA, or by compiled FlexAttention, whose mask is made once."""
     q, k, v = (x.transpose(1, 2) for x in (q_BKHE, k_BKGE, v_BKGE))
+    if backend == "flex":
+        K, attend = q.shape[2], torch.compile(flex_attention, dynamic=False)
+        causal = create_block_mask(lambda b, h, i, j: j <= i, None, None, K, K, device=q.device, _compile=True)
+        return lambda *_: attend(q, k, v, block_mask=causal, enable_gqa=True).transpose(1, 2)
 
     def call(*_):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     return call
-
-
-def flex(q_BKHE, k_BKGE, v_BKGE, *_):
-    """A call of compiled FlexAttention, whose causal mask is made once."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BKHE, k_BKGE, v_BKGE))
-    K, attend = q.shape[2], torch.compile(flex_attention, dynamic=False)
-    causal = create_block_mask(lambda b, h, i, j: j <= i, None, None, K, K, device=q.device, _compile=True)
-    return lambda *_: attend(q, k, v, block_mask=causal, enable_gqa=True).transpose(1, 2)
 
 
 def simple_gla(q, k, v, decay_BTH, *_):
@@ -377,15 +313,15 @@ def simple_gla(q, k, v, decay_BTH, *_):
     return lambda *_: chunk_simple_gla(q, k, v, g=decay_BTH, scale=1.0)[0]
 
 
-ATTENTION_RIVALS = {
-    "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-    "flex": flex,
-}  # fmt: skip
-RIVALS = {"sqsk_attention": ATTENTION_RIVALS, "linear_attention": {"fla_simple_gla": simple_gla}}
-RIVALS |= {
-    name: {"compiled": lambda *_, name=name: torch.compile(REGISTRY[name].reference, dynamic=False)}
-    for name in ("norm_heads", "add_norm", "swiglu", "linear_add")
-}
+def compiled(name, *_):
+    """A call of an operation's compiled reference."""
+    return torch.compile(REGISTRY[name].reference, dynamic=False)
+
+
+RIVALS = {name: {"compiled": partial(compiled, name)} for name in ("norm_heads", "add_norm", "swiglu", "linear_add")}
+RIVALS["linear_attention"] = {"fla_simple_gla": simple_gla}
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "flex": "flex"}
+RIVALS["sqsk_attention"] = {name: partial(attention, backend) for name, backend in BACKENDS.items()}
 MEASURED = {"norm_heads": "scored", "project_token": "scored", "sqsk_merge": "tokens", "place": "counted"}
 SINGLE_TOKEN = ("project_token", "swiglu_token", "linear_add_token")
 BY_SHARE = ("take_rows", "sqsk_merge", "extend", "attend_token")
@@ -395,14 +331,12 @@ FLOPS = {  # of attentions; of all others, those of their products
     "reflexive_merge": lambda a: 4 * a.q_BTHE.numel() * min(a.window, a.q_BTHE.shape[1]),
     "attend_token": lambda a: 4 * a.q_BTHE.numel() * a.keys_BPGE.shape[1],
     "sqsk_attention": lambda a: 2 * a.q_BKHE.numel() * (a.q_BKHE.shape[1] + 1),
-    "sqsk_merge": lambda a: 2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1),
-}
+    "sqsk_merge": lambda a: 2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1)}  # fmt: skip
 BYTES = {  # of operations that move some rows of their tensors
     "take_rows": lambda a: 2 * routed_rows(a, a.x_BTX),
     "sqsk_merge": lambda a: routed_rows(a, a.k_BPGE, a.v_BPGE, a.q_BTHE, a.reflexive_BTHE, a.reflexive_BTHE),
     "extend": lambda a: 2 * routed_rows(a, a.k_BTGE, a.v_BTGE) + 4 * a.ring_k_BWGE.nbytes,
-    "attend_token": lambda a: 2 * (a.state_BHEE.nbytes + a.ring_k_BWGE.nbytes + a.keys_BPGE.nbytes),
-}
+    "attend_token": lambda a: 2 * (a.state_BHEE.nbytes + a.ring_k_BWGE.nbytes + a.keys_BPGE.nbytes)}  # fmt: skip
 
 
 def routed_rows(a, *tensors):
@@ -416,56 +350,42 @@ def products(a):
     return 2 * next(iter(vars(a).values()))[..., 0].numel() * weights if weights else 0
 
 
-def named(operation, args):
-    """Arguments of an operation by name."""
-    return SimpleNamespace(**dict(zip(signature(operation.reference).parameters, args, strict=True)))
-
-
 def results(call, operation, a):
     """What a call with the arguments `a` gives: its outputs by number, then what it writes in place by name."""
     out = call(*vars(a).values())
     outputs = out if isinstance(out, tuple) else () if out is None else (out,)
-    return dict(enumerate(outputs)) | written(operation, a)
-
-
-def written(operation, a):
-    """The arguments that the operation writes in place, by name."""
-    return {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
+    written = {name: x for name, x in vars(a).items() if name in operation.mutates and x is not None}
+    return dict(enumerate(outputs)) | written
 
 
 def last_row(operation, a, widen=False):
-    """Copies of the arguments for the last row alone, in float64 if they are to be wide.
-
-    Of `sqsk_attention` they are for its last queries, over all their keys.
-    """
-    row = {}
+    """Copies of the arguments for the last row alone, in float64 if they are to be wide. Of `sqsk_attention` they are
+    for its last queries, over all their keys."""
+    row = SimpleNamespace(**vars(a))
     for name, x in vars(a).items():
-        per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
         if isinstance(x, torch.Tensor):
+            per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
             x = (x[-1:] if per_row else x).clone()
-        row[name] = torch.float64 if widen and isinstance(x, torch.dtype) else x
-        if widen and isinstance(x, torch.Tensor) and x.is_floating_point():
-            row[name] = x.double()
+            setattr(row, name, x.double() if widen and x.is_floating_point() else x)
+        elif widen and isinstance(x, torch.dtype):
+            setattr(row, name, torch.float64)
     if operation is REGISTRY["sqsk_attention"]:
-        row["q_BKHE"] = row["q_BKHE"][:, -CHECKED_QUERIES:]
-        row["held_B"] = row["count_B"] - row["q_BKHE"].shape[1]
-        row["count_B"] -= row["held_B"]
-    return SimpleNamespace(**row)
-
-
-def relative_rms(got, want):
-    """Root mean square of the difference over that of `want`; infinities that agree do not differ."""
-    got, want = got.double(), want.double()
-    difference = torch.where(got == want, 0, got - want)
-    return (difference.square().mean() / want[want.isfinite()].square().mean().clamp_min(1e-30)).sqrt().item()
+        row.q_BKHE = row.q_BKHE[:, -CHECKED_QUERIES:]
+        row.held_B = row.count_B - row.q_BKHE.shape[1]
+        row.count_B -= row.held_B
+    return row
 
 
 def check(got, eager, exact, compared):
     """Largest relative error against float64; ValueError beyond twice that of the eager reference in low precision.
-
-    All three are `results`, of which the last two may hold the last elements of each tensor alone.
-    """
+    All three are `results`, of which the last two may hold the last elements of each tensor alone."""
     worst = 0.0
+
+    def relative_rms(x, right):
+        difference = torch.where(x == right, 0, x.double() - right.double())  # infinities that agree do not differ
+        scale = right[right.isfinite()].double().square().mean()
+        return (difference.square().mean() / scale.clamp_min(1e-30)).sqrt().item()
+
     for key, kernel in got.items():
         right, usual = exact[key], eager[key]
         mask = compared.get(key, torch.ones(kernel.shape[:1], dtype=torch.bool, device=kernel.device))
@@ -487,11 +407,11 @@ def measure_operation(args, name, backend, sizes):
     importlib.import_module("...kernels_hspmn", __name__)  # registers the kernels; needs Triton, as no other mode does
     torch.manual_seed(0)
     operation, made = REGISTRY[name], case(name, MEASURED.get(name, "plain"), sizes, args.dtype, args.device)
-    a, call = named(operation, made.args), operation.form("triton")
-    if backend != "triton":
-        call = RIVALS[name][backend](*made.args)
+    a = SimpleNamespace(**dict(zip(signature(operation.reference).parameters, made.args, strict=True)))
+    call = operation.form("triton") if backend == "triton" else RIVALS[name][backend](*made.args)
     eager, exact = (results(operation.reference, operation, last_row(operation, a, widen)) for widen in (False, True))
-    counts = [(x, x.clone()) for x in written(operation, a).values() if x.dtype == torch.int32]
+    written = {name: vars(a)[name] for name in operation.mutates}
+    counts = [(x, x.clone()) for x in written.values() if x is not None and x.dtype == torch.int32]
     found = results(call, operation, a)
     metrics = {"error": check(found, eager, exact, made.compared)}
     if args.device.type != "cuda":
@@ -514,6 +434,10 @@ def measure_operation(args, name, backend, sizes):
 
 def kernels_cases(args):
     """`<operation>/<backend>/<shape>`; without CUDA and Triton's interpreter a single case that says so."""
+
+    def leave_out():
+        raise LeftOut("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")
+
     if args.device.type != "cuda" and not interpreted():
         yield "kernels", leave_out
         return
@@ -521,7 +445,8 @@ def kernels_cases(args):
     fields |= {"N": args.intermediate_size, "W": args.sliding_window, "even": True}
     default = CONCENTRATED_SHARE * ROUTING_PERIOD  # of a routing layer of the default model
     for name in CASES:
-        for B, T in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
+        for text in args.sqsk_shapes if name == "sqsk_attention" else args.kernel_shapes:
+            B, T = map(int, text.split("x"))
             if name in SINGLE_TOKEN:
                 B, T = min(B, FEW_ROWS), 1
             for share in (default, args.sparsity_k) if name in BY_SHARE else (default,):
@@ -536,8 +461,3 @@ def interpreted():
     """Whether Triton runs kernels in its interpreter."""
     found = importlib.util.find_spec("triton") is not None
     return found and bool(importlib.import_module("triton").knobs.runtime.interpret)
-
-
-def leave_out():
-    """The case of a machine without kernels."""
-    raise LeftOut("Triton kernels need CUDA, or TRITON_INTERPRET=1 to check them on a CPU")

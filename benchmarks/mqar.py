@@ -28,17 +28,13 @@ from hspmn.results import DEVICES, RESULTS, ROOT, Parser, at_least, merge_result
 FULL = {"vocab_size": 8192, "hidden_size": 128, "num_attention_heads": 4, "tokens": 32768, "test_batches": 16}
 TINY = {
     "vocab_size": 256, "hidden_size": 32, "num_attention_heads": 2, "tokens": 256, "test_batches": 1, "steps": 4,
-    "lengths": [64], "device": "cpu", "output": ROOT / "build",
-}  # fmt: skip
+    "lengths": [64], "device": "cpu", "output": ROOT / "build"}  # fmt: skip
 
 
 def mqar_batch(batch_size, length, pairs, vocab_size, generator):
-    """A batch of multi-query associative recall: ids [B, T], query positions [B, P] and their values [B, P].
-
-    The first 2 * pairs tokens are distinct keys (lower half of the vocabulary) each followed by its value (upper
-    half). Every key returns once, at an even distance that follows a power law with exponent 0.01 - 1; the rest is
-    token 0.
-    """
+    """A batch of multi-query associative recall: ids [B, T], query positions [B, P] and their values [B, P]. The first
+    2 * pairs tokens are distinct keys (lower half of the vocabulary) each followed by its value (upper half). Every
+    key returns once, at an even distance that follows a power law with exponent 0.01 - 1; the rest is token 0."""
     half, slots, device = vocab_size // 2, (length - 2 * pairs) // 2, generator.device
     keys_BP = 1 + torch.rand(batch_size, half - 1, generator=generator, device=device).topk(pairs, 1).indices
     values_BP = torch.randint(half, vocab_size, (batch_size, pairs), generator=generator, device=device)
@@ -91,16 +87,14 @@ def run(case, config, args):
     for step, (loss, _) in enumerate(train_steps(model, data, query_loss, args.steps, args.lr), 1):
         if step % max(1, args.steps // 5) == 0:
             print(f"  step {step} loss {loss.item():.3f} ({time.monotonic() - begun:.0f} s)", flush=True)
-    rows = [
-        row(f"{case}/T{length}_P{length // 16}", "accuracy", accuracy(model, length, args)) for length in args.lengths
-    ]
-    for number in rows:
-        print(f"  {number['case']}: {number['value']:.4f}", flush=True)
-    return rows
+    found = {f"{case}/T{length}_P{length // 16}": accuracy(model, length, args) for length in args.lengths}
+    for name, share in found.items():
+        print(f"  {name}: {share:.4f}", flush=True)
+    return [row(name, "accuracy", share) for name, share in found.items()]
 
 
-def make_parser():
-    """Arguments; every default but that of the models is the setting of the committed comparison."""
+def main(argv=None):
+    """Run the comparison; every default but that of the models is the setting of the committed one."""
     parser = Parser("benchmarks/mqar.py", __doc__)
     parser.set_defaults(**FULL)
     add = parser.add_argument
@@ -114,12 +108,7 @@ def make_parser():
     add("--output", type=Path, default=RESULTS, help="folder of the results file")
     add("--name", default="mqar", help="name of the results file")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
-    return parser
-
-
-def main(argv=None):
-    """Run the comparison; returns the exit code."""
-    args = make_parser().parse(argv, TINY)
+    args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
     sizes = {field: getattr(args, field) for field in ("vocab_size", "hidden_size", "num_attention_heads")}
     sizes |= {"num_hidden_layers": 2, "num_key_value_heads": args.num_attention_heads}

@@ -11,35 +11,26 @@ from ..results import config_with
 MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
 
 
-def comparison_overrides(case, layers):
-    """Fields of `HSPMNConfig` that make it the named case of the comparison, but dense.
-
-    linear_full4 is the usual hybrid built from the same blocks: gated linear attention in every layer, full causal
-    attention beside it in every fourth (the last one of a shorter stack), no local window.
-    It and the reflexive model keep their distant past in linear states, so no bound is put on what these remember.
-    """
-    full = [1.0 if i % 4 == 3 or (layers < 4 and i == layers - 1) else 0.0 for i in range(layers)]
-    cases = {
-        "linear_full4": {"sparsity_k": full, "sliding_window": 0, "linear_attention_horizon": 0},
-        "hspmn_annealed": {"sparsity_anneal_fraction": 0.6},
-        "reflexive": {"sparsity_k": 0.0, "linear_attention_horizon": 0},
-    }
-    return cases.get(case, {})
-
-
 def comparison_config(case, sizes, overrides=None):
-    """Configuration of a case; `sizes` are fields that every decoder has, `overrides` fields of `HSPMNConfig`."""
+    """Configuration of a case; `sizes` are fields that every decoder has, `overrides` fields of `HSPMNConfig`.
+    linear_full4 is the usual hybrid built from the same blocks: gated linear attention in every layer, full causal
+    attention beside it in every fourth (the last one of a shorter stack), no local window. It and the reflexive model
+    keep their distant past in linear states, so no bound is put on what these remember."""
     sizes = sizes | {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "tie_word_embeddings": True}
     if case == "dense":
         return LlamaConfig(**sizes, rms_norm_eps=1e-6, max_position_embeddings=1048576)
-    return config_with(sizes | (overrides or {}) | comparison_overrides(case, sizes["num_hidden_layers"]))
+    layers = sizes["num_hidden_layers"]
+    full = [1.0 if i % 4 == 3 or (layers < 4 and i == layers - 1) else 0.0 for i in range(layers)]
+    own = {
+        "linear_full4": {"sparsity_k": full, "sliding_window": 0, "linear_attention_horizon": 0},
+        "hspmn_annealed": {"sparsity_anneal_fraction": 0.6},
+        "reflexive": {"sparsity_k": 0.0, "linear_attention_horizon": 0}}  # fmt: skip
+    return config_with(sizes | (overrides or {}) | own.get(case, {}))
 
 
 def build_model(case, config, seed):
-    """Freshly initialised model of a case, float32; hspmn_random keeps its random router.
-
-    There the hidden states learn nothing from the scores either: they would bend to where the frozen weights point.
-    """
+    """Freshly initialised model of a case, float32; hspmn_random keeps its random router. There the hidden states
+    learn nothing from the scores either: they would bend to where the frozen weights point."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     if case == "hspmn_random":
@@ -49,34 +40,17 @@ def build_model(case, config, seed):
     return model
 
 
-def make_optimizer(model, lr, weight_decay=0.1):
-    """AdamW with decay on the weights of linear layers and embeddings only."""
-    matrices = {
-        module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=trained[0].is_cuda)
-
-
-def learning_rate(step, steps, lr):
-    """Linear warm-up over 7 % of the steps, then a cosine down to a tenth of `lr`."""
-    warmup = max(1, round(0.07 * steps))
-    fall = max(0, step - warmup) / max(1, steps - warmup)
-    return lr * min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * fall)))
-
-
 def train_steps(model, batches, loss_function, steps, lr):
-    """Train on `batches`, gradients clipped to norm 1; yields the loss and the outputs of every step.
-
-    `loss_function` takes the model and a batch, under bfloat16 autocast on CUDA, and returns loss and outputs. An
-    HSPMN model's sparsity target follows the steps.
-    """
-    optimizer = make_optimizer(model, lr)
-    anneal = getattr(model, "anneal", lambda step, steps: None)
+    """Train on `batches`, gradients clipped to norm 1; yields the loss and the outputs of every step. `loss_function`
+    takes the model and a batch, under bfloat16 autocast on CUDA, and returns loss and outputs. An HSPMN model's
+    sparsity target follows the steps. AdamW decays the weights of linear layers and embeddings only; its rate warms up
+    linearly over 7 % of the steps, then falls along a cosine to a tenth of `lr`."""
+    matrices = {part.weight for part in model.modules() if isinstance(part, torch.nn.Linear | torch.nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed, others = ([p for p in trained if (p in matrices) == decays] for decays in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=trained[0].is_cuda)
+    anneal, warmup = getattr(model, "anneal", lambda step, steps: None), max(1, round(0.07 * steps))
     model.train()
     for step, batch in enumerate(batches):
         anneal(step, steps)
@@ -84,8 +58,9 @@ def train_steps(model, batches, loss_function, steps, lr):
             loss, outputs = loss_function(model, batch)
         aux_loss = getattr(outputs, "aux_loss", None)
         (loss if aux_loss is None else loss + aux_loss).backward()
+        fall = max(0, step - warmup) / max(1, steps - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+            group["lr"] = lr * min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * fall)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -26,11 +26,11 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import sys
 import time
-from itertools import accumulate, count, islice
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
+from statistics import fmean, median, stdev
 from types import ModuleType
 
 import numpy as np
@@ -52,12 +52,10 @@ from hspmn.evaluate import NeedleRows, validate
 
 FULL = {
     "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "intermediate_size": 1408,
-}  # fmt: skip
+    "num_key_value_heads": 2, "intermediate_size": 1408}  # fmt: skip
 SIZES = (*FULL, "initializer_range")
-SETTINGS = (
-    *SIZES, "dense_initializer_range", "steps", "batch_size", "length", "lr", "needle_mix", "validation_tokens", "set"
-)  # fmt: skip
+SETTINGS = (*SIZES, "dense_initializer_range", "steps", "batch_size", "length", "lr", "needle_mix",
+            "validation_tokens", "set", "device", "compile")  # fmt: skip
 MEANS = ("val", "recall", "other", "train_loss", "params", "kv_bytes_per_token", "train_tok_s", "final_tok_s")
 TOKENIZER_BYTES = 30_000_000  # of text that the tokenizer is fitted on
 
@@ -66,40 +64,34 @@ def prepare_data(args):
     """Tokenizer, training tokens and validation tokens (int32), from the cache folder if it holds these settings."""
     needed = 2 * args.steps * args.batch_size * args.length  # twice what the steps need: each seed sees another half
     wanted = {"needed": needed, "vocab_size": args.vocab_size, "validation_tokens": args.validation_tokens}
-    folder, sides = args.data_cache, ("train", "validation")
+    folder, limits = args.data_cache, {"train": needed, "validation": args.validation_tokens}
     settings = folder and folder / "settings.json"
     if folder and settings.exists() and json.loads(settings.read_text()) == wanted:
-        return PreTrainedTokenizerFast.from_pretrained(folder), *(np.load(folder / f"{side}.npy") for side in sides)
+        return PreTrainedTokenizerFast.from_pretrained(folder), *(np.load(folder / f"{side}.npy") for side in limits)
     begun = time.monotonic()
     texts = read_sources(max(needed * BYTES_PER_TOKEN, 1_000_000), args.validation_tokens * BYTES_PER_TOKEN)
     sizes = accumulate(map(len, texts[0]), initial=0)
     sample = (text for text, before in zip(texts[0], sizes, strict=False) if before < TOKENIZER_BYTES)
     tokenizer = fit_tokenizer(sample, args.vocab_size)
-    limits = (needed, args.validation_tokens)
-    tokens = [encode(tokenizer, side, limit) for side, limit in zip(texts, limits, strict=True)]
-    for side, files, ids in zip(sides, texts, tokens, strict=True):
+    tokens = [encode(tokenizer, side, limit) for side, limit in zip(texts, limits.values(), strict=True)]
+    for side, files, ids in zip(limits, texts, tokens, strict=True):
         print(f"{side}: {len(files):,} files, {len(ids):,} tokens after {time.monotonic() - begun:.0f} s", flush=True)
     if folder:
         tokenizer.save_pretrained(folder)
-        for side, ids in zip(sides, tokens, strict=True):
+        for side, ids in zip(limits, tokens, strict=True):
             np.save(folder / f"{side}.npy", ids)
         results.write_json(settings, wanted)
     return tokenizer, *tokens
 
 
 class Batches:
-    """Training batches, equal for every model: `of(seed)` yields int64 [batch_size, length] on the device per step.
-
-    Rows are windows of the token stream in an order drawn per seed and epoch; a share `needle_mix` of each batch is
-    needle tasks instead, the same ones for every seed, which worker processes make while training runs. `epochs` says
-    how often the stream is passed.
-    """
+    """Training batches, equal for every model, from the token ids `train`. Rows are windows of the token stream in an
+    order drawn per seed and epoch; a share `needle_mix` of each batch is needle tasks instead, the same ones for every
+    seed, which worker processes make while training runs. `epochs` says how often the stream is passed."""
 
     def __init__(self, args, tokenizer, train):
-        """Put the rows of `train` (int32 token ids) on the device."""
         self.rows = rows_of(train, args.length).to(args.device, torch.int32)
-        self.steps, needles = args.steps, round(args.needle_mix * args.batch_size)
-        self.needle_loader = None
+        self.steps, needles, self.needle_loader = args.steps, round(args.needle_mix * args.batch_size), None
         if needles:
             rows = NeedleRows(tokenizer, train, needles * args.steps, args.length, 0)
             workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
@@ -107,14 +99,10 @@ class Batches:
         self.plain = args.batch_size - needles
         self.epochs = args.steps * self.plain / len(self.rows)
 
-    def _row_order(self, seed):
-        for epoch in count():
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            yield from torch.randperm(len(self.rows), generator=generator).tolist()
-
     def of(self, seed):
-        """Yield the token ids of every training step, in order."""
-        order = self._row_order(seed)
+        """Yield the token ids of every training step, int64 [batch_size, length] on the device, in order."""
+        seeds = (torch.Generator().manual_seed(1_000_003 * seed + epoch) for epoch in count())
+        order = chain.from_iterable(torch.randperm(len(self.rows), generator=g).tolist() for g in seeds)
         needle_rows = self.needle_loader and iter(self.needle_loader)
         for _ in range(self.steps):
             ids = self.rows[list(islice(order, self.plain))].long()
@@ -127,12 +115,6 @@ def sizes_of(args, case):
     return sizes | {"initializer_range": args.dense_initializer_range} if case == "dense" else sizes
 
 
-def next_token_loss(hidden_BTD, weight_VD, ids_BT):
-    """Mean cross entropy in nats of the next token."""
-    logits = F.linear(hidden_BTD, weight_VD)[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
-
-
 def count_parameters(case, config):
     """Parameters of a model, tied ones once, counted without allocating it."""
     with torch.device("meta"):
@@ -140,10 +122,8 @@ def count_parameters(case, config):
 
 
 def matched_config(case, sizes, overrides, target, tolerance):
-    """Configuration of a case with `intermediate_size` chosen so that it has `target` parameters, and their number.
-
-    A given `intermediate_size` in `overrides` stays. Refuses what is beyond the tolerance.
-    """
+    """Configuration of a case with `intermediate_size` chosen so that it has `target` parameters, and their number. A
+    given `intermediate_size` in `overrides` stays. Refuses what is beyond the tolerance."""
     config = comparison_config(case, sizes, overrides)
     parameters = count_parameters(case, config)
     if "intermediate_size" not in overrides:
@@ -159,101 +139,84 @@ def matched_config(case, sizes, overrides, target, tolerance):
     return config, parameters
 
 
-def compiled_loss(model, how):
-    """Compile the network as `how` says; returns a function from model and token ids [B, T] to loss and outputs."""
-    loss_function = next_token_loss
-    if how != "none":
-        torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64  # layers of several targets, two stages of annealing, evaluation
-        for module in model.base_model.layers if how == "layers" else [model.base_model]:
-            module.compile(dynamic=False, fullgraph=True)
-        loss_function = torch.compile(next_token_loss, dynamic=False)
-
-    def loss_and_outputs(model, ids_BT):
-        outputs = model.base_model(input_ids=ids_BT, use_cache=False)
-        return loss_function(outputs.last_hidden_state, model.get_output_embeddings().weight, ids_BT), outputs
-
-    return loss_and_outputs
-
-
-def last(values, parts):
-    """The last of so many parts of a list, at least one value."""
-    return values[-max(1, len(values) // parts) :]
-
-
-def train(model, loss_function, batches, seed, args):
-    """Train a model from its present weights; returns throughputs, curve, and the router's state over the end.
-
-    The device is read only at the end of an interval of `--log_every` steps.
-    """
-    every, losses, router, curve, speeds = min(args.log_every, args.steps), [], [], [], []
-    begun = time.monotonic()
-    steps = train_steps(model, batches.of(seed), loss_function, args.steps, args.lr)
-    for step, (loss, outputs) in enumerate(steps, 1):
-        losses.append(loss)
-        if getattr(outputs, "router_overflow", None) is not None:
-            router.append(torch.stack([outputs.router_load, outputs.router_overflow]))
-        if step % every:
-            continue
-        mean, now = torch.stack(losses).mean().item(), time.monotonic()
-        if not np.isfinite(mean):
-            results.refuse(f"--lr {args.lr}: the training loss is {mean} at step {step}; lower it")
-        curve.append([step, round(mean, 4)])
-        speeds.append(len(losses) * args.batch_size * args.length / (now - begun))
-        losses, begun = [], now
-        if step % (10 * every) == 0:
-            print(f"  step {step} loss {mean:.3f} {speeds[-1]:,.0f} tok/s", flush=True)
-    result = {"train_tok_s": statistics.median(speeds), "final_tok_s": statistics.median(last(speeds, 5))}
-    result |= {"curve": curve, "train_loss": statistics.fmean(loss for _, loss in last(curve, 10))}
-    if router:
-        result["train_load"], result["overflow"] = torch.stack(last(router, 10)).mean(0).tolist()
-    return result
+def next_token_loss(hidden_BTD, weight_VD, ids_BT):
+    """Mean cross entropy in nats of the next token."""
+    logits = F.linear(hidden_BTD, weight_VD)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
 class Case:
-    """One model of the comparison, compiled once and trained from fresh weights for each seed."""
+    """One model of the comparison, built like the model `base` with as many parameters as the dense one. It is
+    compiled as `--compile` says with the first seed and trained from fresh weights for each: only values change."""
 
     def __init__(self, name, base, overrides, args, dense_parameters):
-        """Choose the sizes of case `name`, built like the model `base`; weights come with the first seed."""
-        self.name, self.base, self.overrides, self.args = name, base, overrides, args
-        self.config, self.parameters = matched_config(
-            base, sizes_of(args, base), overrides, dense_parameters, args.parameter_tolerance
-        )
-        self.model = None
+        self.name, self.base, self.overrides, self.args, self.model = name, base, overrides, args, None
+        sizes, tolerance, self.loss = sizes_of(args, base), args.parameter_tolerance, next_token_loss
+        self.config, self.parameters = matched_config(base, sizes, overrides, dense_parameters, tolerance)
+
+    def _prepare(self, seed):
+        fresh, how = build_model(self.base, self.config, seed), self.args.compile
+        if self.model is not None:
+            self.model.load_state_dict(fresh.state_dict())
+            return
+        self.model = fresh.to(self.args.device)
+        if how != "none":
+            torch.set_float32_matmul_precision("high")
+            torch._dynamo.config.recompile_limit = 64  # layers of several targets, two stages of annealing, evaluation
+            for module in self.model.base_model.layers if how == "layers" else [self.model.base_model]:
+                module.compile(dynamic=False, fullgraph=True)
+            self.loss = torch.compile(next_token_loss, dynamic=False)
+
+    def _loss_and_outputs(self, model, ids_BT):
+        outputs = model.base_model(input_ids=ids_BT, use_cache=False)
+        return self.loss(outputs.last_hidden_state, model.get_output_embeddings().weight, ids_BT), outputs
+
+    def _train(self, batches, seed):  # reads the device only at the end of an interval of `--log_every` steps
+        args, begun, losses, router, curve, speeds = self.args, time.monotonic(), [], [], [], []
+        every = min(args.log_every, args.steps)
+        steps = train_steps(self.model, batches.of(seed), self._loss_and_outputs, args.steps, args.lr)
+        for step, (loss, outputs) in enumerate(steps, 1):
+            losses.append(loss)
+            if getattr(outputs, "router_overflow", None) is not None:
+                router.append(torch.stack([outputs.router_load, outputs.router_overflow]))
+            if step % every:
+                continue
+            mean, now = torch.stack(losses).mean().item(), time.monotonic()
+            if not np.isfinite(mean):
+                results.refuse(f"--lr {args.lr}: the training loss is {mean} at step {step}; lower it")
+            curve.append([step, round(mean, 4)])
+            speeds.append(len(losses) * args.batch_size * args.length / (now - begun))
+            losses, begun = [], now
+            if step % (10 * every) == 0:
+                print(f"  step {step} loss {mean:.3f} {speeds[-1]:,.0f} tok/s", flush=True)
+        fifth, tenth, last = max(1, len(speeds) // 5), max(1, len(curve) // 10), max(1, len(router) // 10)
+        result = {"train_tok_s": median(speeds), "final_tok_s": median(speeds[-fifth:]), "curve": curve}
+        result["train_loss"] = fmean(loss for _, loss in curve[-tenth:])
+        if router:
+            result["train_load"], result["overflow"] = torch.stack(router[-last:]).mean(0).tolist()
+        return result
 
     def run(self, seed, batches, validation_rows):
-        """Train and evaluate one seed; returns its entry of the results file.
-
-        The compiled code of an earlier seed is kept, since only values change.
-        """
+        """Train and evaluate one seed; returns its entry of the results file, where `kv_bytes_per_token` is by how
+        much a bfloat16 cache grows, on average."""
         print(f"{self.name} seed {seed}: {self.parameters:,} parameters", flush=True)
-        begun, cuda = time.monotonic(), self.args.device == "cuda"
-        if cuda:
+        begun, args, config = time.monotonic(), self.args, self.config
+        if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        fresh = build_model(self.base, self.config, seed)
-        if self.model is None:
-            self.model = fresh.to(self.args.device)
-            self.loss_function = compiled_loss(self.model, self.args.compile)
-        else:
-            self.model.load_state_dict(fresh.state_dict())
+        self._prepare(seed)
         entry = {"case": self.name, "seed": seed, "params": self.parameters, "overrides": self.overrides}
-        entry["intermediate_size"] = self.config.intermediate_size
-        entry |= train(self.model, self.loss_function, batches, seed, self.args)
-        entry |= validate(self.model, validation_rows, self.args.batch_size)
-        entry["kv_bytes_per_token"] = self.kv_bytes_per_token()
-        if cuda:
+        entry["intermediate_size"] = config.intermediate_size
+        entry |= self._train(batches, seed) | validate(self.model, validation_rows, args.batch_size)
+        dense_bytes = 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        own_bytes = getattr(self.model, "kv_bytes_per_token", None)
+        entry["kv_bytes_per_token"] = own_bytes(torch.bfloat16) if own_bytes else dense_bytes
+        if args.device == "cuda":
             entry["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         entry |= {"epochs": round(batches.epochs, 3), "seconds": round(time.monotonic() - begun, 1)}
         numbers = " ".join(f"{metric} {entry[metric]:.4f}" for metric in MEANS[:3])
         shares = " ".join(f"{share:.2f}" for share in load_shares(entry))
         print(f"  {numbers} load/target {shares or '-'} ({entry['seconds']:.0f} s)", flush=True)
         return entry
-
-    def kv_bytes_per_token(self):
-        """Bytes by which a bfloat16 cache grows per token, on average."""
-        if hasattr(self.model, "kv_bytes_per_token"):
-            return self.model.kv_bytes_per_token(torch.bfloat16)
-        return 2 * 2 * self.config.num_key_value_heads * self.config.head_dim * self.config.num_hidden_layers
 
 
 def load_shares(entry):
@@ -262,35 +225,38 @@ def load_shares(entry):
     return [load / target for load, target in pairs if target]
 
 
+def by_case(runs):
+    """The entries of a results file by case."""
+    return {case: [run for run in runs if run["case"] == case] for case in dict.fromkeys(run["case"] for run in runs)}
+
+
 def summary_rows(runs):
     """The rows of a results file: means over seeds, spread, and the loads of the worst layer and seed."""
     rows = []
-    for case in dict.fromkeys(run["case"] for run in runs):
-        mine = [run for run in runs if run["case"] == case]
-        values = {metric: statistics.fmean(run[metric] for run in mine) for metric in MEANS} | {"seeds": len(mine)}
+    for case, mine in by_case(runs).items():
+        values = {metric: fmean(run[metric] for run in mine) for metric in MEANS} | {"seeds": len(mine)}
         if "peak_gb" in mine[0]:
             values["peak_gb"] = max(run["peak_gb"] for run in mine)
         if len(mine) > 1:
-            values |= {f"{metric}_std": statistics.stdev(run[metric] for run in mine) for metric in MEANS[:3]}
-        shares = [share for run in mine for share in load_shares(run)]
-        if shares:
+            values |= {f"{metric}_std": stdev(run[metric] for run in mine) for metric in MEANS[:3]}
+        if shares := [share for run in mine for share in load_shares(run)]:
+            layers = [pair for run in mine for pair in zip(run["gate_entropy"], run["target"], strict=True)]
             values |= {"load_min": min(shares), "load_max": max(shares)}
             values["overflow_max"] = max(max(run["overflow"]) for run in mine)
-            layers = [pair for run in mine for pair in zip(run["gate_entropy"], run["target"], strict=True)]
-            values["gate_entropy"] = statistics.fmean(entropy for entropy, target in layers if target)
+            values["gate_entropy"] = fmean(entropy for entropy, target in layers if target)
         rows += [results.row(case, metric, value) for metric, value in values.items()]
     return rows
 
 
 class Results:
-    """The results file: finished pairs of the same code and settings, saved after each one."""
+    """The results file: finished pairs of the same code and settings, saved after each one. A file that is there is
+    continued; one of other code or settings is refused without `--force`."""
 
     def __init__(self, args, settings):
-        """Read the file to continue, if there is one; refuses one of other code or settings without `--force`."""
         self.path, self.args, self.settings = args.output / f"{args.name}.json", args, settings
+        self.runs, self.commands = [], []
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.stamp = {"code": results.code_hash(), "settings": digest}  # of the pairs that count as finished
-        self.runs, self.commands = [], []
         self._read()
 
     def _read(self):
@@ -299,37 +265,32 @@ class Results:
         old = json.loads(self.path.read_text())
         before, after = old["settings"] | {"code": old["code"]}, self.settings | {"code": self.stamp["code"]}
         different = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-        changed = [f"{key} {before.get(key)} -> {after.get(key)}" for key in different]
-        if changed and not self.args.force:
-            results.refuse(
-                f"--name {self.args.name}: its file holds results of other code or settings ({'; '.join(changed)}); "
-                "choose another --name or --output, or append all the same with --force"
-            )
+        if different and not self.args.force:
+            changed = "; ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in different)
+            results.refuse(f"--name {self.args.name}: its file holds results of other code or settings ({changed}); "
+                           "choose another --name or --output, or append all the same with --force")  # fmt: skip
         self.runs, self.commands = old["runs"], old["commands"]
 
     def has(self, case, seed):
         """Whether a pair is finished, with this code, these settings and overrides."""
         wanted = {"case": case.name, "seed": seed, "overrides": case.overrides, "stamp": self.stamp}
-        return any(wanted == {key: run[key] for key in wanted} for run in self.runs)
+        return any(wanted.items() <= run.items() for run in self.runs)
 
     def add(self, entry):
-        """Keep an entry, in place of an earlier one of the same pair, and save.
-
-        Processes that run other pairs, on other GPUs say, may share the file: each adds to what the others wrote.
-        """
+        """Keep an entry, in place of an earlier one of the same pair, and save. Processes that run other pairs, on
+        other GPUs say, may share the file: each adds to what the others wrote."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             self._read()
-            key = (entry["case"], entry["seed"])
-            self.runs = [run for run in self.runs if (run["case"], run["seed"]) != key]
-            self.runs = sorted([*self.runs, entry | {"stamp": self.stamp}], key=lambda run: run["seed"])
+            others = [run for run in self.runs if (run["case"], run["seed"]) != (entry["case"], entry["seed"])]
+            self.runs = sorted([*others, entry | {"stamp": self.stamp}], key=lambda run: run["seed"])
             self.commands = list(dict.fromkeys([*self.commands, self.args.command]))
-            document = results.results_header(self.args.name, self.args.command)
-            document |= {"commands": self.commands, "settings": self.settings, "rows": summary_rows(self.runs)}
-            document["mixed"] = len({json.dumps(run["stamp"]) for run in self.runs}) > 1  # appended with --force
-            results.write_json(self.path, document | {"runs": self.runs})
+            mixed = len({json.dumps(run["stamp"]) for run in self.runs}) > 1  # appended with --force
+            results.write_json(self.path, results.results_header(self.args.name, self.args.command) | {
+                "commands": self.commands, "settings": self.settings, "rows": summary_rows(self.runs),
+                "mixed": mixed, "runs": self.runs})  # fmt: skip
         finally:
             os.close(folder)
 
@@ -341,18 +302,15 @@ def show(path):
     figure, axes = results.new_figure(8, 5)
     if figure is None:
         return
-    runs = document["runs"]
-    for case in dict.fromkeys(run["case"] for run in runs):
-        mine = [run for run in runs if run["case"] == case]
-        curves = np.array([[loss for _, loss in run["curve"]] for run in mine])
+    for case, mine in by_case(document["runs"]).items():
+        curves = np.array([run["curve"] for run in mine])  # runs, points, step and loss
         width = max(1, curves.shape[1] // 35)
-        smooth = np.convolve(curves.mean(0), np.ones(width) / width, mode="valid")
-        steps = [step for step, _ in mine[0]["curve"]][width - 1 :]
-        val, recall = (statistics.fmean(run[metric] for run in mine) for metric in ("val", "recall"))
-        axes.plot(steps, smooth, label=f"{case}: val {val:.3f}, recall {recall:.3f}", linewidth=1.2)
-    ends = [run["curve"][-1][1] for run in runs]
-    axes.set_ylim(0.95 * min(ends), min(ends) + 2.5)
-    axes.set(xlabel="step", ylabel="training loss, nats per token")
+        smooth = np.convolve(curves[..., 1].mean(0), np.ones(width) / width, mode="valid")
+        val, recall = (fmean(run[metric] for run in mine) for metric in ("val", "recall"))
+        label = f"{case}: val {val:.3f}, recall {recall:.3f}"
+        axes.plot(curves[0, width - 1 :, 0], smooth, label=label, linewidth=1.2)
+    least = min(run["curve"][-1][1] for run in document["runs"])
+    axes.set(xlabel="step", ylabel="training loss, nats per token", ylim=(0.95 * least, least + 2.5))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
@@ -380,15 +338,12 @@ def run_all(args):
     cases = [Case(name, base, overrides, args, dense) for name, (base, overrides) in list_cases(args).items()]
     tokenizer, train_stream, validation = prepare_data(args)
     digest = hashlib.sha256(train_stream.tobytes() + validation.tobytes()).hexdigest()[:16]
-    settings = {field: getattr(args, field) for field in SETTINGS} | {
-        "device": args.device, "compile": args.compile, "data": digest, "train_tokens": len(train_stream),
-    }  # fmt: skip
-    finished, batches = Results(args, settings), Batches(args, tokenizer, train_stream)
+    settings = {field: getattr(args, field) for field in SETTINGS}
+    finished = Results(args, settings | {"data": digest, "train_tokens": len(train_stream)})
+    batches, rows = Batches(args, tokenizer, train_stream), rows_of(validation, args.length)
     if batches.epochs > 1:
         print(f"the steps pass the training tokens {batches.epochs:.2f} times", flush=True)
-    validation_rows = rows_of(validation, args.length)
-    whole = len(validation_rows) // args.batch_size * args.batch_size  # a smaller batch would be compiled anew
-    validation_rows = validation_rows[: whole or None]
+    whole = len(rows) // args.batch_size * args.batch_size  # a smaller batch would be compiled anew
     for case in cases:
         for seed in args.seeds:
             if finished.has(case, seed):
@@ -398,11 +353,10 @@ def run_all(args):
             if args.time_budget and spent + longest > args.time_budget:
                 print(f"{case.name} seed {seed}: not started, {spent:.0f} s of {args.time_budget:.0f} s are spent")
                 return
-            finished.add(case.run(seed, batches, validation_rows))
-            if case.name in args.save:
-                folder = args.checkpoints / f"{case.name}-s{seed}"  # what `evaluate.py` takes
-                case.model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+            finished.add(case.run(seed, batches, rows[: whole or None]))
+            if case.name in args.save:  # what `evaluate.py` takes
+                for part in (case.model, tokenizer):
+                    part.save_pretrained(args.checkpoints / f"{case.name}-s{seed}")
         case.model = None
         torch.compiler.reset()  # the next model's graphs would count against the same limit
 
@@ -410,8 +364,7 @@ def run_all(args):
 TINY = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "intermediate_size": 64, "steps": 6, "batch_size": 4, "length": 64, "validation_tokens": 1024, "seeds": [0],
-    "device": "cpu", "compile": "none", "log_every": 2, "output": results.ROOT / "build" / "quality",
-}  # fmt: skip
+    "device": "cpu", "compile": "none", "log_every": 2, "output": results.ROOT / "build" / "quality"}  # fmt: skip
 
 
 def make_parser():

@@ -11,8 +11,8 @@ import argparse
 import json
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -26,42 +26,6 @@ BOTH = (
 )
 
 
-class Section(NamedTuple):
-    """One table: the command that measures it, its columns, and the part of a case name that keeps rows together.
-
-    has_even: whether its cases are of two configurations, which the table then names.
-    """
-
-    command: str
-    columns: tuple
-    group: int = -1
-    has_even: bool = False
-
-
-def metric(name, form):
-    """Column of one metric; `form` is a function from its value to a text."""
-    return lambda case, values: form(values[case, name]) if (case, name) in values else NOTHING
-
-
-def span(low, high, form):
-    """Column of two metrics as a range."""
-
-    def text(case, values):
-        ends = [metric(name, form)(case, values) for name in (low, high)]
-        return NOTHING if NOTHING in ends else "-".join(ends)
-
-    return text
-
-
-def over_dense(case, values):
-    """Speed over that of the dense model in the same case, `<model>/...`."""
-    dense = f"dense/{case.partition('/')[2]}"
-    for name, power in (("tok_s", 1), ("ttft_ms", -1)):
-        if {(case, name), (dense, name)} <= values.keys():
-            return f"{(values[case, name] / values[dense, name]) ** power:.2f}x"
-    return NOTHING
-
-
 def three_digits(value):
     """Form with three digits, and all of them before the point."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
@@ -72,59 +36,61 @@ def millions(value):
     return f"{value / 1e6:,.2f} M" if value >= 1e5 else f"{value:,.0f}"
 
 
-WHOLE, TWO_PLACES, THREE_PLACES = "{:,.0f}".format, "{:.2f}".format, "{:.3f}".format
-COLUMNS = {name: metric(name, THREE_PLACES) for name in ("val", "recall", "other", "accuracy")}
-COLUMNS |= {f"{way} ms": metric(f"{way}_ms", three_digits) for way in ("eager", "compiled", "graph")}
-COLUMNS |= {
-    "std of val": metric("val_std", THREE_PLACES), "load / target": span("load_min", "load_max", TWO_PLACES),
-    "KV bytes per token": metric("kv_bytes_per_token", WHOLE), "training tok/s": metric("train_tok_s", millions),
-    "ms": metric("ms", three_digits), "tok/s": metric("tok_s", millions), "over dense": over_dense,
-    "peak GB": metric("peak_gb", "{:.1f}".format), "first token ms": metric("ttft_ms", three_digits),
-    "one forward ms": metric("forward_ms", three_digits), "launches": metric("launches", three_digits),
-    "host us": metric("host_us", three_digits),
-    "TFLOP/s": metric("tflops", three_digits), "TB/s": metric("tb_s", three_digits),
-    "floor ratio": metric("floor_ratio", TWO_PLACES), "tokens": metric("tokens", WHOLE),
-    "prefill tok/s": metric("prefill_tok_s", millions), "decode tok/s": metric("decode_tok_s", millions),
-}  # fmt: skip
-SPEEDS = ("ms", "tok/s", "peak GB", "over dense")
+WHOLE, ONE_PLACE, TWO_PLACES, THREE_PLACES = "{:,.0f}".format, "{:.1f}".format, "{:.2f}".format, "{:.3f}".format
+COLUMNS = {  # a function from a value to a text, and the metric, or two of them for a range
+    "val": (THREE_PLACES, "val"), "recall": (THREE_PLACES, "recall"), "other": (THREE_PLACES, "other"),
+    "std of val": (THREE_PLACES, "val_std"), "load / target": (TWO_PLACES, "load_min", "load_max"),
+    "KV bytes per token": (WHOLE, "kv_bytes_per_token"), "training tok/s": (millions, "train_tok_s"),
+    "accuracy": (THREE_PLACES, "accuracy"), "ms": (three_digits, "ms"), "eager ms": (three_digits, "eager_ms"),
+    "compiled ms": (three_digits, "compiled_ms"), "graph ms": (three_digits, "graph_ms"),
+    "first token ms": (three_digits, "ttft_ms"), "one forward ms": (three_digits, "forward_ms"),
+    "tok/s": (millions, "tok_s"), "prefill tok/s": (millions, "prefill_tok_s"),
+    "decode tok/s": (millions, "decode_tok_s"), "tokens": (WHOLE, "tokens"), "peak GB": (ONE_PLACE, "peak_gb"),
+    "launches": (three_digits, "launches"), "host us": (three_digits, "host_us"), "TB/s": (three_digits, "tb_s"),
+    "TFLOP/s": (three_digits, "tflops"), "floor ratio": (TWO_PLACES, "floor_ratio")}  # fmt: skip
+# The command that measures it, its columns, the part of a case name that keeps rows together, and whether its cases
+# are of two configurations, which the table then names
+Section = namedtuple("Section", "command columns group has_even", defaults=(-1, False))
+MODE, SPEEDS = "python benchmark.py --mode ", ("ms", "tok/s", "peak GB", "over dense")
 SECTIONS = {
-    "quality": Section(
-        "python benchmarks/quality.py",
-        ("val", "recall", "other", "std of val", "load / target", "KV bytes per token", "training tok/s"),
-    ),
-    "serve": Section(
-        "python benchmark.py --mode serve",
-        ("first token ms", "one forward ms", "tok/s", "peak GB", "over dense", "launches", "host us"),
-    ),
-    "throughput": Section("python benchmark.py --mode throughput", SPEEDS, has_even=True),
-    "latency": Section("python benchmark.py --mode latency", ("eager ms", "compiled ms", "graph ms"), has_even=True),
-    "train": Section("python benchmark.py --mode train", SPEEDS, has_even=True),
-    "kernels": Section("python benchmark.py --mode kernels", ("ms", "TFLOP/s", "TB/s"), group=0),
-    "decode": Section(
-        "python benchmark.py --mode decode", ("ms", "tok/s", "floor ratio", "over dense"), has_even=True
-    ),
-    "context": Section(
-        "python benchmark.py --mode context", ("tokens", "prefill tok/s", "decode tok/s", "peak GB"), has_even=True
-    ),
+    "quality": Section("python benchmarks/quality.py", (
+        "val", "recall", "other", "std of val", "load / target", "KV bytes per token", "training tok/s")),
+    "serve": Section(MODE + "serve", (
+        "first token ms", "one forward ms", "tok/s", "peak GB", "over dense", "launches", "host us")),
+    "throughput": Section(MODE + "throughput", SPEEDS, has_even=True),
+    "latency": Section(MODE + "latency", ("eager ms", "compiled ms", "graph ms"), has_even=True),
+    "train": Section(MODE + "train", SPEEDS, has_even=True),
+    "kernels": Section(MODE + "kernels", ("ms", "TFLOP/s", "TB/s"), group=0),
+    "decode": Section(MODE + "decode", ("ms", "tok/s", "floor ratio", "over dense"), has_even=True),
+    "context": Section(MODE + "context", ("tokens", "prefill tok/s", "decode tok/s", "peak GB"), has_even=True),
     "needle": Section("python evaluate.py --task needle FOLDER", ("accuracy",), group=0),
-    "mqar": Section("python benchmarks/mqar.py", ("accuracy",)),
-}
+    "mqar": Section("python benchmarks/mqar.py", ("accuracy",))}  # fmt: skip
+
+
+def cell(values, case, column):
+    """The text of a column; over dense is the speed over that of the dense model in the same case, `<model>/...`."""
+    dense = f"dense/{case.partition('/')[2]}"
+    if column == "over dense":
+        for name, power in (("tok_s", 1), ("ttft_ms", -1)):
+            if {(case, name), (dense, name)} <= values.keys():
+                return f"{(values[case, name] / values[dense, name]) ** power:.2f}x"
+        return NOTHING
+    form, *metrics = COLUMNS[column]
+    known = all((case, metric) in values for metric in metrics)
+    return "-".join(form(values[case, metric]) for metric in metrics) if known else NOTHING
 
 
 def table(section, rows):
     """Lines of the Markdown table of a section, cases as rows; cases without any of its metrics are left out."""
     values = {(row["case"], row["metric"]): row["value"] for row in rows}
-    found = {case: [COLUMNS[name](case, values) for name in section.columns] for case, _ in values}
-    kept = [case for case, cells in found.items() if any(cell != NOTHING for cell in cells)]
-
-    def group(case):
-        return "/" in case and case.split("/")[section.group]
-
-    groups = list(dict.fromkeys(map(group, kept)))
+    found = {case: [cell(values, case, column) for column in section.columns] for case, _ in values}
+    kept = [case for case, cells in found.items() if any(text != NOTHING for text in cells)]
+    groups = {case: "/" in case and case.split("/")[section.group] for case in kept}
+    order = list(dict.fromkeys(groups.values()))
 
     def place(case):  # repeated cases come last in the file
         model = case.split("/")[0]
-        return groups.index(group(case)), HSPMN.index(model) if model in HSPMN else len(HSPMN)
+        return order.index(groups[case]), HSPMN.index(model) if model in HSPMN else len(HSPMN)
 
     lines = [["case", *section.columns], ["---", *["---:"] * len(section.columns)]]
     lines += ([case, *found[case]] for case in sorted(kept, key=place))
@@ -139,8 +105,7 @@ def section_text(name, folder):
     document = json.loads(path.read_text())
     versions = [f"{name} {version}" for name, version in document["versions"].items() if name in ("torch", "triton")]
     source = ", ".join([document["device"], document["date"].split()[0], *versions])
-    gathered = len(document.get("commands", []))
-    command = f"`{document['command']}`"
+    gathered, command = len(document.get("commands", [])), f"`{document['command']}`"
     if gathered > 1:
         command = f"{gathered} commands, all in `commands` of `{path.name}`, the last {command}"
     lines = [f"{source}: {command}", ""]
@@ -151,33 +116,29 @@ def section_text(name, folder):
 
 def main(argv=None):
     """Rewrite the pages or check them; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "benchmarks/report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page differs")
-    parser.add_argument(
-        "--pages", type=Path, nargs="+", default=PAGES, help="files with sections, each on one of them"
-    )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the files")
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("benchmarks/report.py", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--check", action="store_true", help="change nothing, exit with 1 if a page differs")
+    add("--pages", type=Path, nargs="+", default=PAGES, help="files with sections, each on one of them")
+    add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the files")
     args = parser.parse_args(argv)
     old = {page: page.read_text("utf-8") for page in args.pages}
     named = {name for text in old.values() for name, _ in SECTION.findall(text)}
     for name in sorted(named ^ SECTIONS.keys()):
-        problem = "is unknown" if name in named else "is missing"
-        parser.exit(
-            2, f"report.py: --pages: section <!-- results:{name} --> {problem}; there is one for each of SECTIONS\n"
-        )
-    different = 0
-    for page, text in old.items():
-        new = SECTION.sub(
-            lambda m: f"<!-- results:{m[1]} -->\n{section_text(m[1], args.results)}<!-- /results -->", text
-        )
-        if new != text and args.check:
+        problem = f"<!-- results:{name} --> {'is unknown' if name in named else 'is missing'}"
+        parser.exit(2, f"report.py: --pages: section {problem}; there is one for each of SECTIONS\n")
+
+    def section(match):
+        return f"<!-- results:{match[1]} -->\n{section_text(match[1], args.results)}<!-- /results -->"
+
+    different = {page: new for page, text in old.items() if (new := SECTION.sub(section, text)) != text}
+    for page, new in different.items():
+        if args.check:
             print(f"{page.name} differs from {args.results.name}/*.json: run python benchmarks/report.py")
-            different = 1
-        elif new != text:
+        else:
             page.write_text(new, "utf-8")
-    return different
+    return int(args.check and bool(different))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from statistics import median
 
 import torch
 
+from . import timing
 from .context import DECODE_ROOM, causal_lm, static_cache, step, time_steps
-from .timing import free_memory, host_work, measure, peak_memory, random_tokens, replayed, spread, synchronize, wall_ms
+from .timing import clock, measure, random_tokens
 
 SHORT_PROMPT = 512  # tokens before those whose rate is measured, at most `--chunk`
 LAYER_PROMPT = 4096  # tokens of the prefill whose launches are counted, at most `--chunk`
@@ -21,14 +22,14 @@ class Server:
     def __init__(self, args):
         self.args, self.name, self.model, self.rates = args, None, None, {}
 
+    @torch.no_grad()
     def load(self, name):
         """The model of a name, in the place of the last one. It chooses no end of text: that token's logit is 0."""
         if name != self.name:
             self.model = self.name = None
-            free_memory(self.args)
+            timing.free_memory(self.args)
             self.model = causal_lm(self.args, name)
-            with torch.no_grad():
-                self.model.get_input_embeddings().weight[-1] = 0.0
+            self.model.get_input_embeddings().weight[-1] = 0.0
             self.name = name
         return self.model
 
@@ -47,7 +48,7 @@ class Server:
         """Time to the first token of a prompt; of HSPMN also that of one forward and, once, of reading in pieces."""
         args, ids_BT, model = self.args, random_tokens(self.args, 1, tokens), self.load(name)
         metrics = {"ttft_ms": median(measure(partial(self.generate, name, ids_BT, 1), args, wall=True))}
-        metrics |= peak_memory(args)
+        metrics |= timing.peak_memory(args)
         ways = {}
         if name == "hspmn":
             ways["forward_ms"] = partial(model, input_ids=ids_BT, use_cache=True, logits_to_keep=1)
@@ -64,7 +65,7 @@ class Server:
             call = partial(self.generate, name, ids_BT, count, **options)
             if (made := call().shape[1] - ids_BT.shape[1]) != count:
                 raise RuntimeError(f"{made} tokens were generated instead of {count}")
-            times.append(median(wall_ms(call, self.args) for _ in range(3)))
+            times.append(median(timing.wall_ms(call, self.args) for _ in range(3)))
         self.rates[name, way, B] = 1e3 * B * tokens / (times[0] - times[1])
         return {"tok_s": self.rates[name, way, B]}
 
@@ -74,10 +75,9 @@ class Server:
         args, model, ids_B1, ids_BT = self.args, self.load(name), random_tokens(self.args, 1, 1), self.prompt(1)
         cache = static_cache(args, model, 1, ids_BT.shape[1])
         model.prefill(ids_BT, past_key_values=cache)
-        call, steps = replayed(partial(step, model, ids_B1, cache), args), min(4 * args.reps, DECODE_ROOM // 2)
+        call, steps = timing.replayed(partial(step, model, ids_B1, cache), args), min(4 * args.reps, DECODE_ROOM // 2)
         cache.reserve(steps + 1)
-        metrics = spread(time_steps(call, args, ids_B1, steps))
-        metrics["tok_s"] = 1e3 / metrics["ms"]
+        metrics = timing.spread(time_steps(call, args, ids_B1, steps), tokens=1)
         if (name, "static", 1) in self.rates:
             metrics["static_share"] = self.rates[name, "static", 1] / metrics["tok_s"]
         return metrics
@@ -85,20 +85,17 @@ class Server:
     @torch.no_grad()
     def layer(self, name, B, cached):
         """Launches and microseconds of the host per layer, of a call that it queues without waiting for the device.
-
-        The call is a prompt of LAYER_PROMPT tokens with a cache, or one token after a cached SHORT_PROMPT.
-        """
+        The call is a prompt of LAYER_PROMPT tokens with a cache, or one token after a cached SHORT_PROMPT."""
         args, model, times = self.args, self.load(name), []
         call = partial(model, input_ids=self.prompt(B, LAYER_PROMPT), use_cache=True, logits_to_keep=1)
         if cached:
             call = partial(step, model, random_tokens(args, B, 1), model.prefill(self.prompt(B)).past_key_values)
         for _ in range(3 + args.reps):
-            synchronize(args)
-            begun = time.perf_counter()
+            begun = clock(args)
             call()
             times.append(time.perf_counter() - begun)
         metrics = {"host_us": 1e6 * median(times[3:]) / args.layers}
-        if args.device.type == "cuda" and (launches := host_work(call)[0]):
+        if args.device.type == "cuda" and (launches := timing.host_work(call)[0]):
             metrics["launches"] = launches / args.layers
         return metrics
 
@@ -107,9 +104,7 @@ def serve_cases(args):
     """`<model>/prompt_<tokens>` and `<model>/<way>_B<rows>`, the models one after the other."""
     server, static = Server(args), {"tokens": args.static_tokens, "cache_implementation": "static"}
     ways = (("eager", {"tokens": args.new_tokens}), ("static", static))
-    for name in ("hspmn", "dense"):
-        if name not in args.models:
-            continue
+    for name in (name for name in ("hspmn", "dense") if name in args.models):
         for tokens in args.prompts:
             yield f"{name}/prompt_{tokens}", partial(server.first_token, name, tokens)
         for B, (way, options) in itertools.product((1, 8), ways):
@@ -117,6 +112,5 @@ def serve_cases(args):
         if name == "hspmn":
             yield f"{name}/sampled_static_B1", partial(server.rate, name, "sampled", 1, **static, **SAMPLING)
             yield f"{name}/captured_B1", partial(server.captured, name)
-            yield f"{name}/layer_prefill", partial(server.layer, name, 1, cached=False)
-            for B in (1, 16):
-                yield f"{name}/layer_token_B{B}", partial(server.layer, name, B, cached=True)
+            for way, B in (("prefill", 1), ("token_B1", 1), ("token_B16", 16)):
+                yield f"{name}/layer_{way}", partial(server.layer, name, B, cached=way != "prefill")

@@ -1,12 +1,8 @@
-"""What all modes of `benchmark.py` share: timing, compiling, capturing, and the sizes of what is measured.
-
-B batch, S and T tokens, H query heads, G key/value heads, E head width, D hidden size.
-"""
+"""What all modes of `benchmark.py` share: timing, compiling, capturing, and what is measured, lettered as there."""
 
 import gc
 import time
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,33 +19,27 @@ class LeftOut(Exception):
     """A case that cannot run here, and why."""
 
 
-class Shape(NamedTuple):
-    """Rows and tokens per row of one measurement; written 64x4096 on the command line, B64_S4096 in case names."""
-
-    B: int
-    S: int
-
-    def __str__(self):
-        return f"{self.B}x{self.S}"
-
-    @property
-    def case(self):
-        """As the last part of a case name."""
-        return f"B{self.B}_S{self.S}"
+def clock(args, count_peak=False):
+    """Seconds at which the device is idle; `count_peak`: peak memory is counted from here on."""
+    torch.get_device_module(args.device).synchronize()
+    if count_peak and args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter()
 
 
-def measure(call, args, before=None, wall=False):
-    """Milliseconds of `args.reps` calls after a warm-up of three; `before` runs before each, untimed.
+def peak_memory(args):
+    """Peak memory since it was reset as a metric; nothing where nobody counts it."""
+    return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if args.device.type == "cuda" else {}
 
-    Between CUDA events, without waiting for one call before the next is queued; by the clock on a CPU and for `wall`:
-    from an idle device until the result is there. Resets the peak memory counter after the warm-up.
-    """
-    before = before or (lambda: None)
+
+def measure(call, args, before=lambda: None, wall=False):
+    """Milliseconds of `args.reps` calls after a warm-up of three; `before` runs before each, untimed. Between CUDA
+    events, without waiting for one call before the next is queued; by the clock on a CPU and for `wall`: from an idle
+    device until the result is there. Resets the peak memory counter after the warm-up."""
     for _ in range(3):
         spent = wall_ms(call, args, before)
     reps = args.reps if spent < SLOW_MS else min(args.reps, 5)
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    clock(args, count_peak=True)
     if wall or args.device.type != "cuda":
         return [wall_ms(call, args, before) for _ in range(reps)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(reps)]
@@ -65,33 +55,15 @@ def measure(call, args, before=None, wall=False):
 def wall_ms(call, args, before=lambda: None):
     """Milliseconds of one call by the clock, from an idle device to an idle device."""
     before()
-    synchronize(args)
-    begun = time.perf_counter()
+    begun = clock(args)
     call()
-    synchronize(args)
-    return 1e3 * (time.perf_counter() - begun)
+    return 1e3 * (clock(args) - begun)
 
 
-def spread(times, way=""):
-    """Median and P95 of milliseconds as metrics, named by the way that was measured."""
-    return {f"{way}ms": median(times), f"{way}p95_ms": float(np.quantile(times, 0.95))}
-
-
-def timing(times, tokens):
-    """`spread` and tokens per second, as metrics."""
-    metrics = spread(times)
-    return metrics | {"tok_s": 1e3 * tokens / metrics["ms"]}
-
-
-def peak_memory(args):
-    """Peak memory since it was reset as a metric; nothing where nobody counts it."""
-    return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if args.device.type == "cuda" else {}
-
-
-def synchronize(args):
-    """Wait for the device."""
-    if args.device.type == "cuda":
-        torch.cuda.synchronize()
+def spread(times, way="", tokens=None):
+    """Median and P95 of milliseconds as metrics, named by the way that was measured, and `tokens` per second."""
+    metrics = {f"{way}ms": median(times), f"{way}p95_ms": float(np.quantile(times, 0.95))}
+    return metrics | ({} if tokens is None else {"tok_s": 1e3 * tokens / median(times)})
 
 
 def free_memory(args):
@@ -111,39 +83,35 @@ def copy_rate(args):
 
 def compiled(function, args, fullgraph=True):
     """`function` compiled for its one shape as `--compile` says."""
-    if args.compile == "none":
-        return function
-    return torch.compile(function, fullgraph=fullgraph, dynamic=False, backend=args.compile)
+    how = {"fullgraph": fullgraph, "dynamic": False, "backend": args.compile}
+    return function if args.compile == "none" else torch.compile(function, **how)
 
 
 def capture(call):
-    """A CUDA graph of `call` and its output, which a replay overwrites; RuntimeError if it reads the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    """A call that replays `call` from a CUDA graph; RuntimeError if it reads the device."""
+    graph, own, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(own)
+    with torch.cuda.stream(side):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    own.wait_stream(side)
     try:
         with torch.cuda.graph(graph):
-            output = call()
+            call()
     finally:
-        torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
-    return graph, output
+        torch.cuda.set_stream(own)  # a capture that fails leaves its own stream behind
+    return graph.replay
 
 
 def replayed(step, args):
     """A call that replays `step` from a CUDA graph where there is CUDA; else `step`, which has run once."""
     step()  # compiles it
-    return capture(step)[0].replay if args.device.type == "cuda" else step
+    return capture(step) if args.device.type == "cuda" else step
 
 
 def host_work(call):
     """Launches of a call, and how often the host waits for the device, or copies from it, between the first and last.
-
-    Both are None if the profiler saw no launch, as where it may not read the device's counters.
-    """
+    Both are None if the profiler saw no launch, as where it may not read the device's counters."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
@@ -158,20 +126,17 @@ def host_work(call):
 
 
 def model_config(args, name, layers, intermediate_size):
-    """Configuration of a model of the sizes in `args`: a Llama with SDPA for dense, else an HSPMN with `--set`.
-
-    hspmn is the default one, of whose layers hspmn_routing and hspmn_reflexive are the two kinds; hspmn_even routes
-    the same share in every layer.
-    """
+    """Configuration of a model of the sizes in `args`: a Llama with SDPA for dense, else an HSPMN with `--set`. hspmn
+    is the default one, of whose layers hspmn_routing and hspmn_reflexive are the two kinds; hspmn_even routes the same
+    share in every layer."""
     fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = {field: getattr(args, field) for field in fields} | {
         "num_hidden_layers": layers, "intermediate_size": intermediate_size, "tie_word_embeddings": True,
-        "max_position_embeddings": 1048576, "rms_norm_eps": 1e-6,
-    }  # fmt: skip
+        "max_position_embeddings": 1048576, "rms_norm_eps": 1e-6}  # fmt: skip
     if name == "dense":
         return LlamaConfig(**sizes, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)
-    shares = {"hspmn": None, "hspmn_even": args.sparsity_k, "hspmn_reflexive": [0.0]}
-    shares["hspmn_routing"] = [CONCENTRATED_SHARE * ROUTING_PERIOD]
+    routing = [CONCENTRATED_SHARE * ROUTING_PERIOD]
+    shares = {"hspmn": None, "hspmn_even": args.sparsity_k, "hspmn_reflexive": [0.0], "hspmn_routing": routing}
     own = {"sparsity_k": shares[name], "sliding_window": args.sliding_window}
     return config_with(sizes | own | parse_overrides("--set", args.set))
 
@@ -182,13 +147,6 @@ def random_hidden(args, B, S, seed=0):
     return torch.randn(B, S, args.hidden_size, device=args.device, dtype=args.dtype, generator=generator)
 
 
-def random_tokens(args, B, T):
-    """Token ids [B, T]."""
-    return torch.randint(args.vocab_size, (B, T), device=args.device)
-
-
-def gemm_sizes(args, intermediate_size):
-    """(inputs, outputs) of the block's GEMMs: qkv, o, gate and up, down."""
-    D, width = args.hidden_size, intermediate_size
-    H, G, E = args.num_attention_heads, args.num_key_value_heads, args.head_dim
-    return [(D, (H + 2 * G) * E), (H * E, D), (D, 2 * width), (width, D)]
+def random_tokens(args, *shape):
+    """Token ids of a shape."""
+    return torch.randint(args.vocab_size, shape, device=args.device)
