@@ -162,23 +162,6 @@ def test_compiled_code_that_nobody_checked_drops_tokens_and_harms_nothing(tiny_m
 # generate()
 
 
-@pytest.mark.parametrize("options", [{}, {"linear_attention": "elu"}, {"num_sink_tokens": 2}], ids=str)
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_generate_on_a_static_cache_equals_the_growing_one(tiny_model, options, num_beams):
-    model = tiny_model(**options)
-    mask = left_padded(3, 20, 9)
-    ids = tokens(3, 20) * mask
-    inputs = {"attention_mask": mask, "num_beams": num_beams, "return_dict_in_generate": True}
-    expected = generate(model, ids, **inputs)
-    for more in ({}, {"prefill_chunk_size": 7}):
-        outputs = generate(model, ids, cache_implementation="static", **inputs, **more)
-        assert torch.equal(outputs.sequences, expected.sequences)
-        assert type(outputs.past_key_values) is HSPMNStaticCache
-        assert outputs.past_key_values.batch_size == 3 * num_beams
-    alone = generate(model, ids[:1, 9:], num_beams=num_beams, cache_implementation="static")
-    assert torch.equal(outputs.sequences[0, 20:], alone[0, 11:])
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 2}, {"compile_config": compiling()}], ids=["eager", "beams", "compiled"]
 )
