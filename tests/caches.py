@@ -8,8 +8,14 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 CLOSE = {"rtol": 0, "atol": 1e-4}  # logits have a deviation of about 1
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
-
+VARIANTS = {  # every feature of a block, in as few models as tell them apart
+    "gated": {},
+    "elu": {"linear_attention": "elu"},
+    "sinks": {"num_sink_tokens": 2, "routed_intermediate_size": 24, "linear_attention_horizon": 6},
+    "dense": {"sparsity_k": [1.0, 0.0, 0.3], "num_key_value_heads": 4, "router_initial_tokens": 6},
+    "reflexive": {"sparsity_k": 0.0},
+    "bare": {"sliding_window": 0, "conv_kernel_size": 1, "linear_attention": "elu", "sparsity_k": 0.3},
+}
 # By name: the call that moves rows of a cache of three, and the old row that each new one is
 MOVES = {
     "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
@@ -35,6 +41,12 @@ def left_padded(B, T, *padding):
     return (torch.arange(T) >= torch.tensor([*padding, *[0] * (B - len(padding))])[:, None]).long()
 
 
+def generate(model, ids, **options):
+    """Twelve tokens, greedily, none of them the padding."""
+    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
+    return model.generate(ids, **greedy | options)
+
+
 def static_cache(model, B=3, length=40, **options):
     return HSPMNStaticCache(model.config, B, length, device=model.device, dtype=model.dtype, **options)
 
@@ -45,15 +57,10 @@ def feed(model, ids, cache=None, lengths=None, mask=None, positions=None):
     outputs, end = [], 0
     for piece in ids.split(lengths or ids.shape[1], 1):
         begin, end = end, end + piece.shape[1]
-        outputs.append(
-            model(
-                piece,
-                attention_mask=None if mask is None else mask[:, :end],
-                position_ids=None if positions is None else positions[:, begin:end],
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        )
+        padding = None if mask is None else mask[:, :end]
+        places = None if positions is None else positions[:, begin:end]
+        options = {"past_key_values": cache, "use_cache": cache is not None}
+        outputs.append(model(piece, attention_mask=padding, position_ids=places, **options))
     return torch.cat([x.logits for x in outputs], 1), torch.cat([x.router_mask for x in outputs], 2)
 
 

@@ -1,11 +1,12 @@
 """`generate` and `prefill`: every way of reading and decoding gives what uncached decoding gives."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from caches import CLOSE, GREEDY, feed, left_padded, pack, tokens
+from caches import CLOSE, feed, generate, left_padded, pack, tokens
 from hspmn import modeling_hspmn
 from hspmn.cache_hspmn import HSPMNCache, HSPMNStaticCache
-from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 
@@ -26,20 +27,13 @@ def pieces(model):
     return lengths
 
 
-def generate(model, ids, **kwargs):
-    return model.generate(ids, **GREEDY | kwargs)
-
-
 def padded(B, T, padding):
     """Ids and mask of rows of which the first begins with so much padding."""
     mask = left_padded(B, T, padding)
     return tokens(B, T) * mask, mask
 
 
-# Decoding
-
-
-def test_greedy_is_the_argmax_of_a_plain_forward(model):
+def test_greedy_from_ids_and_embeddings_is_the_argmax_of_a_plain_forward(model):
     ids, logits, options = tokens(2, 20), [], {"output_logits": True, "return_dict_in_generate": True}
     for _ in range(12):
         logits.append(feed(model, ids)[0][:, -1])
@@ -50,6 +44,8 @@ def test_greedy_is_the_argmax_of_a_plain_forward(model):
         torch.testing.assert_close(torch.stack(outputs.logits), torch.stack(logits), **CLOSE)
         cache = outputs.past_key_values
         assert (type(cache) is HSPMNCache and cache.get_seq_length() == 31) if use_cache else cache is None
+    embeds = model.get_input_embeddings()(tokens(2, 20))
+    assert torch.equal(generate(model, None, inputs_embeds=embeds), ids[:, 20:])
 
 
 def test_sampling_with_a_seed_is_the_same_with_and_without_cache(model):
@@ -72,13 +68,10 @@ def test_beams_with_cache_equal_beams_without(model):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize(
-    "options, kind",
-    [
-        ({}, HSPMNCache), ({"use_cache": False}, type(None)),
-        ({"cache_implementation": "static", "prefill_chunk_size": 7}, HSPMNStaticCache),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("options, kind", [
+    ({}, HSPMNCache), ({"use_cache": False}, type(None)),
+    ({"cache_implementation": "static", "prefill_chunk_size": 7}, HSPMNStaticCache),
+])  # fmt: skip
 def test_left_padded_rows_equal_rows_alone(model, options, kind, num_beams):
     (ids, mask), beams = padded(2, 20, 13), {"num_beams": num_beams}
     options = options | beams
@@ -90,11 +83,6 @@ def test_left_padded_rows_equal_rows_alone(model, options, kind, num_beams):
         assert torch.equal(batch.sequences[row, 20:], alone[0, real.sum() :])
 
 
-def test_generation_from_embeddings(model):
-    new = model.generate(inputs_embeds=model.get_input_embeddings()(tokens(2, 20)), **GREEDY)
-    assert torch.equal(new, generate(model, tokens(2, 20))[:, 20:])
-
-
 def test_end_of_text_stops_a_row_and_pads_it(model):
     free = generate(model, tokens(2, 20))
     end = free[0, 22].item()
@@ -103,39 +91,20 @@ def test_end_of_text_stops_a_row_and_pads_it(model):
     assert torch.equal(stopped[0, :first], free[0, :first]) and not stopped[0, first:].any()
 
 
-class Recorder(BaseStreamer):
-    received = ()
-
-    def put(self, value):
-        self.received += (*value.flatten().tolist(),)
-
-    def end(self):
-        self.received += ("end",)
-
-
 def test_streaming_delivers_every_token_in_order(model):
-    streamer = Recorder()
-    sequence = generate(model, tokens(1, 20), streamer=streamer)
-    assert streamer.received == (*sequence[0].tolist(), "end")
+    received = []
+    streamer = SimpleNamespace(put=lambda ids: received.extend(ids.flatten()), end=lambda: received.append("end"))
+    assert [*generate(model, tokens(1, 20), streamer=streamer)[0], "end"] == received
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"assistant_model": True}, "stateful"),  # the state cannot be rewound
-        ({"prompt_lookup_num_tokens": 3}, "stateful"),
-        ({"cache_implementation": "quantized"}, "cache_implementation.*quantized"),
-        ({"cache_implementation": "offloaded"}, "cache_implementation.*offloaded"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options, message", [
+    ({"assistant_model": True}, "stateful"), ({"prompt_lookup_num_tokens": 3}, "stateful"),  # no state is rewound
+    *(({"cache_implementation": kind}, f"cache_implementation.*{kind}") for kind in ("quantized", "offloaded")),
+], ids=str)  # fmt: skip
 def test_what_cannot_decode_is_refused_by_name(model, options, message):
     options |= {"assistant_model": model} if "assistant_model" in options else {}
     with pytest.raises(ValueError, match=message):
         generate(model, tokens(1, 20), **options)
-
-
-# Reading a prompt
 
 
 @pytest.mark.parametrize("size, read", [(None, [2, 6, 6, 6]), (15, [5, 15]), (1, [1] * 20), (20, [20]), (64, [20])])
@@ -171,9 +140,7 @@ def test_prefill_continues_a_cache_and_keeps_the_logits_asked_for(model):
     torch.testing.assert_close(outputs.logits, feed(model, ids, positions=packed)[0][:, -8:], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "options", [{"chunk_size": 0}, {"logits_to_keep": 0}, {"logits_to_keep": 9, "chunk_size": 8}], ids=str
-)
+@pytest.mark.parametrize("options", [{"chunk_size": 0}, {"logits_to_keep": 0}, {"logits_to_keep": 9, "chunk_size": 8}])
 def test_prefill_refuses_sizes_by_name(tiny_model, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must"):
         tiny_model().prefill(tokens(1, 20), **options)
@@ -191,9 +158,6 @@ def test_prefill_shows_its_progress_when_it_takes_long(tiny_model, capsys, monke
     assert shown == [False, False, True, True, False, True]
 
 
-# Going on from a cache
-
-
 @pytest.mark.parametrize("size", [None, 9])
 @pytest.mark.parametrize("padding", [0, 8])
 def test_generation_continues_from_a_returned_cache(model, pieces, size, padding):
@@ -203,13 +167,7 @@ def test_generation_continues_from_a_returned_cache(model, pieces, size, padding
     mask = torch.cat([mask, torch.ones(2, 35, dtype=torch.long)], 1)
     expected = generate(model, turn, attention_mask=mask)
     pieces.clear()
-    options = {"past_key_values": first.past_key_values, "attention_mask": mask, "prefill_chunk_size": size}
+    given = {"attention_mask": mask} if padding else {}  # all ones: not needed
+    options = given | {"past_key_values": first.past_key_values, "prefill_chunk_size": size}
     assert torch.equal(generate(model, turn, **options), expected)
     assert pieces == [*([31] if size is None else [4, 9, 9, 9]), *[1] * 11]
-
-
-def test_generation_continues_from_the_cache_of_a_forward(model):
-    ids = tokens(2, 20)
-    cache = model(ids[:, :15]).past_key_values
-    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
-    assert cache.get_seq_length() == 31
