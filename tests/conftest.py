@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():  # before the first import of triton: kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from more
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # importlib mode leaves it out; caches.py is imported from it
 package = ModuleType("hspmn")
 package.__path__ = [str(Path(__file__).resolve().parent.parent)]
@@ -24,13 +25,15 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Tiny tensors gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing is compiled yet, and what will be is counted."""
+    from torch._dynamo.utils import counters  # not above: it may import triton
+
+    torch._dynamo.reset()
+    counters.clear()
     yield
-    torch.set_num_threads(threads)
+    torch.compiler.set_stance("default")
 
 
 @pytest.fixture(scope="session")

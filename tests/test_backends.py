@@ -5,37 +5,32 @@ Without a GPU the kernels run in Triton's interpreter; with one, compiled, and u
 
 import pytest
 import torch
-from caches import feed
+from caches import CLOSE, DEVICE, feed, needs_gpu, pack
+from caches import tokens as tokens_on_cpu
 from hspmn import block_hspmn
 from hspmn.block_hspmn import pick_backend
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.operations_hspmn import Operation, operations
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-CLOSE = {"rtol": 0, "atol": 1e-4}
-PIECES = [20, 1, 1, 9]
 # Small, for the interpreter; a layer that routes and one that does not
 SIZES = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
 SIZES |= {"sparsity_k": [0.4, 0.0]}
+ONE_LAYER = {"num_hidden_layers": 1, "sparsity_k": 0.4}
 VARIANTS = {
     "gated": {},
     "elu": {"linear_attention": "elu"},
-    "sinks": {"num_sink_tokens": 2},
-    "routed_mlp": {"routed_intermediate_size": 24, "router_initial_tokens": 5},
+    "sinks": {"num_sink_tokens": 2, "routed_intermediate_size": 24, "router_initial_tokens": 5},
     "dense_layer": {"sparsity_k": [1.0, 0.3], "linear_attention_horizon": 6},
     "bare": {"sliding_window": 0, "conv_kernel_size": 1, "sparsity_k": 0.3},
     "int8": {"kv_cache_dtype": "int8", "sparsity_k": [1.0, 0.5]},
 }
-needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
-def full_float32(one_thread):
+def full_float32(fresh_dynamo):
     with torch.no_grad():
         torch.set_float32_matmul_precision("highest")
         yield
-    torch.compiler.set_stance("default")
 
 
 @pytest.fixture
@@ -49,8 +44,8 @@ def pair(tiny_model):
     return build
 
 
-def tokens(B, T, seed=0):
-    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+def tokens(*sizes):
+    return tokens_on_cpu(*sizes).to(DEVICE)
 
 
 def fed(models, ids, pieces, **inputs):
@@ -68,7 +63,7 @@ def test_kernels_equal_the_reference_in_the_model(pair, variant):
     models, ids = pair(**VARIANTS[variant]), tokens(2, 31)
     without = [(out.logits, out.router_mask) for out in (model(ids, use_cache=False) for model in models)]
     assert_same(*without)
-    kernels, reference = fed(models, ids, PIECES)
+    kernels, reference = fed(models, ids, [20, 1, 1, 9])
     assert_same(kernels, reference)
     if variant != "int8":  # the same keys as in one pass
         assert_same(kernels, without[1])
@@ -78,14 +73,13 @@ def test_kernels_equal_the_reference_in_the_model(pair, variant):
 def test_kernels_equal_the_reference_with_padding_and_packing(pair, kind):
     mask = torch.ones(3, 27, dtype=torch.long, device=DEVICE)
     mask[0, :9], mask[1, 20:], mask[2] = 0, 0, 0
-    positions = torch.cat([torch.arange(14), torch.arange(13)])[None].expand(3, -1).to(DEVICE)
-    inputs = {"mask": mask} if kind == "padded" else {"positions": positions}
-    assert_same(*fed(pair(num_hidden_layers=1, sparsity_k=0.4), tokens(3, 27), [16, 1, 10], **inputs))
+    inputs = {"mask": mask} if kind == "padded" else {"positions": pack(*[[14, 13]] * 3).to(DEVICE)}
+    assert_same(*fed(pair(**ONE_LAYER), tokens(3, 27), [16, 1, 10], **inputs))
 
 
 def test_generation_on_kernels_equals_the_reference(pair):
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
-    got, want = (model.generate(tokens(1, 9), **options) for model in pair(num_hidden_layers=1, sparsity_k=0.4))
+    got, want = (model.generate(tokens(1, 9), **options) for model in pair(**ONE_LAYER))
     assert torch.equal(got, want)
 
 
@@ -101,15 +95,8 @@ def called(monkeypatch):
 
 STREAMS = ["norm_heads", "split_heads", "linear_attention", "reflexive_merge", "route", "extend", "sqsk_merge"]
 PROMPT = ["place", *STREAMS, "add_norm", "linear_add"]
-TOKEN = [
-    "place",
-    "project_token",
-    "split_heads",
-    "attend_token",
-    "linear_add_token",
-    "swiglu_token",
-    "linear_add_token",
-]
+TOKEN = ["place", "project_token", "split_heads", "attend_token"]
+TOKEN += ["linear_add_token", "swiglu_token", "linear_add_token"]
 
 
 def hooked(layer):
@@ -139,7 +126,7 @@ def biased(layer):
 @pytest.mark.parametrize("hook", [False, True])
 def test_the_kernels_run_where_they_are_forced(pair, called, hook):
     """A model that fell back to the reference would pass every other test here; a removed hook is no reason to."""
-    model = pair(num_hidden_layers=1, sparsity_k=0.4)[0]
+    model, _ = pair(**ONE_LAYER)
     if hook:
         hooked(model.model.layers[0])
         model.model.layers[0].mlp.up_proj._forward_hooks.clear()
@@ -152,7 +139,7 @@ def test_the_kernels_run_where_they_are_forced(pair, called, hook):
 )
 def test_modules_that_are_changed_are_called(pair, called, change, reason):
     """Launches that use weights past their modules stand back, and what is computed is what the modules say."""
-    models = pair(num_hidden_layers=1, sparsity_k=0.4)
+    models = pair(**ONE_LAYER)
     for model in models:
         change(model.model.layers[0])
     body, why = models[0].model.layers[0].path(torch.zeros(2, 8, 32, device=DEVICE), "triton")
@@ -174,48 +161,33 @@ def test_an_operation_without_a_form_for_a_backend_runs_its_reference():
     assert flex.linear_attention is not triton.linear_attention  # without one
 
 
-def test_auto_is_the_reference_on_cpu_and_follows_gradients_on_cuda():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert pick_backend("auto", cpu, 64) == "reference"
-    assert pick_backend("auto", cuda, 64) == "triton"
-    assert pick_backend("auto", cuda, 48) == "flex"
-    with torch.enable_grad():
-        assert pick_backend("auto", cuda, 64) == "flex"
-
-
-def test_auto_without_triton_is_flex_on_cuda(monkeypatch):
-    monkeypatch.setattr(block_hspmn, "HAS_TRITON", False)
-    assert pick_backend("auto", torch.device("cuda"), 64) == "flex"
-
-
-@pytest.mark.parametrize(
-    "backend, device, missing, reason",
-    [
-        ("flex", "cpu", (), "backend='flex' needs a CUDA device"),
-        ("triton", "cpu", ("interpreted",), "backend='triton' needs a CUDA device"),
-        ("triton", "cuda", ("HAS_TRITON",), "backend='triton' needs the triton package"),
-        ("triton", "cuda", ("no_grad",), "backend='triton' computes no gradients"),
-    ],
-)
-def test_a_forced_backend_is_refused_where_it_cannot_run(monkeypatch, backend, device, missing, reason):
-    if "interpreted" in missing:
-        monkeypatch.setattr(block_hspmn, "interpreted", lambda: False)
-    if "HAS_TRITON" in missing:
+@pytest.mark.parametrize("backend, device, width, world, picked", [
+    ("auto", "cpu", 64, None, "reference"), ("auto", "cuda", 64, None, "triton"),
+    ("auto", "cuda", 48, None, "flex"), ("auto", "cuda", 64, "gradients", "flex"),
+    ("auto", "cuda", 64, "HAS_TRITON", "flex"),
+    ("flex", "cpu", 64, None, "refused: backend='flex' needs a CUDA device"),
+    ("triton", "cpu", 64, "interpreted", "refused: backend='triton' needs a CUDA device"),
+    ("triton", "cuda", 64, "HAS_TRITON", "refused: backend='triton' needs the triton package"),
+    ("triton", "cuda", 64, "gradients", "refused: backend='triton' computes no gradients"),
+])  # fmt: skip
+def test_a_backend_is_picked_or_refused_where_it_cannot_run(monkeypatch, backend, device, width, world, picked):
+    """By the device, the width of a head, and whether there are gradients, Triton and its interpreter."""
+    if world == "HAS_TRITON":
         monkeypatch.setattr(block_hspmn, "HAS_TRITON", False)
-    with torch.set_grad_enabled("no_grad" in missing), pytest.raises(ValueError, match=reason):
-        pick_backend(backend, torch.device(device), 64)
-
-
-def test_a_head_width_without_kernels_is_refused_by_name(tiny_model):
-    with pytest.raises(ValueError, match="head width must be one of"):
-        tiny_model(head_dim=8, backend="triton").to(DEVICE)(tokens(1, 9))
+    if world == "interpreted":
+        monkeypatch.setattr(block_hspmn, "interpreted", lambda: False)
+    with torch.set_grad_enabled(world == "gradients"):
+        if picked.startswith("refused: "):
+            with pytest.raises(ValueError, match=picked.removeprefix("refused: ")):
+                pick_backend(backend, torch.device(device), width)
+        else:
+            assert pick_backend(backend, torch.device(device), width) == picked
 
 
 @needs_gpu
 @pytest.mark.parametrize("backend", ["triton", "flex"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_inference_equals_the_eager_reference(pair, variant, backend):
-    torch._dynamo.reset()
     model, reference = pair(**VARIANTS[variant])
     model.config.backend, compiled = backend, torch.compile(model, fullgraph=True)
     for seed in range(4):
@@ -228,7 +200,6 @@ def test_compiled_inference_equals_the_eager_reference(pair, variant, backend):
 @needs_gpu
 @pytest.mark.parametrize("T", [60, 700])
 def test_compiled_training_equals_the_eager_reference(pair, T):
-    torch._dynamo.reset()
     flex, reference = (model.train() for model in pair(num_hidden_layers=3, sparsity_k=[0.3, 0.05, 0.0]))
     flex.config.backend, ids = "flex", tokens(3, T)
     with torch.enable_grad():

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from caches import needs_gpu
 from hspmn import benchmark
 from hspmn.benchmarks import blocks, cases, context, timing
 from hspmn.operations_hspmn import REGISTRY
 
-CUDA = torch.cuda.is_available()
-pytestmark = pytest.mark.usefixtures("one_thread")
 needs_interpreter = pytest.mark.skipif(not cases.interpreted(), reason="needs Triton's interpreter")
 
 
@@ -94,11 +93,6 @@ def test_later_runs_replace_their_cases_and_failing_ones_stop_no_other(tmp_path,
     assert after["floor/fwd/B2_S64", "ms"] != before["floor/fwd/B2_S64", "ms"]
 
 
-def test_the_time_budget_starts_nothing_more(tmp_path, capsys):
-    assert run(tmp_path, "train", "--time_budget", "1e-9") == 0
-    assert "are spent" in capsys.readouterr().out and not list(tmp_path.iterdir())
-
-
 @needs_interpreter
 @pytest.mark.slow
 def test_every_operation_is_checked_without_a_gpu(tmp_path, capsys):
@@ -121,7 +115,9 @@ def test_a_wrong_kernel_is_refused(monkeypatch):
         cases.measure_operation(args, "add_norm", "triton", sizes)
 
 
-def test_kernels_say_that_they_are_left_out(tmp_path, monkeypatch, capsys):
+def test_what_is_not_measured_is_said(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, "train", "--time_budget", "1e-9") == 0
+    assert "are spent" in capsys.readouterr().out and not list(tmp_path.iterdir())
     monkeypatch.setattr(cases, "interpreted", lambda: False)
     assert run(tmp_path, "kernels") == 0
     assert "left out, Triton kernels need CUDA" in capsys.readouterr().out
@@ -174,7 +170,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words, capsys):
     assert ended.value.code == 2 and error.count("\n") == 1 and all(word.strip("-") in error for word in words[:1])
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("mode", list(benchmark.CASES))
 def test_every_mode_runs_on_cuda(tmp_path, mode):
     assert run(tmp_path, mode, "--device", "cuda", "--compile", "inductor", "--shapes", "1x256") == 0

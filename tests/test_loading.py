@@ -53,49 +53,40 @@ def saved(tmp_path_factory):
     return folder, model
 
 
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids.to(model.device)).logits.cpu()
+
+
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def test_checkout_config_holds_the_defaults():
-    config = AutoConfig.from_pretrained(CHECKOUT, trust_remote_code=True)
-    defaults = type(config)().to_dict()
-    written = json.loads((CHECKOUT / "config.json").read_text())
-    written.pop("auto_map")
-    for field, value in written.items():
-        assert field == "architectures" or defaults[field] == value, field
-
-
-def test_overrides_reach_the_config_and_are_validated():
-    config = AutoConfig.from_pretrained(CHECKOUT, trust_remote_code=True, hidden_size=64, num_hidden_layers=3)
-    assert (config.hidden_size, config.num_hidden_layers) == (64, 3)
+def test_checkout_loads_under_other_spellings_and_overrides_are_validated(monkeypatch):
+    monkeypatch.chdir(CHECKOUT)
+    for spelling in (".", f"../{CHECKOUT.name}", f"{CHECKOUT}/", CHECKOUT):
+        config = AutoConfig.from_pretrained(spelling, trust_remote_code=True, hidden_size=64, num_hidden_layers=3)
+        assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("hspmn", 64, 3)
     with pytest.raises(ValueError, match="sparsity_k"):
         make_model(sparsity_k=1.5)
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
 def test_from_config_on_the_checkout(auto):
-    model = make_model(auto, pad_token_id=0)
     with torch.no_grad():
-        outputs = model(torch.arange(1, 11)[None])
-    hidden = outputs.last_hidden_state
+        hidden = make_model(auto, pad_token_id=0)(torch.arange(1, 11)[None]).last_hidden_state
     assert hidden.shape == (1, 10, 32) and hidden.isfinite().all()
 
 
-def test_checkout_loads_under_other_spellings(monkeypatch):
-    monkeypatch.chdir(CHECKOUT)
-    for spelling in (".", f"../{CHECKOUT.name}", f"{CHECKOUT}/", CHECKOUT):
-        assert AutoConfig.from_pretrained(spelling, trust_remote_code=True).model_type == "hspmn"
-
-
-def test_saved_folder_holds_code_and_auto_map(saved):
+def test_saved_folder_holds_code_and_auto_map_and_is_saved_again_the_same(saved, tmp_path):
     folder, _ = saved
     files = contents(folder)
     assert {"config.json", "model.safetensors", "configuration_hspmn.py", "modeling_hspmn.py"} <= files.keys()
-    for name, code in files.items():
-        if name.endswith(".py"):
-            assert code == (CHECKOUT / name).read_bytes(), name
+    for name in files:
+        assert not name.endswith(".py") or files[name] == (CHECKOUT / name).read_bytes(), name
     assert json.loads(files["config.json"])["auto_map"]["AutoModelForCausalLM"] == "modeling_hspmn.HSPMNForCausalLM"
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
+    assert contents(tmp_path) == files
 
 
 def test_fresh_process_without_checkout_and_triton_gives_the_same_logits(saved, tmp_path):
@@ -107,38 +98,24 @@ def test_fresh_process_without_checkout_and_triton_gives_the_same_logits(saved, 
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    logits, generated = torch.load(tmp_path / "out.pt")
-    with torch.no_grad():
-        torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-6)
+    got, generated = torch.load(tmp_path / "out.pt")
+    torch.testing.assert_close(got, logits(model, ids), rtol=0, atol=1e-6)
     assert generated.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
-
-
-def test_save_load_save_again_is_identical(saved, tmp_path):
-    folder, _ = saved
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "again")
-    first, again = contents(folder), contents(tmp_path / "again")
-    assert first.keys() == again.keys()
-    for name in first:
-        assert first[name] == again[name], name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_keeps_the_router_in_float32(saved, dtype):
-    folder, _ = saved
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(saved[0], trust_remote_code=True, dtype=dtype)
     names = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     assert names["model.layers.0.projection.qkv_proj.weight"] == dtype
     assert all(found == torch.float32 for name, found in names.items() if ".router." in name)
-    with torch.no_grad():
-        assert model(torch.arange(10)[None]).logits.isfinite().all()
+    assert logits(model, torch.arange(10)[None]).isfinite().all()
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_device_map(saved, device_map):
     folder, model = saved
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map=device_map)
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        expected, logits = model(ids).logits, loaded(ids.to(loaded.device)).logits.cpu()
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 if loaded.device.type == "cpu" else 1e-2)
+    close = {"rtol": 0, "atol": 1e-5 if loaded.device.type == "cpu" else 1e-2}
+    torch.testing.assert_close(*(logits(m, torch.arange(12)[None]) for m in (loaded, model)), **close)
     assert torch.equal(loaded.model.layers[0].router.target.cpu(), model.model.layers[0].router.target)

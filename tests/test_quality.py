@@ -1,10 +1,10 @@
 """The comparison, associative recall and the evaluation tasks, in their tiny CPU settings."""
 
-import argparse
 import importlib.util
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -32,8 +32,10 @@ def args(folder):
     return quality.make_parser().parse(["--tiny", "--data_cache", str(folder / "data")], quality.TINY)
 
 
-def changed(args, **others):
-    return argparse.Namespace(**vars(args) | others)
+@pytest.fixture(scope="module")
+def data(args):
+    """The tokenizer and the training tokens."""
+    return quality.prepare_data(args)[:2]
 
 
 def run(folder, *arguments, name="quality"):
@@ -80,8 +82,8 @@ def test_finished_pairs_are_kept_and_new_ones_appended(folder, capsys):
 def test_processes_share_a_results_file(folder, args, tmp_path):
     """A pair that another process has added meanwhile is kept."""
     runs = json.loads((folder / "quality.json").read_text())["runs"][:2]
-    args = changed(args, output=tmp_path)
-    for results, entry in zip([quality.Results(args, {}) for _ in range(2)], runs, strict=True):
+    here = Namespace(**vars(args) | {"output": tmp_path})
+    for results, entry in zip([quality.Results(here, {}) for _ in range(2)], runs, strict=True):
         results.add(entry)
     written = json.loads((tmp_path / "quality.json").read_text())["runs"]
     assert {(run["case"], run["seed"]) for run in written} == {(run["case"], run["seed"]) for run in runs}
@@ -92,7 +94,7 @@ def test_variants_override_fields_of_a_model_and_a_name_runs_once(folder, args):
     assert entry["case"] == "graded" and entry["target"] == [0.5, 0.1]
     assert entry["overrides"] == {"sparsity_k": [0.5, 0.1], "sliding_window": 16}
     variants = [f"even_random@hspmn_random:sparsity_k={share}" for share in (0.1, 0.2)]
-    listed = quality.list_cases(changed(args, models=[], variants=variants))
+    listed = quality.list_cases(Namespace(**vars(args) | {"models": [], "variants": variants}))
     assert listed == {"even_random": ("hspmn_random", {"sparsity_k": 0.2})}
 
 
@@ -153,8 +155,8 @@ def test_recall_targets_complete_a_bigram_of_the_same_row():
     assert evaluate.recall_targets(ids).int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
 
 
-def test_needles_are_where_they_should_be(args):
-    tokenizer, train, _ = quality.prepare_data(args)
+def test_needles_are_where_they_should_be(data):
+    tokenizer, train = data
     for depth in (0.0, 0.5, 1.0):
         ids, value = evaluate.needle_prompt(tokenizer, train, 256, depth, np.random.default_rng(0))
         text, answer = tokenizer.decode(ids), tokenizer.decode(value)
@@ -169,9 +171,8 @@ def test_needles_are_where_they_should_be(args):
     assert 1 <= min(asked) < 4 < 12 < max(asked) <= 1024 // 32
 
 
-def test_needle_rows_are_the_same_for_every_seed(args):
-    tokenizer, train, _ = quality.prepare_data(args)
-    batches = quality.Batches(changed(args, needle_mix=0.5), tokenizer, train)
+def test_needle_rows_are_the_same_for_every_seed(args, data):
+    batches = quality.Batches(Namespace(**vars(args) | {"needle_mix": 0.5}), *data)
     first, second = (list(batches.of(seed)) for seed in (0, 1))
     assert len(first) == args.steps
     for step, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -202,7 +203,7 @@ def test_tasks_write_their_results(folder, checkpoint):
     assert np.isfinite([row["value"] for part in rows.values() for row in part]).all()
 
 
-def test_parts_of_verify_on_a_good_model(checkpoint, tmp_path):
+def test_parts_of_verify_on_a_good_model(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).eval()
     ids = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(evaluate.greedy(model, ids, 5, 40), evaluate.greedy(model, ids, 5, 7))
@@ -210,13 +211,13 @@ def test_parts_of_verify_on_a_good_model(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, kv_cache_dtype="int8")
     checks += evaluate.check_cached(model.eval(), ids)
     names, passed, _ = zip(*checks, strict=True)
-    assert all(passed) and names[2:6:3] == (
-        "contract 2: chunked equals uncached",
-        "contract 2: chunked equals one call",
-    )
+    assert all(passed) and {f"contract 2: chunked equals {way}" for way in ("uncached", "one call")} <= set(names)
 
 
-def test_verify_names_a_lost_file(checkpoint, tmp_path, capsys):
+def test_verify_names_a_lost_file_and_wrong_folders_are_refused(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--task", "loss", str(tmp_path)])
+    assert "holds no config.json" in capsys.readouterr().err
     lost = checkpoint / "cache_hspmn.py"
     lost.rename(tmp_path / "kept.py")
     assert evaluate.main(["--task", "verify", str(checkpoint)]) == 1
@@ -239,9 +240,3 @@ def test_non_finite_weights_are_found():
     assert all(passed for _, passed, _ in evaluate.check_weights(model, info))
     torch.nn.init.constant_(model.bias, float("nan"))
     assert [passed for _, passed, _ in evaluate.check_weights(model, info)] == [True, False]
-
-
-def test_wrong_folders_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(["--task", "loss", str(tmp_path)])
-    assert "holds no config.json" in capsys.readouterr().err

@@ -13,11 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-TINY = [
-    *("--dim", "32", "--layers", "2", "--head_dim", "16", "--seq_len", "32", "--batch", "4", "--vocab_size", "300"),
-    *("--validation_blocks", "8", "--logging_steps", "1", "--use_cpu"),
-    *("--config_overrides", "sliding_window=8", "sparsity_anneal_fraction=0.6"),
-]
+TINY = (
+    "--dim 32 --layers 2 --head_dim 16 --seq_len 32 --batch 4 --vocab_size 300 --validation_blocks 8 "
+    "--logging_steps 1 --use_cpu --config_overrides sliding_window=8 sparsity_anneal_fraction=0.6"
+).split()
 
 
 def text(lines=400):
@@ -49,7 +48,7 @@ def history(folder, step):
     return [{name: log[name] for name in names} for log in state["log_history"] if "loss" in log]
 
 
-def test_training_lowers_the_loss_and_saves_a_complete_folder(run):
+def test_training_lowers_the_loss_and_saves_a_complete_folder_that_generates(run):
     folder, results = run
     assert results["loss_after"] < results["loss_before"] - 0.2 and results["steps"] == 8
     assert results["loss_before"] == pytest.approx(math.log(300), abs=0.5)
@@ -59,10 +58,6 @@ def test_training_lowers_the_loss_and_saves_a_complete_folder(run):
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["sample"] in (folder / "README.md").read_text()
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
-
-
-def test_saved_folder_loads_and_generates(run):
-    folder, _ = run
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer(["def function", "x"], return_tensors="pt", padding=True)
@@ -94,21 +89,18 @@ def test_annealing_of_every_layer_is_logged_and_ends_at_its_share(run):
 
 def test_fine_tuning_goes_on_from_the_saved_model(run, texts, tmp_path):
     folder, results = run
-    arguments = ["--model_name_or_path", str(folder), "--dataset", str(texts), "--output_dir", str(tmp_path)]
-    arguments += ["--seq_len", "32", "--batch", "4", "--steps", "1", "--validation_blocks", "8", "--use_cpu"]
-    tuned = train.main([*arguments, "--isolate_documents", "--sparsity_k", "0.2", "0.5"])
+    arguments = f"--seq_len 32 --batch 4 --steps 1 --validation_blocks 8 --use_cpu --model_name_or_path {folder}"
+    arguments += f" --dataset {texts} --output_dir {tmp_path} --isolate_documents --sparsity_k 0.2 0.5"
+    tuned = train.main(arguments.split())
     assert abs(tuned["loss_before"] - results["loss_after"]) < 0.2
     assert json.loads((tmp_path / "config.json").read_text())["sparsity_k"] == [0.2, 0.5]
 
 
-@pytest.mark.parametrize(
-    "file, flags",
-    {
-        "data.txt": "",  # one document: its end is held out
-        "data.parquet": "--text_column content",
-        "data.jsonl": "--text_column content --streaming --tokenizer_documents 8",
-    }.items(),
-)
+@pytest.mark.parametrize("file, flags", {
+    "data.txt": "",  # one document: its end is held out
+    "data.parquet": "--text_column content",
+    "data.jsonl": "--text_column content --streaming --tokenizer_documents 8",
+}.items())  # fmt: skip
 def test_kinds_of_datasets(file, flags, tmp_path):
     source, rows = tmp_path / file, datasets.Dataset.from_dict({"content": [text(40)] * 12, "id": list(range(12))})
     write = {"txt": lambda path: path.write_text(text()), "parquet": rows.to_parquet, "jsonl": rows.to_json}
@@ -197,15 +189,12 @@ def test_bigram_is_a_distribution_and_learns_pairs():
     assert bigram.loss(blocks, 0.5) < 0.6 * math.log(10)
 
 
-def test_packing_keeps_every_token_in_order():
+def test_packing_keeps_every_token_in_order_and_isolated_documents_restart_their_positions():
     tokenizer = corpus.fit_tokenizer([text(20)], 300, padding=True)
     documents = datasets.Dataset.from_dict({"text": ["def f(x)", "", "return x + 1 and more"]})
     packed = corpus.pack(documents, tokenizer, 4)["input_ids"]
     ids = [*tokenizer("def f(x)")["input_ids"], 0, *tokenizer("return x + 1 and more")["input_ids"], 0]
     assert [token for block in packed for token in block] == ids[: len(ids) // 4 * 4]
-
-
-def test_isolated_documents_restart_their_positions():
     batch = corpus.collate([{"input_ids": [5, 0, 6, 7, 0, 8]}], isolate_after=0)
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0]]
 
@@ -220,10 +209,8 @@ def test_lora_trains_adapters_alone(tmp_path):
     model = get_peft_model(base, LoraConfig(target_modules=["qkv_proj", "o_proj"], r=4, task_type="CAUSAL_LM"))
     arguments = train.HSPMNTrainingArguments(str(tmp_path), max_steps=3, use_cpu=True, learning_rate=1e-2)
     rows = [{"input_ids": [i % 300 for i in range(k, k + 32)]} for k in range(64)]
-    trainer = train.HSPMNTrainer(
-        model, arguments, corpus.collate, rows, rows[:4], callbacks=[train.AnnealingCallback()]
-    )
-    trainer.train()
+    anneal = [train.AnnealingCallback()]
+    train.HSPMNTrainer(model, arguments, corpus.collate, rows, rows[:4], callbacks=anneal).train()
     for name, weight in before.items():
         trained = [w for n, w in model.state_dict().items() if n.replace(".base_layer", "").endswith("model." + name)]
         assert any(torch.equal(weight, w) for w in trained), name
@@ -232,7 +219,6 @@ def test_lora_trains_adapters_alone(tmp_path):
     fresh.load_state_dict(before)
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        expected = model.eval()(ids).logits
-        plain = fresh.eval()(ids).logits
+        expected, plain = (m.eval()(ids).logits for m in (model, fresh))
         loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(ids).logits
     assert not torch.allclose(plain, expected, atol=1e-4) and torch.allclose(loaded, expected, atol=1e-5)
