@@ -206,10 +206,8 @@ class Heads(NamedTuple):
 
 
 class SharedProjection(nn.Module):
-    """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens.
-
-    The convolution lets a key hold its predecessor too, which makes recall of a repeated pair a matter of one layer.
-    """
+    """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens: a key holds
+    its predecessor too, which makes recall of a repeated pair a matter of one layer."""
 
     def __init__(self, config):
         super().__init__()
@@ -270,8 +268,7 @@ class ReflexiveStream(nn.Module):
         self.config, H = config, config.num_attention_heads
         if config.linear_attention == "gated":
             self.head_proj = nn.Linear(config.hidden_size, 2 * H, bias=False)
-            self.decay_log_rate = nn.Parameter(torch.empty(H))
-            self.decay_bias = nn.Parameter(torch.empty(H))
+            self.decay_log_rate, self.decay_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H))
             self.norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.register_buffer("bound", torch.empty((), dtype=torch.float32), persistent=False)
         self.reset_parameters()

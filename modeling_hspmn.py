@@ -329,11 +329,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         return with_head(outputs, logits, loss, self.training, return_dict)
 
     def piece_size(self, rows):
-        """Tokens per row of `rows` rows that one forward may read in half of the memory that is free now.
-
-        Counted are the widest moment of a block, what every layer's router and cache keep per token, and, where the
-        reference runs, its scores.
-        """
+        """Tokens per row of `rows` rows that one forward may read in half of the memory that is free now, counting a
+        block's widest moment, what every router and cache keep per token and, where the reference runs, its scores."""
         config, device = self.config, self.device
         H, G, E, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         heads = (6 * H + 5 * G) * E
@@ -539,15 +536,15 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
 
 
 class HSPMNClassifier(HSPMNPreTrainedModel):
-    """What the classification models share: a linear layer, `score`, on the stack of blocks."""
+    """What the classification models share: a linear layer, `score`, on the stack of blocks, per token or per row."""
 
-    score_bias = True
+    per_token = True
 
     def __init__(self, config):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = HSPMNModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.score_bias)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.per_token)
         self.post_init()
 
     def forward(
@@ -555,58 +552,40 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
         output_hidden_states=None, output_attentions=None, num_items_in_batch=None, return_dict=None,
     ):  # fmt: skip
         """Logits and, with labels, the loss, see the class; the other arguments are those of `HSPMNModel.forward`."""
-        attention_mask = self._mask(input_ids, attention_mask)
+        if not self.per_token and attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
+            if self.config.pad_token_id is None:
+                raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
+            attention_mask = (input_ids != self.config.pad_token_id).long()
         outputs = self.model(
             input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
             output_attentions,
         )  # fmt: skip
-        logits, loss = self._logits(outputs.last_hidden_state, attention_mask), None
-        if labels is not None:
-            loss = self._loss(logits, labels, num_items_in_batch)
+        x_BTD, loss = outputs.last_hidden_state, None
+        if not self.per_token:
+            (B, T), token_T = x_BTD.shape[:2], torch.arange(x_BTD.shape[1], device=x_BTD.device)
+            last_B = token_T[-1].expand(B) if attention_mask is None else (token_T * attention_mask[:, -T:]).argmax(1)
+            x_BTD = x_BTD[torch.arange(B, device=last_B.device), last_B]
+        logits = self.score(x_BTD)
+        if labels is not None and self.per_token:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        elif labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return with_head(outputs, logits, loss, self.training, return_dict)
 
 
 class HSPMNForSequenceClassification(HSPMNClassifier):
-    """HSPMN with a label per sequence, read from the last real token.
-
-    Logits [B, num_labels]; labels int64 [B], or float for regression and multi-label problems. num_items_in_batch,
-    which Trainer passes, is not used: the loss is the mean over rows. Raises ValueError for a batch whose last tokens
-    cannot be told from padding.
+    """HSPMN with a label per sequence, read from the last real token: logits [B, num_labels]; labels int64 [B], or
+    float for regression and multi-label problems. num_items_in_batch, which Trainer passes, is not used: the loss is
+    the mean over rows. Raises ValueError for a batch whose last tokens cannot be told from padding.
     """
 
-    score_bias = False
-
-    def _mask(self, input_ids, attention_mask):
-        if attention_mask is not None or input_ids is None or input_ids.shape[0] == 1:
-            return attention_mask
-        if self.config.pad_token_id is None:
-            raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
-        return (input_ids != self.config.pad_token_id).long()
-
-    def _logits(self, x_BTD, attention_mask):
-        (B, T), token_T = x_BTD.shape[:2], torch.arange(x_BTD.shape[1], device=x_BTD.device)
-        last_B = token_T[-1].expand(B) if attention_mask is None else (token_T * attention_mask[:, -T:]).argmax(1)
-        return self.score(x_BTD[torch.arange(B, device=last_B.device), last_B])
-
-    def _loss(self, logits, labels, num_items_in_batch):
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+    per_token = False
 
 
 class HSPMNForTokenClassification(HSPMNClassifier):
-    """HSPMN with a label per token.
-
-    Logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored. num_items_in_batch: labelled tokens of the whole
-    batch, as Trainer passes it.
+    """HSPMN with a label per token: logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored.
+    num_items_in_batch: labelled tokens of the whole batch, as Trainer passes it.
     """
-
-    def _mask(self, input_ids, attention_mask):
-        return attention_mask
-
-    def _logits(self, x_BTD, attention_mask):
-        return self.score(x_BTD)
-
-    def _loss(self, logits, labels, num_items_in_batch):
-        return self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
 
 
 def with_head(outputs, logits, loss, training, return_dict):

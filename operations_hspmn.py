@@ -181,10 +181,8 @@ def route(
 
 
 def first_slot(index_BK, slot_BT, start_BT, held_B=None, document_slot_B=None):
-    """First slot of the document of each routed token, [B, K] int32; slots are counted with the `held_B` cached ones.
-
-    document_slot_B: the first slot of each row's document that began in an earlier call.
-    """
+    """First slot of the document of each routed token, [B, K] int32; slots are counted with the `held_B` cached ones,
+    and document_slot_B is that of each row's document that began in an earlier call."""
     routed_BT, start_BT = slot_BT >= 0, start_BT.expand_as(slot_BT)
     before_BT = (routed_BT.cumsum(1) - routed_BT.long()).gather(1, start_BT.clamp(min=0))
     if held_B is not None:
@@ -227,11 +225,8 @@ def place(
 
 
 def causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B):
-    """Depthwise causal convolution: y_t = sum_i weight_i x_(t - L + 1 + i) over visible tokens, in x's dtype.
-
-    weight_CL: the last of the L taps weighs the current token; one tap leaves x as it is. history_BLC: the L - 1 real
-    tokens before this call, moved on IN PLACE, or None for zeros.
-    """
+    """Depthwise causal convolution: y_t = sum_i weight_i x_(t - L + 1 + i) over visible tokens, in x's dtype; one tap
+    leaves x as it is. history_BLC: the L - 1 real tokens before this call, moved on IN PLACE, or None for zeros."""
     T, lags = x_BTC.shape[1], weight_CL.shape[1] - 1
     if not lags:
         return x_BTC
@@ -291,10 +286,8 @@ def split_heads(
 
 
 def log_decay(decay_BTH, log_rate_H, bias_H, least):
-    """Log-decay per token and head, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
-
-    least: nats per token that every head forgets at least, so that no state remembers without end.
-    """
+    """Log-decay of tokens and heads, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
+    Every head forgets at least `least` nats per token, so that no state remembers without end."""
     kind = torch.promote_types(decay_BTH.dtype, torch.float32)
     return -log_rate_H.to(kind).exp() * F.softplus(decay_BTH.to(kind) + bias_H.to(kind)) - least
 
@@ -488,8 +481,8 @@ def reflexive_merge(
 ) -> Tensor:  # fmt: skip
     """The reflexive stream: local attention + RMSNorm(linear) * sigmoid(head_gate), norm and gate per head.
 
-    linear_BTHE: output of the linear attention. head_gate_BTH: before the sigmoid. The first eight are those of
-    `local_attention`. Returns [B, T, H, E] in q's dtype; norm, gate and sum are float32 or wider.
+    The first eight are those of `local_attention`; linear_BTHE is of `linear_attention`. Returns [B, T, H, E] in q's
+    dtype; norm, gate and sum are float32 or wider.
     """
     local_BTHE, _ = local_attention.reference(
         q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B
@@ -745,11 +738,11 @@ def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visibl
     return BlockMask.from_kv_blocks(*tensors, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length))
 
 
-def _blocks(first_BN, last_BN, columns):
+def _blocks(first_BN, last_BN):
     """Counts and indices of the key blocks first .. last (both included) of each query block."""
-    count_BN = (last_BN - first_BN + 1).clamp(min=0)
-    index_BNM = first_BN[..., None] + torch.arange(columns, device=first_BN.device)
-    return count_BN, index_BNM.clamp(max=columns - 1)
+    N = first_BN.shape[1]
+    index_BNM = first_BN[..., None] + torch.arange(N, device=first_BN.device)
+    return (last_BN - first_BN + 1).clamp(min=0), index_BNM.clamp(max=N - 1)
 
 
 @local_attention.flex
@@ -761,14 +754,13 @@ def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B
     N = -(-T // FLEX_BLOCK)
     block_N = torch.arange(N, device=q_BTHE.device)
     first_BN = ((block_N * FLEX_BLOCK - window + 1).clamp(min=0) // FLEX_BLOCK).expand(B, N)
-    counts, indices = _blocks(first_BN, block_N.expand(B, N), N)
     start_BT = None if start_BT is None else start_BT.expand(B, T)
 
     def visible(b, h, query, key):
         near = (key <= query) & (key > query - window)
         return near if start_BT is None else near & (key >= start_BT[b, query])
 
-    return _flex(q_BTHE, k_BTGE, v_BTGE, (counts, indices, None, None), visible)
+    return _flex(q_BTHE, k_BTGE, v_BTGE, (*_blocks(first_BN, block_N.expand(B, N)), None, None), visible)
 
 
 @sqsk_attention.flex
@@ -781,15 +773,14 @@ def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     block_N = torch.arange(N, device=q_BKHE.device)
     used_BN = block_N * FLEX_BLOCK < count_B[:, None]
     if first_BK is None:
-        counts, indices = used_BN, block_N[:, None].expand(B, N, N)
-        full_counts, full_indices = torch.where(used_BN, block_N, 0), block_N.expand(B, N, N)
+        full = torch.where(used_BN, block_N, 0), block_N.expand(B, N, N)
+        blocks = (used_BN, block_N[:, None].expand(B, N, N), *full)
     else:
         first_BN = first_BK[:, ::FLEX_BLOCK] // FLEX_BLOCK
-        counts, indices = _blocks(first_BN, torch.where(used_BN, block_N, -1), N)
-        full_counts = full_indices = None
+        blocks = (*_blocks(first_BN, torch.where(used_BN, block_N, -1)), None, None)
 
     def visible(b, h, query, key):
         causal = key <= query
         return causal if first_BK is None else causal & (key >= first_BK[b, query])
 
-    return _flex(q_BKHE, k_BPGE, v_BPGE, (counts, indices, full_counts, full_indices), visible)
+    return _flex(q_BKHE, k_BPGE, v_BPGE, blocks, visible)
