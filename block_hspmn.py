@@ -1,7 +1,6 @@
 """The block of HSPMN: router, shared projection, reflexive and contextual stream, SwiGLU.
 
-Shape suffixes: B batch, T tokens, K routed slots, P key slots, H query heads, G key/value heads, E head width, F value
-width, D hidden size.
+Shape suffixes as in `operations_hspmn`; D hidden size.
 """
 
 import math
@@ -29,13 +28,13 @@ from .operations_hspmn import (
     operations,
     rotate,
     router_score,
-    swiglu,
 )
 
 HAS_TRITON = is_triton_available()
 if HAS_TRITON:
     from .kernels_hspmn import HEAD_WIDTHS, interpreted, swiglu_fits
 
+# Kernels go through the dispatcher, "triton", only where a compiler looks on
 OPERATIONS = {backend: operations(backend) for backend in ("reference", "flex", "triton", "launch")}
 FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn", "proportional")  # RoPE kinds that no length changes
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
@@ -65,16 +64,11 @@ def pick_backend(requested, device, head_dim):
     return requested
 
 
-def kernel_operations():
-    """The operations' kernels, through the dispatcher only where a compiler looks on."""
-    return OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"]
-
-
 class Stream(NamedTuple):
-    """Where the tokens of one call stand, shared by all blocks. Rows are right-padded: real tokens come first.
+    """Where the tokens of one call stand, shared by all blocks; real tokens come first in each row.
 
-    start_BT and length_B are those of `operations_hspmn`; seen_B counts the real tokens of earlier calls, None without
-    a cache; cos and sin are RoPE's, [B, T, E]; backend is what `pick_backend` returned.
+    start_BT, length_B: of `operations_hspmn`. seen_B: real tokens of earlier calls, None without a cache. cos, sin:
+    RoPE's, [B, T, E]. backend: what `pick_backend` returned.
     """
 
     position_BT: torch.Tensor
@@ -97,20 +91,13 @@ class Route(NamedTuple):
     sums_B4: torch.Tensor | None
 
 
-class RouterStatistics(NamedTuple):
-    """Of L layers, float32 [L, 3]: load (share of real tokens routed), overflow (share of those without a slot among
-    all), mean gate entropy in nats; and the scalar `aux_loss`, the weighted entropy losses of all of them."""
-
-    found_L3: torch.Tensor
-    aux_loss: torch.Tensor
-
-
 def router_statistics(routes, real, routers, config):
-    """`RouterStatistics` of the `routes` of L layers with `routers` over `real` tokens (at least 1) of all rows.
+    """Statistics of the `routes` of L layers with `routers` over `real` tokens (at least 1) of all rows.
 
-    The loss draws gates to 0 or 1 (token entropy), and each layer's mean gate to its final share while the target
-    still falls: a price on gates sorts the tokens before any is dropped, where a term towards the target would push
-    all scores up first.
+    Returns, float32 [L, 3], load (share of real tokens routed), overflow (share of those without a slot among all) and
+    mean gate entropy in nats; and the weighted entropy losses of all layers, a scalar. The loss draws gates to 0 or 1
+    (token entropy), and each layer's mean gate to its final share while the target still falls: a price on gates sorts
+    the tokens before any is dropped, where a term towards the target would push all scores up first.
     """
     device = routes[0].sums_B4.device  # of a model spread over several, the first
     means_L4 = torch.stack([route.sums_B4.to(device) for route in routes]).sum(1) / real
@@ -122,7 +109,7 @@ def router_statistics(routes, real, routers, config):
     own = sum(share * math.log(share) for share in shares)
     token, load = config.router_token_entropy_coef, config.router_load_entropy_coef
     loss = torch.sub(token * means_L4[:, 2], cross_L, alpha=load).sum() + load * own
-    return RouterStatistics(means_L4[:, :3].detach(), loss)
+    return means_L4[:, :3].detach(), loss
 
 
 class RMSNorm(nn.RMSNorm):
@@ -142,15 +129,12 @@ class HSPMNRouter(nn.Module):
 
     def __init__(self, config, layer_idx=0):
         super().__init__()
-        self.config = config
-        self.sparsity_k = config.layer_sparsity[layer_idx]
-        self.annealing = False
+        self.config, self.sparsity_k, self.annealing = config, config.layer_sparsity[layer_idx], False
         # so many first tokens of every document are routed whatever their score
         self.initial = EVERY_TOKEN if self.sparsity_k == 1.0 else config.router_initial_tokens
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
-        self.register_buffer("bias", torch.empty((), dtype=torch.float32))
-        self.register_buffer("target", torch.empty((), dtype=torch.float32), persistent=False)
-        self.register_buffer("share", torch.empty((), dtype=torch.float32), persistent=False)
+        for name in ("bias", "target", "share"):
+            self.register_buffer(name, torch.empty((), dtype=torch.float32), persistent=name == "bias")
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -181,25 +165,20 @@ class HSPMNRouter(nn.Module):
 
     def capacity(self, tokens):
         """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
-        if self.annealing:
-            return tokens
         # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
-        return min(tokens, math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6)))
+        held = math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6))
+        return tokens if self.annealing else min(tokens, held)
 
     def forward(self, h_BTD, start_BT=None, length_B=None, bias=None, backend="reference"):
-        """Route normalised hidden states [B, T, D]. Returns a `Route`.
-
-        start_BT, length_B: as in `Stream`. bias: the value to decide with, None for the present one. backend: see
-        `pick_backend`.
-        """
+        """The `Route` of normalised hidden states [B, T, D]; start_BT, length_B, backend: of `Stream`; bias: the value
+        to decide with, None for the present one."""
         # outside training memory is held for all tokens, and work is done for those routed
         capacity = self.capacity(h_BTD.shape[1]) if self.training else h_BTD.shape[1]
-        bias, floor = self.bias if bias is None else bias, self.config.router_noise_floor
-        score_BT = router_score(h_BTD, self.weight)
+        score_BT, bias = router_score(h_BTD, self.weight), self.bias if bias is None else bias
         if self.config.router_mode == "topk":
             return self._rank(score_BT, length_B)
         gate_BT, index_BK, *rest = OPERATIONS[backend].route(
-            score_BT, bias, start_BT, length_B, floor, self.initial, capacity
+            score_BT, bias, start_BT, length_B, self.config.router_noise_floor, self.initial, capacity
         )
         if not (self.training or h_BTD.is_cuda or backend == "triton" or torch.compiler.is_compiling()):
             # a CPU may as well look how many those are
@@ -217,9 +196,7 @@ class HSPMNRouter(nn.Module):
 
 
 class Heads(NamedTuple):
-    """What the streams read of the shared projection, see `split_heads`: q and k for the linear attention, then
-    q, k and v for the softmax attentions, normalised and with RoPE.
-    """
+    """What `split_heads` makes: q and k of the linear attention; q, k (normalised, with RoPE) and v of the softmax."""
 
     q_linear_BTHE: torch.Tensor
     k_linear_BTGE: torch.Tensor
@@ -229,10 +206,8 @@ class Heads(NamedTuple):
 
 
 class SharedProjection(nn.Module):
-    """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens.
-
-    The convolution lets a key hold its predecessor too, which makes recall of a repeated pair a matter of one layer.
-    """
+    """The one Q/K/V projection of both streams, with a short causal convolution over the projected tokens: a key holds
+    its predecessor too, which makes recall of a repeated pair a matter of one layer."""
 
     def __init__(self, config):
         super().__init__()
@@ -247,19 +222,18 @@ class SharedProjection(nn.Module):
     def reset_parameters(self):
         """A fresh query already matches the keys of tokens like its own, in every second key head their successors'.
 
-        Queries share a part of their weights with their key head, a mimetic initialisation (arXiv 2305.09828; of
-        recurrent states arXiv 2410.11135), their norms start above 1, and the convolution starts close to the identity
-        or, on the keys of the first, third, ... head, to a shift by one token. So the recall of a repeated pair has a
-        gradient from the first step; from independent weights it was learned after hundreds of steps or not at all.
+        Queries share a part of their weights with their key head (mimetic initialisation, arXiv 2305.09828; of
+        recurrent states arXiv 2410.11135), norms start above 1, and the convolution close to the identity or, on the
+        keys of the first, third, ... head, to a shift by one token. So the recall of a repeated pair has a gradient
+        from the first step; from independent weights it was learned after hundreds of steps or not at all.
         """
         H, G, E = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         weight = self.qkv_proj.weight.detach().clone()
         q_GXED, k_GXED = weight[: H * E].view(G, H // G, E, -1), weight[H * E : (H + G) * E].view(G, 1, E, -1)
-        matched = QUERY_KEY_MATCH * k_GXED + math.sqrt(1 - QUERY_KEY_MATCH**2) * q_GXED
-        weight[: H * E] = matched.flatten(0, 2)
+        q_GXED.mul_(math.sqrt(1 - QUERY_KEY_MATCH**2)).add_(QUERY_KEY_MATCH * k_GXED)
         init.copy_(self.qkv_proj.weight, weight)
-        for norm in (self.q_norm, self.k_norm):
-            init.constant_(norm.weight, QUERY_KEY_GAIN)
+        init.constant_(self.q_norm.weight, QUERY_KEY_GAIN)
+        init.constant_(self.k_norm.weight, QUERY_KEY_GAIN)
         taps = torch.randn(self.conv_weight.shape) * 0.1
         taps[:, -1] += 1.0
         if self.config.conv_kernel_size > 1:
@@ -269,35 +243,32 @@ class SharedProjection(nn.Module):
 
     def forward(self, h_BTD, stream, layer_cache=None):
         """`Heads` of every token [B, T, D]; moves the convolution's history on."""
-        x_BTC, config = self.qkv_proj(h_BTD), self.config
-        if layer_cache is not None and not layer_cache.is_initialized:
-            layer_cache.lazy_initialization(x_BTC)
-        history_BLC = None if layer_cache is None else layer_cache.conv_state
+        x_BTC, config, history_BLC = self.qkv_proj(h_BTD), self.config, None
+        if layer_cache is not None:
+            if not layer_cache.is_initialized:
+                layer_cache.lazy_initialization(x_BTC)
+            history_BLC = layer_cache.conv_state
         x_BTC = causal_conv(x_BTC, self.conv_weight, history_BLC, stream.start_BT, stream.length_B)
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         q_BTHE, k_BTGE, v_BTGE = x_BTC.unflatten(-1, (-1, config.head_dim)).split(sizes, 2)
         q_linear, k_linear = feature_map(q_BTHE, config.linear_attention), feature_map(k_BTGE, config.linear_attention)
-        q_BTHE, k_BTGE = self.q_norm(q_BTHE), self.k_norm(k_BTGE)
-        angles = stream.cos, stream.sin
+        (q_BTHE, k_BTGE), angles = (self.q_norm(q_BTHE), self.k_norm(k_BTGE)), (stream.cos, stream.sin)
         return Heads(q_linear, k_linear, rotate(q_BTHE, *angles), rotate(k_BTGE, *angles), v_BTGE)
 
 
 class ReflexiveStream(nn.Module):
     """Every token, O(N) time, O(1) state: causal linear attention plus local softmax attention.
 
-    "gated": scalar data-dependent decay per head, L2-normalised q/k, RMSNorm and a gate per head on the output (the
-    form of Mamba-2, arXiv 2405.21060, and Gated Linear Attention, arXiv 2312.06635). "elu": feature map elu(x) + 1
-    with a running normaliser (arXiv 2006.16236).
+    "gated": scalar data-dependent decay per head, L2-normalised q/k, RMSNorm and a gate per head on the output (as
+    Mamba-2, arXiv 2405.21060, and GLA, arXiv 2312.06635). "elu": elu(x) + 1 with a normaliser (arXiv 2006.16236).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        H = config.num_attention_heads
+        self.config, H = config, config.num_attention_heads
         if config.linear_attention == "gated":
             self.head_proj = nn.Linear(config.hidden_size, 2 * H, bias=False)
-            self.decay_log_rate = nn.Parameter(torch.empty(H))
-            self.decay_bias = nn.Parameter(torch.empty(H))
+            self.decay_log_rate, self.decay_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H))
             self.norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.register_buffer("bound", torch.empty((), dtype=torch.float32), persistent=False)
         self.reset_parameters()
@@ -306,17 +277,15 @@ class ReflexiveStream(nn.Module):
         """Heads remember over time scales from about 1 to 1000 tokens, evenly spread in the logarithm."""
         if self.config.linear_attention == "gated":
             init.constant_(self.bound, 1.0)
-            H = self.config.num_attention_heads
-            rate = torch.exp(torch.linspace(math.log(1e-3), math.log(0.7), H))  # log-decay per token at zero input
             init.zeros_(self.decay_log_rate)
+            # log-decay per token at zero input
+            rate = torch.exp(torch.linspace(math.log(1e-3), math.log(0.7), self.config.num_attention_heads))
             init.copy_(self.decay_bias, rate.expm1().log())  # softplus gives back `rate`
 
     @torch.no_grad()
     def set_progress(self, progress):
-        """Tighten the bound of a state in training: none at progress 0, `linear_attention_horizon` at progress 1.
-
-        It follows the cube: recall is learned through the states first, and taken over by the contextual stream.
-        """
+        """Tighten the bound of states in training: none at progress 0, `linear_attention_horizon` at 1, by the cube:
+        recall is learned through the states first, and taken over by the contextual stream."""
         if self.config.linear_attention == "gated":
             self.bound.fill_(progress**3)
 
@@ -360,15 +329,8 @@ class ReflexiveStream(nn.Module):
 class ContextualStream(nn.Module):
     """Routed tokens only: SQSK attention, full causal attention among them at their original positions."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
     def forward(self, reflexive_BTHE, heads, route, stream, stored=None, sinks=None):
-        """`reflexive_BTHE` plus gate * attention output at every routed token.
-
-        stored: what the cache's `update` returned, or None without a cache.
-        """
+        """`reflexive_BTHE` plus gate * attention output at every routed token; stored: of the cache's `update`."""
         operations, index_BK, slot_BT = OPERATIONS[stream.backend], route.index_BK, route.slot_BT
         q_BKHE = operations.take_rows(heads.q_BTHE, index_BK, slot_BT)
         if stored is None:
@@ -403,17 +365,16 @@ class HSPMNBlock(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx=0):
         super().__init__()
         config.validate()
-        self.config = config
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         D, E = config.hidden_size, config.head_dim
         self.input_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
         self.projection = SharedProjection(config)
         self.reflexive = ReflexiveStream(config)
         self.router = HSPMNRouter(config, layer_idx) if config.layer_sparsity[layer_idx] else None
-        self.contextual = ContextualStream(config) if self.router is not None else None
+        self.contextual = ContextualStream() if self.router is not None else None
         if config.num_sink_tokens:
-            self.sink_keys = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
-            self.sink_values = nn.Parameter(torch.empty(config.num_sink_tokens, config.num_key_value_heads, E))
+            sinks = (config.num_sink_tokens, config.num_key_value_heads, E)
+            self.sink_keys, self.sink_values = nn.Parameter(torch.empty(sinks)), nn.Parameter(torch.empty(sinks))
         self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
         self.post_attention_layernorm = RMSNorm(D, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(D, config.intermediate_size)
@@ -433,19 +394,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
             init.normal_(self.sink_values, std=self.config.initializer_range)
 
     def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False, router_bias=None):
-        """Run the block.
+        """Output [B, S, hidden_size] of hidden_states [B, S, hidden_size], aux_loss (scalar), and the cache.
 
-        Args:
-            hidden_states: [B, S, hidden_size].
-            stream: where the tokens stand; None: one document per row, continued if `past_key_values` is given.
-            past_key_values: `HSPMNCache` to read and extend, or None.
-            output_router: return the output and the fields of the `Route`, none for a purely reflexive layer: flat, as
-                reentrant gradient checkpointing follows no nested tensors.
-            router_bias: the routing bias of this call, None for the router's own. A caller that moves the bias before
-                backward passes a copy, so that recomputation under gradient checkpointing routes the same tokens.
-
-        Returns:
-            output [B, S, hidden_size], aux_loss (scalar), and the cache.
+        stream: where the tokens stand; None: one document per row, continued if `past_key_values`, the `HSPMNCache` to
+        read and extend, is given. output_router: return the output and the fields of the `Route`, none for a purely
+        reflexive layer: flat, as reentrant gradient checkpointing follows no nested tensors. router_bias: the routing
+        bias of this call, None for the router's own. A caller that moves the bias before backward passes a copy, so
+        that recomputation under gradient checkpointing routes the same tokens.
         """
         tokens, alone = hidden_states.shape[1], stream is None
         if alone:
@@ -462,14 +417,11 @@ class HSPMNBlock(GradientCheckpointingLayer):
         aux_loss = output.new_zeros((), dtype=torch.float32)
         if route is not None and route.sums_B4 is not None:
             real = tokens * len(output) if stream.length_B is None else stream.length_B.sum().clamp(min=1)
-            aux_loss = router_statistics([route], real, [self.router], self.config).aux_loss
+            aux_loss = router_statistics([route], real, [self.router], self.config)[1]
         return output, aux_loss, past_key_values
 
     def path(self, x_BTD, backend, cached=False):
-        """Which body runs a call, "modules", "fused" (on kernels) or "token" (one, on kernels), and why.
-
-        The first condition that holds sends a call to the modules, each of which is then called.
-        """
+        """Which body runs a call, "modules" (each is called), "fused" or "token" (kernels), and the first reason."""
         for holds, reason in (
             (backend != "triton", "kernels compute no gradients and need CUDA"),
             (self.training, "training calls every module"),
@@ -526,7 +478,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
 
     def _run_fused(self, x_BTD, stream, layer_cache, router_bias):
         """`_run_modules` for prompts on kernels: norms, gates, decisions and sums are made where their inputs are."""
-        operations, config = kernel_operations(), self.config
+        operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
         history = state = ring_k = ring_v = route = stored = None
@@ -567,13 +519,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
             operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, keys, values, route.index_BK, *limits)
         norm, y_BTD = self.post_attention_layernorm, F.linear(merged_BTHE.flatten(2), self.o_proj.weight)
         x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
-        product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else swiglu.reference
+        product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else OPERATIONS["reference"].swiglu
         operations.linear_add(x_BTD, product(h_BTD, mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight)
         return x_BTD, route
 
     def _run_token(self, x_BTD, stream, layer_cache, router_bias):
         """`_run_modules` of a single token on kernels: products share a launch with what stands before or after."""
-        operations, config = kernel_operations(), self.config
+        operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
         if not layer_cache.is_initialized:
@@ -607,15 +559,11 @@ class HSPMNBlock(GradientCheckpointingLayer):
 
 
 def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="reference"):
-    """The `Stream` of one call.
+    """The `Stream` of one call on embeddings `x_BTD`, real tokens first in each row.
 
-    Args:
-        x_BTD: embeddings, real tokens first in each row.
-        cache: `HSPMNCache` or None; a first call starts its rows.
-        rotary: module giving cos and sin for (x, position ids).
-        position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
-        length_B: real tokens per row, or None if all are.
-        backend: see `pick_backend`.
+    cache: `HSPMNCache` or None; a first call starts its rows. rotary: module giving cos and sin for (x, position ids).
+    position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
+    length_B: real tokens per row, or None if all are. backend: see `pick_backend`.
     """
     B, T = x_BTD.shape[:2]
     seen_B = start_BT = None
@@ -625,9 +573,10 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)
         if placed and rotary.rope_type in FIXED_FREQUENCIES:
-            tables = (rotary.inv_freq, float(rotary.attention_scaling), x_BTD.dtype)
-            standing = (T, position_BT, cache.document_seen, cache.last_position)
-            cos, sin, start_BT, position_BT = OPERATIONS[backend].place(*standing, *tables)
+            cos, sin, start_BT, position_BT = OPERATIONS[backend].place(
+                T, position_BT, cache.document_seen, cache.last_position, rotary.inv_freq,
+                float(rotary.attention_scaling), x_BTD.dtype,
+            )  # fmt: skip
             return Stream(position_BT, cos, sin, start_BT, length_B, seen_B, backend)
     token_T = torch.arange(T, device=x_BTD.device)
     document_seen = 0 if cache is None else cache.document_seen[:, None]

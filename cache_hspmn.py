@@ -18,13 +18,20 @@ GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copie
 
 
 class Rows:
-    """Holder of tensors whose first dimension is the batch, named by `_batched`; None before the first call."""
+    """Holder of tensors whose first dimension is the batch, named by `_batched`; None before the first call.
 
-    _batched = ()
+    static: they stay where they are, and what is kept is copied into them.
+    """
+
+    _batched, static = (), False
 
     def keep(self, name, value):
-        """Replace the tensor `name` by `value`."""
-        setattr(self, name, value)
+        """Replace the tensor `name` by `value` or, if static and of as many rows, overwrite it."""
+        held = getattr(self, name) if self.static else None
+        if held is None or held.shape != value.shape:
+            setattr(self, name, mark_static(value) if self.static else value)
+        elif held is not value:  # it was not advanced in place
+            held.copy_(value)
 
     def map_rows(self, function):
         """Apply `function` to every tensor that has a batch dimension."""
@@ -45,20 +52,6 @@ class Rows:
         self.map_rows(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
 
 
-class StaticRows(Rows):
-    """`Rows` whose tensors stay where they are: what is kept is copied into them."""
-
-    def keep(self, name, value):
-        """Copy `value` into the tensor `name`; another number of rows takes another tensor."""
-        held = getattr(self, name)
-        if held is value:  # advanced in place
-            return
-        if held is None or held.shape != value.shape:
-            setattr(self, name, mark_static(value))
-        else:
-            held.copy_(value)
-
-
 def mark_static(tensor):
     """`tensor`, marked as one whose address stays: CUDA graphs then read and write it without a copy."""
     # unguarded: another cache of the same shapes re-records the CUDA graph and does not recompile
@@ -69,7 +62,8 @@ def mark_static(tensor):
 class HSPMNCacheLayer(Rows, CacheLayerMixin):
     """State of one block: linear state, convolution history, window ring and the sparse keys and values.
 
-    Attributes (None until the first call; F is E, or E + 1 with the normaliser of linear_attention="elu"):
+    static: allocated once and updated in place. Attributes (None until the first call; F is E, or E + 1 with the
+    normaliser of linear_attention="elu"):
         linear_state: [B, H, E, F] float32.
         conv_state: [B, conv_kernel_size - 1, C], the last real tokens, latest last.
         window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
@@ -80,16 +74,16 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
     """
 
-    is_sliding = False
+    is_sliding, max_length = False, -1  # -1: grows without bound
     _batched = (
         *("linear_state", "conv_state", "window_keys", "window_values"),
         *("keys", "values", "key_scales", "value_scales", "positions", "count", "document_slot"),
     )
 
-    def __init__(self, config, layer_idx=0):
+    def __init__(self, config, layer_idx=0, static=False):
         super().__init__()
-        self.window = config.sliding_window
-        self.routes = config.layer_sparsity[layer_idx] > 0
+        self.static = self.is_compileable = static
+        self.window, self.routes = config.sliding_window, config.layer_sparsity[layer_idx] > 0
         H, G, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._state_shape = (H, E, E + (config.linear_attention == "elu"))
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
@@ -110,29 +104,22 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         self.dtype, self.device = dtype, torch.device(device)
         wide, kept = torch.promote_types(dtype, torch.float32), torch.int8 if self.quantized else dtype
         scales = (wide, slots + 1 if self.quantized else 1, self._head_shape[0])
+        window, store = (dtype, self.window, *self._head_shape), (kept, slots + 1, *self._head_shape)
         shapes = {
-            "linear_state": (wide, *self._state_shape),
-            "key_scales": scales,
-            "value_scales": scales,
-            "conv_state": (dtype, *self._conv_shape),
-            "window_keys": (dtype, self.window, *self._head_shape),
-            "window_values": (dtype, self.window, *self._head_shape),
-            "keys": (kept, slots + 1, *self._head_shape),
-            "values": (kept, slots + 1, *self._head_shape),
-            "positions": (torch.int32, slots + 1),
-            "count": (torch.int32,),
+            "linear_state": (wide, *self._state_shape), "conv_state": (dtype, *self._conv_shape),
+            "window_keys": window, "window_values": window, "keys": store, "values": store, "key_scales": scales,
+            "value_scales": scales, "positions": (torch.int32, slots + 1), "count": (torch.int32,),
             "document_slot": (torch.int32,),
-        }
+        }  # fmt: skip
         # What stays in one launch, and in another what is replaced as the store grows
         replaced = self.slot_tensors if self.routes else ()
         for names in filter(None, ([name for name in shapes if name not in replaced], replaced)):
             sizes = [math.prod((batch_size, *shapes[name][1:])) * shapes[name][0].itemsize for name in names]
-            sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-            pieces = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-            for name, piece in zip(names, pieces, strict=True):
+            whole = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+            pieces = torch.zeros(sum(whole), dtype=torch.uint8, device=device).split(whole)
+            for name, size, piece in zip(names, sizes, pieces, strict=True):
                 kind, *shape = shapes[name]
-                flat = piece.view(kind)[: math.prod((batch_size, *shape))]
-                self.keep(name, flat.view(batch_size, *shape))
+                self.keep(name, piece[:size].view(kind).view(batch_size, *shape))
         self.most_used = 0  # upper bound of `count` over the rows, known without reading the device
         self.is_initialized = True
 
@@ -142,22 +129,20 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         return self.keys.shape[1] - 1
 
     def grow(self):
-        """Hold at least `most_used` slots."""
-        if self.most_used > self.slots:
-            wanted = max(self.most_used, int(self.slots * GROWTH))
-            extra = -(-wanted // SLOT_BLOCK) * SLOT_BLOCK - self.slots
-            for name in self.slot_tensors:
-                held = getattr(self, name)
-                setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
+        """Hold at least `most_used` slots, which are more than now."""
+        extra = -(-max(self.most_used, int(self.slots * GROWTH)) // SLOT_BLOCK) * SLOT_BLOCK - self.slots
+        for name in self.slot_tensors:
+            held = getattr(self, name)
+            setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
 
     def update(self, key_states, value_states, stream, route, operations):
         """Take in this call's keys and values [B, T, G, E]: the last of them in the window, routed ones in the store.
 
-        stream: the call's `Stream`. route: the layer's `Route` or None. operations: the forms that run, see
-        `operations_hspmn`. Returns what `sqsk_attention` needs beside the queries, None without a route: all keys and
-        values [B, P, G, E] (those of int8 in the dtype of the new ones), where slots past a row's count hold nothing
-        meaningful; the first visible slot of each routed token; the slots used before, and how many of this call's
-        tokens have one (all of them, unless a static store is full: the latest are left out).
+        stream: the call's `Stream`. route: the layer's `Route` or None. operations: the forms that run. Returns what
+        `sqsk_attention` needs beside the queries, None without a route: all keys and values [B, P, G, E] (those of
+        int8 in the dtype of the new ones), where slots past a row's count hold nothing meaningful; the first visible
+        slot of each routed token; the slots used before, and how many of this call's tokens have one (all of them,
+        unless a static store is full: the latest are left out).
         """
         chosen = (None, None, None) if route is None else (route.index_BK, route.slot_BT, route.count_B)
         first_BK, numbers_4B = operations.extend(
@@ -185,26 +170,19 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         return int(self.columns)
 
     def get_max_length(self):
-        """-1: grows without bound."""
-        return -1
+        """Tokens per row that are sure to fit, -1 if it grows without bound."""
+        return self.max_length
 
     def reset(self):
-        """Forget everything; the next call allocates anew."""
-        self.columns, self.is_initialized = 0, False
-        for name in self._batched:
-            setattr(self, name, None)
-
-
-class HSPMNStaticCacheLayer(StaticRows, HSPMNCacheLayer):
-    """An `HSPMNCacheLayer` that is allocated once and updated in place."""
-
-    is_compileable = True
-
-    def reset(self):
-        """Forget everything, in place."""
+        """Forget everything, in place if static; else the next call allocates anew."""
         self.most_used = 0
+        if not self.static:
+            self.columns, self.is_initialized = 0, False
         for name in self._batched:
-            getattr(self, name).zero_()
+            if self.static:
+                getattr(self, name).zero_()
+            else:
+                setattr(self, name, None)
 
 
 class HSPMNCache(Rows, Cache):
@@ -214,40 +192,43 @@ class HSPMNCache(Rows, Cache):
     those of the row's current document [B]; `last_position`, the position id of the last real token per row [B].
     """
 
-    layer_class = HSPMNCacheLayer
     outlives_call = True  # the call of `generate` that decodes with it
     _batched = ("seen", "document_seen", "last_position")
 
     def __init__(self, config):
-        super().__init__(layers=[self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        super().__init__(layers=[HSPMNCacheLayer(config, i, self.static) for i in range(config.num_hidden_layers)])
         self.columns = self.reserved = 0  # reserved: tokens for which there is room already, for the next call
         self.seen = self.document_seen = self.last_position = None
 
     def reserve(self, tokens, for_next_call=False):
-        """Make room, before a call, for `tokens` more per row, whatever is routed of them.
+        """Make room, before a call, for `tokens` more per row, whatever is routed of them. A static cache has it or
+        raises ValueError and stays as it was; it can be used on, with fewer tokens, or be reset.
 
         for_next_call: they are those of the model's next call, which, if it is eager, does not reserve them again.
         The host keeps an upper bound of the used slots, and waits for the device only where it no longer suffices.
         """
-        for layer in self._look(tokens):
-            layer.most_used += tokens
-            layer.grow()
-        self.reserved = tokens if for_next_call else 0
-
-    def _look(self, tokens):
-        """Layers that hold slots; reads how many are used where `tokens` more may not fit."""
         layers = [layer for layer in self.layers if layer.routes and layer.is_initialized]
         if any(layer.most_used + tokens > layer.slots for layer in layers):
             used = torch.stack([layer.count.max().to(self.seen.device) for layer in layers]) if self.batch_size else []
             for layer, most in zip(layers, used.tolist() if len(used) else [0] * len(layers), strict=True):
                 layer.most_used = most
-        return layers
+            full = [layer for layer in layers if layer.most_used + tokens > layer.slots]
+            if full and self.static:
+                raise ValueError(
+                    f"capacity ({full[0].slots} sparse slots per row) of layer {self.layers.index(full[0])} is too "
+                    f"small: {full[0].most_used} are used and {tokens} tokens may need as many more; feed fewer "
+                    "tokens at once (chunk_size, prefill_chunk_size) or begin with a larger capacity or an "
+                    "HSPMNCache, which grows"
+                )
+        for layer in layers:
+            layer.most_used += tokens
+            if layer.most_used > layer.slots:
+                layer.grow()
+        self.reserved = tokens if for_next_call else 0
 
     def start_call(self, batch_size, tokens, device):
-        """Before a call of `tokens` columns changes anything: begin the rows, make room, or refuse the call.
-
-        Raises ValueError if the batch size changed or a static cache is too small.
-        """
+        """Before a call of `tokens` columns changes anything: begin the rows, make room, or refuse the call with a
+        ValueError, if the batch size changed or a static cache is too small."""
         if self.seen is None:
             self._start_rows(batch_size, device)
         elif self.seen.shape[0] != batch_size:
@@ -255,9 +236,6 @@ class HSPMNCache(Rows, Cache):
                 f"past_key_values holds {self.seen.shape[0]} rows but the input has batch size {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache"
             )
-        self._make_room(tokens, device)
-
-    def _make_room(self, tokens, device):
         if tokens != self.reserved:
             self.reserve(tokens)
         self.reserved = 0
@@ -284,17 +262,14 @@ class HSPMNCache(Rows, Cache):
         self.seen.add_(tokens if length_B is None else length_B)
 
     def replayed(self):
-        """Account on the host for one token that a captured step has read."""
-        self._count_columns(1)
+        """Account on the host for one token that a captured step has read; a static cache counts on the device."""
+        if not self.static:
+            self._count_columns(1)
 
     def _count_columns(self, tokens):
-        self.columns += tokens
-        for layer in self.layers:
+        self.columns += tokens  # in place where it is a tensor, which the layers hold as well
+        for layer in () if self.static else self.layers:
             layer.columns = self.columns
-
-    def get_seq_length(self, layer_idx=0):
-        """Input columns seen, padding included; the same for every layer. Reads the device if the cache is static."""
-        return int(self.columns)
 
     def has_previous_state(self, layer_idx=None, state_idx=None):
         """Whether any token has been seen."""
@@ -313,10 +288,15 @@ class HSPMNCache(Rows, Cache):
         )
 
     def reset(self):
-        """Forget everything; the next call may have any batch size."""
+        """Forget everything; the next call may have any batch size, on a static cache the same."""
         super().reset()
-        self.columns = self.reserved = 0
-        self.seen = self.document_seen = self.last_position = None
+        self.reserved = 0
+        if self.static:
+            self.columns.zero_()
+            self._start_rows(self.batch_size, self.seen.device)
+        else:
+            self.columns = 0
+            self.seen = self.document_seen = self.last_position = None
 
     def map_rows(self, function):
         """Apply `function` to every tensor that has a batch dimension, those of the layers too."""
@@ -325,32 +305,27 @@ class HSPMNCache(Rows, Cache):
             layer.map_rows(function)
 
 
-class HSPMNStaticCache(StaticRows, HSPMNCache):
+class HSPMNStaticCache(HSPMNCache):
     """An `HSPMNCache` of fixed size: every tensor is allocated here, stays at its address and is updated in place.
 
     So a decoding step compiles once (`torch.compile(fullgraph=True)`) and can be captured in a CUDA graph. It records
     no gradients.
 
-    Args:
-        config: the model's `HSPMNConfig`.
-        batch_size: rows, at least 1.
-        max_length: tokens per row that are sure to fit, at least 1.
-        capacity: sparse slots per row of every layer that routes, or a list with one number per layer. None holds
-            `max_length`, so that nothing can overflow; a long context needs about `sparsity_k * max_length`, and room
-            for one whole call more, because how many of its tokens are routed is known only layer by layer.
-        device: of all tensors.
-        dtype: of keys, values (unless `kv_cache_dtype` makes those of the store int8) and convolution inputs: that of
-            the model's projections, None for torch's default.
+    batch_size, max_length: rows, and tokens per row that are sure to fit, at least 1 each. capacity: sparse slots per
+    row of every layer that routes, or a list with one number per layer. None holds `max_length`, so that nothing can
+    overflow; a long context needs about `sparsity_k * max_length`, and room for one whole call more, because how many
+    of its tokens are routed is known only layer by layer. device, dtype: of all tensors; of keys, values (unless
+    `kv_cache_dtype` makes those of the store int8) and convolution inputs, which is that of the model's projections.
+    None for torch's defaults.
 
-    A call of T tokens is refused before it changes anything unless T slots are free in every layer. The host keeps an
-    upper bound of the used slots and reads the device only where that bound no longer suffices. Compiled and captured
-    code has no host to refuse: call `reserve` before each step of it, as `generate()` does. Without that, tokens past
-    the capacity get no slot (zero contextual stream), nothing else is touched, a layer's `count` exceeds its `slots`,
-    and `reserve` raises once it looks.
-    A batch of another size (`batch_repeat_interleave`, `batch_select_indices`) takes new tensors.
+    A call of T tokens is refused before it changes anything unless T slots are free in every layer, see `reserve`.
+    Compiled and captured code has no host to refuse: call `reserve` before each step of it, as `generate()` does.
+    Without that, tokens past the capacity get no slot (zero contextual stream), nothing else is touched, a layer's
+    `count` exceeds its `slots`, and `reserve` raises once it looks. A batch of another size
+    (`batch_repeat_interleave`, `batch_select_indices`) takes new tensors.
     """
 
-    layer_class = HSPMNStaticCacheLayer
+    static = True
 
     def __init__(self, config, batch_size, max_length, capacity=None, device=None, dtype=None):
         super().__init__(config)
@@ -362,68 +337,25 @@ class HSPMNStaticCache(StaticRows, HSPMNCache):
         # a tensor, because compiled code would be compiled anew for each value of a Python number
         self.columns = mark_static(torch.zeros((), dtype=torch.long, device=device))
         self._start_rows(batch_size, device)
-        for layer, slots in zip(self.layers, self._capacities(capacity), strict=True):
-            layer.allocate(batch_size, slots if layer.routes else 0, dtype, device)
-            layer.columns = self.columns
-
-    def _capacities(self, capacity):
-        capacity = self.max_length if capacity is None else capacity
+        capacity = max_length if capacity is None else capacity
         capacities = capacity if isinstance(capacity, list) else [capacity] * len(self.layers)
         if len(capacities) != len(self.layers) or min(capacities) < 0:
             raise ValueError(
                 f"capacity must be a number of slots, at least 0, or a list of {len(self.layers)}, one per layer; "
                 f"got {capacity!r}"
             )
-        return capacities
+        for layer, slots in zip(self.layers, capacities, strict=True):
+            layer.allocate(batch_size, slots if layer.routes else 0, dtype, device)
+            layer.columns, layer.max_length = self.columns, max_length
 
-    def reserve(self, tokens, for_next_call=False):
-        """Make sure, before a call, that `tokens` more per row fit, whatever is routed of them.
-
-        for_next_call: they are those of the model's next call, which, if it is eager, does not reserve them again.
-
-        Waits for the device only where the host's bound of the used slots leaves too little room. Raises ValueError
-        with the cache as it was; it can be used on, with fewer tokens, or be reset.
-        """
-        layers = self._look(tokens)
-        for layer in layers:
-            if layer.most_used + tokens > layer.slots:
-                raise ValueError(
-                    f"capacity ({layer.slots} sparse slots per row) of layer {self.layers.index(layer)} is too small: "
-                    f"{layer.most_used} are used and {tokens} tokens may need as many more; feed fewer tokens at once "
-                    "(chunk_size, prefill_chunk_size) or begin with a larger capacity or an HSPMNCache, which grows"
-                )
-        for layer in layers:
-            layer.most_used += tokens
-        self.reserved = tokens if for_next_call else 0
-
-    def _make_room(self, tokens, device):
+    def start_call(self, batch_size, tokens, device):
+        """As in `HSPMNCache`, and ValueError where gradients are recorded."""
         if torch.is_grad_enabled():
             raise ValueError(
                 "an HSPMNStaticCache is updated in place and records no gradients; call the model under "
                 "torch.no_grad(), or use an HSPMNCache"
             )
         # In this order: asking a stream breaks the graph of code that is being compiled
-        fixed = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        if not fixed and tokens != self.reserved:
-            self.reserve(tokens)
-        self.reserved = 0  # compiled code may write it; reading it would compile that anew for each value
-
-    def replayed(self):
-        """Nothing: a captured step counts on the device."""
-
-    def _count_columns(self, tokens):
-        self.columns.add_(tokens)
-
-    def get_max_length(self, layer_idx=None):
-        """Tokens per row that are sure to fit."""
-        return self.max_length
-
-    def reset(self):
-        """Forget everything, in place; the batch size stays."""
-        self.reserved = 0
-        for layer in self.layers:
-            layer.reset()
-        self.columns.zero_()
-        self.seen.zero_()
-        self.document_seen.zero_()
-        self.last_position.fill_(-1)
+        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.reserved = tokens  # reading what it was would compile that code anew for each value
+        super().start_call(batch_size, tokens, device)

@@ -1,17 +1,36 @@
 """Every number that defines an HSPMN model: typed, documented, validated."""
 
 from functools import wraps
+from math import inf
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-ROUTER_MODES = ("threshold", "topk")
-LINEAR_ATTENTIONS = ("gated", "elu")
-BACKENDS = ("auto", "reference", "flex", "triton")
-KV_CACHE_DTYPES = ("auto", "int8")
 CONCENTRATED_SHARE, ROUTING_PERIOD = 0.2, 4  # of `sparsity_k=None`: the average share, and every which layer routes
+CHOICES = {
+    "router_mode": ("threshold", "topk"), "linear_attention": ("gated", "elu"), "hidden_act": ("silu",),
+    "backend": ("auto", "reference", "flex", "triton"), "kv_cache_dtype": ("auto", "int8"),
+}  # fmt: skip
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "conv_kernel_size"),
+)
+COUNTS = (
+    *("routed_intermediate_size", "router_initial_tokens", "sliding_window", "num_sink_tokens"),
+    "linear_attention_horizon",
+)
+LIMITS = (  # fields, from where on and up to where (excluded) they may lie, and how that is said
+    (SIZES, 1, inf, "be a whole number of at least 1"),
+    (COUNTS, 0, inf, "be a whole number of at least 0"),
+    (("router_bias_rate", "router_token_entropy_coef", "router_load_entropy_coef"), 0.0, inf, "lie in [0, inf)"),
+    (("router_bias_gain", "initializer_range"), 1e-12, inf, "lie in (0, inf)"),
+    (("rms_norm_eps",), 1e-30, inf, "lie in (0, inf)"),
+    (("capacity_factor",), 1.0, inf, "lie in [1, inf)"),
+    (("router_noise_floor",), 0.0, 1.0, "lie in [0, 1)"),
+    (("sparsity_anneal_fraction",), 0.0, 1.0 + 1e-9, "lie in [0, 1]"),
+)
 
 
 def raises_value_error(method):
@@ -32,95 +51,69 @@ class HSPMNConfig(PreTrainedConfig):
     """Configuration of an HSPMN model; the checkout's `config.json` holds the same defaults.
 
     Fields that every transformers decoder has keep their usual names and meaning. `validate()` runs at construction
-    and again when a model is built, because overrides passed to `from_pretrained` skip construction.
-
-    Raises:
-        ValueError: a field is out of range or two fields contradict each other; the message names field and fix.
+    and again when a model is built, because overrides passed to `from_pretrained` skip construction; types are checked
+    whenever a field is set. Raises ValueError for a field out of range or two that contradict each other, with a
+    message that names field and fix.
     """
 
     model_type = "hspmn"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    vocab_size: int = 16384
-    """Number of token ids, at least 1."""
-    hidden_size: int = 512
-    """Width D of the residual stream, at least 1."""
-    intermediate_size: int = 1408
-    """Width of the SwiGLU that every token passes, at least 1."""
-    routed_intermediate_size: int = 0
-    """Width of a second SwiGLU for routed tokens alone; 0 leaves it out."""
-    num_hidden_layers: int = 8
-    """Number of blocks L, at least 1."""
-    num_attention_heads: int = 8
-    """Query heads H, a multiple of `num_key_value_heads`."""
-    num_key_value_heads: int | None = 2
-    """Key/value heads G, shared by H / G query heads each; None means H."""
-    head_dim: int | None = None
-    """Width E of a head, even; None means hidden_size / num_attention_heads."""
-    hidden_act: str = "silu"
-    """Activation of the gated feed-forward; only "silu" (SwiGLU)."""
-    max_position_embeddings: int = 1048576
-    """Longest context that RoPE scaling assumes, in tokens; not a limit of the cache."""
-    rope_parameters: dict | None = None
-    """RoPE settings as in every transformers model; None means {"rope_type": "default", "rope_theta": 10000.0}."""
-    initializer_range: float = 0.02
-    """Standard deviation of freshly drawn weights, above 0."""
-    rms_norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm, above 0."""
-    use_cache: bool = True
-    """Whether a forward without labels returns an `HSPMNCache`."""
-    tie_word_embeddings: bool = True
-    """Whether the LM head shares the embedding matrix."""
-    pad_token_id: int | None = None
-    """Padding id, below `vocab_size`."""
-    bos_token_id: int | None = None
-    """Begin-of-text id, below `vocab_size`."""
-    eos_token_id: int | list[int] | None = None
-    """End-of-text id or ids."""
+    vocab_size: int = 16384  # number of token ids, at least 1
+    hidden_size: int = 512  # width D of the residual stream, at least 1
+    intermediate_size: int = 1408  # width of the SwiGLU that every token passes, at least 1
+    routed_intermediate_size: int = 0  # width of a second SwiGLU for routed tokens alone; 0 leaves it out
+    num_hidden_layers: int = 8  # number of blocks L, at least 1
+    num_attention_heads: int = 8  # query heads H, a multiple of `num_key_value_heads`
+    num_key_value_heads: int | None = 2  # key/value heads G, shared by H / G query heads each; None means H
+    head_dim: int | None = None  # width E of a head, even; None means hidden_size / num_attention_heads
+    hidden_act: str = "silu"  # activation of the gated feed-forward; only "silu" (SwiGLU)
+    max_position_embeddings: int = 1048576  # longest context that RoPE scaling assumes; not a limit of the cache
+    rope_parameters: dict | None = None  # as in transformers; None: {"rope_type": "default", "rope_theta": 10000.0}
+    initializer_range: float = 0.02  # standard deviation of freshly drawn weights, above 0
+    rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm, above 0
+    use_cache: bool = True  # whether a forward without labels returns an `HSPMNCache`
+    tie_word_embeddings: bool = True  # whether the LM head shares the embedding matrix
+    pad_token_id: int | None = None  # padding id, below `vocab_size`
+    bos_token_id: int | None = None  # begin-of-text id, below `vocab_size`
+    eos_token_id: int | list[int] | None = None  # end-of-text id or ids
 
+    # Target share of tokens routed to the contextual stream, 0.0 to 1.0; a list gives one per layer. 1.0 makes a
+    # full-attention layer, 0.0 a purely reflexive one. None puts an average of 0.2 into every fourth layer and the
+    # last: as many bytes of keys and values as 0.2 everywhere, and two tokens that belong together meet in one layer
+    # more often, for more compute.
     sparsity_k: float | int | list[float | int] | None = None
-    """Target share of tokens routed to the contextual stream, 0.0 to 1.0; a list gives one per layer. 1.0 makes a
-    full-attention layer, 0.0 a purely reflexive one. None puts an average of 0.2 into every fourth layer and the last:
-    as many bytes of keys and values as 0.2 everywhere, and two tokens that belong together meet in one layer more
-    often, for more compute."""
+    # "threshold" (causal) or "topk" (exactly k per row, looks at the future; training and scoring only)
     router_mode: str = "threshold"
-    """"threshold" (causal) or "topk" (exactly k per row, looks at the future; training and scoring only)."""
-    router_noise_floor: float = 0.05
-    """Gates below this are set to 0, 0.0 up to 1.0 (excluded)."""
+    router_noise_floor: float = 0.05  # gates below this are set to 0, 0.0 up to 1.0 (excluded)
+    # First tokens of every document that are routed whatever their score, counted in the load. What the window shows
+    # as well gains nothing as a query, which is all that a router learns from, but its keys may be asked for later.
     router_initial_tokens: int = 0
-    """First tokens of every document that are routed whatever their score, counted in the load. What the window shows
-    as well gains nothing as a query, which is all that a router learns from, but its keys may be asked for later."""
-    router_bias_rate: float = 0.05
-    """Largest change of the routing bias in one training step, in logits; 0.0 freezes it."""
+    router_bias_rate: float = 0.05  # largest change of the routing bias in a training step, in logits; 0.0 freezes it
+    # Share of `router_bias_rate` applied per unit of load error, above 0; the product is clipped to [-1, 1]
     router_bias_gain: float = 5.0
-    """Share of `router_bias_rate` applied per unit of load error, above 0; the product is clipped to [-1, 1]."""
-    router_token_entropy_coef: float = 0.0
-    """Weight of the loss that pushes every gate towards 0 or 1, at least 0."""
+    router_token_entropy_coef: float = 0.0  # weight of the loss that pushes every gate towards 0 or 1, at least 0
+    # Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
+    # score of a token that does not matter: without it the router does not find those that associative recall needs.
     router_load_entropy_coef: float = 0.1
-    """Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
-    score of a token that does not matter: without it the router does not find those that associative recall needs."""
+    # Share of the training steps over which the target falls from 1.0 to `sparsity_k` and states are bounded more and
+    # more, up to `linear_attention_horizon`; 0.0 (both stand from the first step) to 1.0
     sparsity_anneal_fraction: float = 0.0
-    """Share of the training steps over which the target falls from 1.0 to `sparsity_k` and states are bounded more and
-    more, up to `linear_attention_horizon`; 0.0 (both stand from the first step) to 1.0."""
+    # Routed slots held in training, as a multiple of the target share, at least 1.0; more tokens overflow
     capacity_factor: float = 2.0
-    """Routed slots held in training, as a multiple of the target share, at least 1.0; more tokens overflow."""
-    sliding_window: int = 128
-    """Tokens seen by the local attention, the current one included; 0 leaves it out."""
-    num_sink_tokens: int = 0
-    """Learned key/value pairs that every softmax may attend to, at least 0."""
+    sliding_window: int = 128  # tokens seen by the local attention, the current one included; 0 leaves it out
+    num_sink_tokens: int = 0  # learned key/value pairs that every softmax may attend to, at least 0
+    # "gated" (data-dependent decay, normalised q/k, gated RMSNorm) or "elu" (elu(x)+1 with a running normaliser)
     linear_attention: str = "gated"
-    """"gated" (data-dependent decay, normalised q/k, gated RMSNorm) or "elu" (elu(x)+1 with a running normaliser)."""
+    # Tokens over which every state of the gated linear attention fades to 1 / e or less; 0 sets no bound. Unbounded,
+    # a state may learn to hold whole training rows, and both recall and the routed shares fail beyond their length.
     linear_attention_horizon: int = 128
-    """Tokens over which every state of the gated linear attention fades to 1 / e or less; 0 sets no bound. Unbounded,
-    a state may learn to hold whole training rows, and both recall and the routed shares fail beyond their length."""
-    conv_kernel_size: int = 4
-    """Taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out."""
+    conv_kernel_size: int = 4  # taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out
+    # Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, or "int8", whole
+    # numbers with a float32 scale per token and key head, for half of bfloat16's bytes. With a cache they are read as
+    # they are stored, however the tokens are fed; a forward without one reads them as they are computed.
     kv_cache_dtype: str = "auto"
-    """Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, or "int8", whole
-    numbers with a float32 scale per token and key head, for half of bfloat16's bytes. With a cache they are read as
-    they are stored, however the tokens are fed; a forward without one reads them as they are computed."""
-    backend: str = "auto"
-    """"auto" picks by device; "reference", "flex" or "triton" forces one and fails where it cannot run."""
+    backend: str = "auto"  # "auto" picks by device; "reference", "flex" or "triton": that one, or it fails
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -134,25 +127,29 @@ class HSPMNConfig(PreTrainedConfig):
     @property
     def layer_sparsity(self) -> list[float]:
         """Target share of routed tokens of each layer, L values in [0, 1]."""
-        L = self.num_hidden_layers
-        if isinstance(self.sparsity_k, list):
-            return [float(share) for share in self.sparsity_k]
-        if self.sparsity_k is not None:
-            return [float(self.sparsity_k)] * L
+        L, given = self.num_hidden_layers, self.sparsity_k
+        if given is not None:
+            return list(map(float, given if isinstance(given, list) else [given] * L))
         routing = [i % ROUTING_PERIOD == ROUTING_PERIOD - 1 or i == L - 1 for i in range(L)]
         return [round(CONCENTRATED_SHARE * L / sum(routing), 6) if routes else 0.0 for routes in routing]
 
-    def validate_sizes(self):
-        """Sizes are whole numbers from their least value on."""
-        least = dict.fromkeys(
-            ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1
-        ) | dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "conv_kernel_size"), 1)
-        least |= dict.fromkeys(("routed_intermediate_size", "router_initial_tokens", "sliding_window"), 0)
-        least |= dict.fromkeys(("num_sink_tokens", "linear_attention_horizon"), 0)
-        for field, minimum in least.items():
+    def validate_fields(self):
+        """Numbers lie within their limits, choices are known, and special tokens exist in the vocabulary."""
+        for fields, low, high, rule in LIMITS:
+            for field in fields:
+                if (value := getattr(self, field)) is not None and not low <= value < high:
+                    raise ValueError(f"{field} must {rule}, got {value!r}")
+        chosen = [(field, getattr(self, field), valid) for field, valid in CHOICES.items()]
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        chosen.append(("rope_parameters['rope_type']", rope_type, sorted({"default", *ROPE_INIT_FUNCTIONS})))
+        for field, value, valid in chosen:
+            if value not in valid:
+                raise ValueError(f"{field} must be one of {', '.join(valid)}, got {value!r}")
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-                raise ValueError(f"{field} must be a whole number of at least {minimum}, got {value!r}")
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{field} must lie in [0, vocab_size={self.vocab_size}), got {token}")
 
     def validate_heads(self):
         """Query heads divide evenly over key/value heads; RoPE needs an even head width."""
@@ -162,68 +159,24 @@ class HSPMNConfig(PreTrainedConfig):
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups}); "
                 f"nearest valid: {max(groups, heads // groups * groups)}"
             )
-        if self.head_dim is not None and self.head_dim % 2:
+        if self.head_dim and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}; set head_dim={self.head_dim + 1}")
 
-    def validate_choices(self):
-        """Fields that name one of a few ways."""
-        choices = {"router_mode": ROUTER_MODES, "linear_attention": LINEAR_ATTENTIONS, "backend": BACKENDS}
-        choices |= {"kv_cache_dtype": KV_CACHE_DTYPES}
-        for field, valid in (choices | {"hidden_act": ("silu",)}).items():
-            if getattr(self, field) not in valid:
-                raise ValueError(f"{field} must be one of {', '.join(valid)}, got {getattr(self, field)!r}")
+    def validate_routing(self):
+        """Every routed share lies in [0, 1], a list has one entry per layer, and exactly k tokens leave no others."""
         if self.router_mode == "topk" and self.router_initial_tokens:
             raise ValueError(
                 f"router_initial_tokens={self.router_initial_tokens} has no place beside router_mode='topk', which "
                 "routes exactly k tokens; set it to 0, or router_mode='threshold'"
             )
-
-    def validate_sparsity(self):
-        """Every routed share lies in [0, 1] and a list has one entry per layer."""
-        if self.sparsity_k is None:
-            return
-        shares = self.sparsity_k if isinstance(self.sparsity_k, list) else [self.sparsity_k]
-        for share in shares:
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
-                raise ValueError(f"sparsity_k must lie in [0, 1], got {self.sparsity_k!r}; use a share such as 0.2")
-        if isinstance(self.sparsity_k, list) and len(shares) != self.num_hidden_layers:
+        shares = self.layer_sparsity
+        if not all(0.0 <= share <= 1.0 for share in shares):
+            raise ValueError(f"sparsity_k must lie in [0, 1], got {self.sparsity_k!r}; use a share such as 0.2")
+        if len(shares) != self.num_hidden_layers:
             raise ValueError(
                 f"sparsity_k has {len(shares)} entries for num_hidden_layers={self.num_hidden_layers}; "
                 "give one per layer or a single number"
             )
-
-    def validate_ranges(self):
-        """Rates, coefficients and factors."""
-        ranges = {
-            "router_noise_floor": (0.0, 1.0, "[0, 1)"),
-            "router_bias_rate": (0.0, float("inf"), "[0, inf)"),
-            "router_bias_gain": (1e-12, float("inf"), "(0, inf)"),
-            "router_token_entropy_coef": (0.0, float("inf"), "[0, inf)"),
-            "router_load_entropy_coef": (0.0, float("inf"), "[0, inf)"),
-            "sparsity_anneal_fraction": (0.0, 1.0 + 1e-9, "[0, 1]"),
-            "capacity_factor": (1.0, float("inf"), "[1, inf)"),
-            "initializer_range": (1e-12, float("inf"), "(0, inf)"),
-            "rms_norm_eps": (1e-30, float("inf"), "(0, inf)"),
-        }
-        for field, (low, high, text) in ranges.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-                raise ValueError(f"{field} must lie in {text}, got {value!r}")
-
-    def validate_rope_type(self):
-        """The RoPE variant is one that transformers knows."""
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-            valid = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
-            raise ValueError(f"rope_parameters['rope_type'] must be one of {valid}, got {rope_type!r}")
-
-    def validate_tokens(self):
-        """Special token ids exist in the vocabulary."""
-        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, field)
-            for token in value if isinstance(value, list) else [value]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{field} must lie in [0, vocab_size={self.vocab_size}), got {token}")
 
 
 HSPMNConfig.__init__ = raises_value_error(HSPMNConfig.__init__)

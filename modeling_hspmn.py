@@ -5,8 +5,7 @@ state). A router, balanced by a bias and not by a loss (ALF-LB, arXiv 2408.15664
 through the contextual stream as well: SQSK attention, full causal attention among routed tokens alone. Both streams
 share one Q/K/V projection, and only routed tokens enter the key/value cache.
 
-Shape suffixes: B batch, T tokens, K routed slots, P key slots, H query heads, G key/value heads, E head width,
-D hidden size, L layers.
+Shape suffixes as in `operations_hspmn`; D hidden size, L layers.
 """
 
 import os
@@ -52,11 +51,10 @@ STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 class HSPMNOutput(ModelOutput):
     """Fields common to the outputs of all HSPMN models.
 
-    past_key_values: the cache or None. hidden_states: L + 1 tensors [B, T, D] if asked for.
-    aux_loss: scalar, the weighted entropy losses of all layers. router_scores: float32 [L, B, T], the score of each
-    token before the bias. router_mask: bool [L, B, T], whether the token entered the contextual stream.
-    router_load, router_overflow, router_entropy: float32 [L], see `RouterStatistics`; None for a single token on
-    kernels.
+    past_key_values: the cache or None. hidden_states: L + 1 tensors [B, T, D] if asked for. aux_loss: scalar, the
+    weighted entropy losses of all layers. router_scores: float32 [L, B, T], scores before the bias. router_mask: bool
+    [L, B, T], whether a token entered the contextual stream. router_load, router_overflow, router_entropy: float32
+    [L], see `router_statistics`; None for a single token on kernels.
     """
 
     loss: torch.FloatTensor | None = None
@@ -95,16 +93,12 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         if isinstance(module, HSPMNRouter | SharedProjection | ReflexiveStream | HSPMNBlock):
             module.reset_parameters()
 
-    def _routers(self):
-        return [module for module in self.modules() if isinstance(module, HSPMNRouter)]
-
     def set_sparsity_progress(self, progress):
         """Move every layer's target share, and the bound on its linear states, along their annealing.
 
         progress: 0.0 routes every token, 1.0 routes `config.sparsity_k`, linear between, while states are bounded by
-        `config.linear_attention_horizon` over progress cubed. Call it, or `anneal`, before each training step
-        where `config.sparsity_anneal_fraction` is above 0. Nothing outside training depends on it.
-        Raises ValueError outside [0, 1].
+        `config.linear_attention_horizon` over progress cubed; ValueError outside [0, 1]. Call it, or `anneal`, before
+        each training step where `config.sparsity_anneal_fraction` is above 0. Nothing outside training depends on it.
         """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
@@ -120,7 +114,8 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     @property
     def router_targets(self):
         """Current target share of each layer that has a router, float32, shape [number of routers]."""
-        return torch.stack([router.target for router in self._routers()]) if self._routers() else torch.zeros(0)
+        targets = [module.target for module in self.modules() if isinstance(module, HSPMNRouter)]
+        return torch.stack(targets) if targets else torch.zeros(0)
 
     def kv_bytes_per_token(self, dtype=None):
         """Bytes of keys and values by which the cache grows per token, on average at the configured `sparsity_k`.
@@ -129,27 +124,24 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         int32 position id of each slot (4 bytes to 2,048 of keys and values at 4 heads of 128 in bf16) and the states,
         which do not grow.
         """
-        config = self.config
-        head = config.head_dim * (dtype or self.dtype).itemsize
-        if config.kv_cache_dtype == "int8":
-            head = config.head_dim + 4  # and the scale
+        config, E = self.config, self.config.head_dim
+        head = E + 4 if config.kv_cache_dtype == "int8" else E * (dtype or self.dtype).itemsize  # 4 of the scale
         return 2 * config.num_key_value_heads * head * sum(config.layer_sparsity)
 
     def estimate_flops(self, sequence_length, batch_size=1):
         """Multiply-adds, counted as two operations each, of one forward pass over `batch_size` full rows."""
         config, T = self.config, sequence_length
         H, G, E, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        window, chunk = min(config.sliding_window, T), 64
         per_token = 2 * D * ((H + 2 * G) * E + H * E) + 6 * D * config.intermediate_size  # projections, SwiGLU
         per_token += 4 * D * H if config.linear_attention == "gated" else 0
-        per_token += H * E * (4 * chunk / 2 + 4 * E)  # linear attention: within chunks, through the state
-        per_token += 4 * H * E * window  # local attention
+        per_token += H * E * (4 * LINEAR_CHUNK / 2 + 4 * E)  # linear attention: within chunks, through the state
+        per_token += 4 * H * E * min(config.sliding_window, T)  # local attention
         total = per_token * T * config.num_hidden_layers
         for share in config.layer_sparsity:
             total += 2 * H * E * (share * T) ** 2 + 6 * D * config.routed_intermediate_size * share * T
             total += 2 * D * T if share else 0
-        head = 2 * D * config.vocab_size * T if hasattr(self, "lm_head") else 0
-        return int(batch_size * (total + head))
+        total += 2 * D * config.vocab_size * T if hasattr(self, "lm_head") else 0
+        return int(batch_size * total)
 
 
 class HSPMNModel(HSPMNPreTrainedModel):
@@ -164,31 +156,23 @@ class HSPMNModel(HSPMNPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        return_dict=None,
-    ):
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, output_hidden_states=None, output_attentions=None, return_dict=None,
+    ):  # fmt: skip
         """Hidden states of every token.
 
-        Args:
-            input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them.
-            attention_mask: [B, T] or [B, cached columns + T], 1 for real tokens; padding may stand anywhere.
-            position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing).
-            past_key_values: `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and
-                None. Compiled with a static cache, `attention_mask` must have width T.
+        input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them. attention_mask: [B, T] or [B, cached
+        columns + T], 1 for real tokens, padding anywhere; compiled with a static cache it must have width T.
+        position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing). past_key_values:
+        `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and None.
 
         Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit.
         """
         use_cache = self._wants_cache(use_cache, past_key_values)
         x_BTD = self._embed(input_ids, inputs_embeds, output_attentions)
-        B, T = x_BTD.shape[:2]
+        (B, T), position_BT = x_BTD.shape[:2], position_ids
+        if position_BT is not None and tuple(position_BT.shape) not in ((1, T), (B, T)):
+            raise ValueError(f"position_ids must have shape [{B}, {T}], got {tuple(position_BT.shape)}")
         # by name: a model loaded through the Auto classes has its own copy of the class
         kind = type(past_key_values).__name__
         if past_key_values is not None and kind not in ("HSPMNCache", "HSPMNStaticCache"):
@@ -199,7 +183,6 @@ class HSPMNModel(HSPMNPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = HSPMNCache(self.config)
 
-        position_BT = self._check_positions(position_ids, B, T)
         real_BT = self._real_tokens(attention_mask, B, T, past_key_values)
         rows = length_B = None
         if real_BT is not None and T == 1:  # nothing to move
@@ -223,14 +206,11 @@ class HSPMNModel(HSPMNPreTrainedModel):
         x_BTD = restore_rows(self.norm(x_BTD), rows)
         if past_key_values is not None:
             past_key_values.advance(T, stream)
-        statistics = self._statistics(routes, B * T if length_B is None else length_B.sum().clamp(min=1))
-        if self.training:
-            self._update_biases(routes, statistics, B * T if length_B is None else length_B.sum())
         outputs = HSPMNOutput(
             last_hidden_state=x_BTD,
             past_key_values=past_key_values,
             hidden_states=(*states, x_BTD) if output_hidden_states else None,
-            **self._router_outputs(routes, statistics, rows, x_BTD),
+            **self._router_outputs(routes, B * T if length_B is None else length_B.sum(), rows, x_BTD),
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
@@ -258,54 +238,29 @@ class HSPMNModel(HSPMNPreTrainedModel):
         return x_BTD
 
     @staticmethod
-    def _check_positions(position_ids, B, T):
-        if position_ids is not None and tuple(position_ids.shape) not in ((1, T), (B, T)):
-            raise ValueError(f"position_ids must have shape [{B}, {T}], got {tuple(position_ids.shape)}")
-        return position_ids
-
-    @staticmethod
     def _real_tokens(attention_mask, B, T, cache):
         if attention_mask is None:
             return None
-        if attention_mask.dim() == 2 and tuple(attention_mask.shape) == (B, T):
-            return attention_mask.bool()
-        columns = T if cache is None else T + cache.get_seq_length()
-        if tuple(attention_mask.shape) != (B, columns):
-            raise ValueError(
-                f"attention_mask must have shape [{B}, {columns}] with 1 for real tokens, "
-                f"got {tuple(attention_mask.shape)}; causal, window and document masks are built by the model"
-            )
-        return attention_mask[:, -T:].bool()
+        if tuple(attention_mask.shape) != (B, T):
+            columns = T if cache is None else T + cache.get_seq_length()
+            if tuple(attention_mask.shape) != (B, columns):
+                raise ValueError(
+                    f"attention_mask must have shape [{B}, {columns}] with 1 for real tokens, "
+                    f"got {tuple(attention_mask.shape)}; causal, window and document masks are built by the model"
+                )
+            attention_mask = attention_mask[:, -T:]
+        return attention_mask.bool()
 
-    def _statistics(self, routes, real):
-        """`RouterStatistics` of the layers that route, on one device; None if they made no sums or there are none."""
-        routed = [route for route in routes if route is not None and route.sums_B4 is not None]
-        routers = [layer.router for layer in self.layers if layer.router is not None]
-        return router_statistics(routed, real, routers, self.config) if routed else None
-
-    @torch.no_grad()
-    def _update_biases(self, routes, statistics, real):
-        """One bias step per layer from the loads of this forward, averaged over ranks by their real tokens."""
-        if statistics is None or self.config.router_mode == "topk":
-            return
-        loads, overflows = statistics.found_L3[:, 0], statistics.found_L3[:, 1]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = torch.cat([loads * real, loads.new_ones(1) * real])
-            torch.distributed.all_reduce(sums)
-            loads = sums[:-1] / sums[-1].clamp(min=1)
-        routed = [layer for layer, route in zip(self.layers, routes, strict=True) if route is not None]
-        for layer, load in zip(routed, loads, strict=True):
-            layer.router.update_bias(load.to(layer.router.bias.device))
-        if loads.device.type == "cpu" and not torch.compiler.is_compiling():
-            for layer, overflow in zip(routed, overflows, strict=True):
-                if overflow > 0:
-                    logger.warning_once(
-                        f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
-                        f"{self.config.capacity_factor} holds; the latest were dropped (see router_overflow)"
-                    )
-
-    def _router_outputs(self, routes, statistics, rows, x_BTD):
-        """Router fields of `HSPMNOutput`; zeros for the layers that route nothing."""
+    def _router_outputs(self, routes, real, rows, x_BTD):
+        """Router fields of `HSPMNOutput`, zeros for layers that route nothing; a step of the biases in training."""
+        routing = [layer for layer in self.layers if layer.router is not None]
+        found_L3, routed = None, [route for route in routes if route is not None]
+        summed = [route for route in routed if route.sums_B4 is not None]  # kernels make no sums of a single token
+        if routed and len(summed) == len(routed):
+            divisor = real.clamp(min=1) if isinstance(real, torch.Tensor) else real
+            found_L3, loss = router_statistics(routed, divisor, [layer.router for layer in routing], self.config)
+            if self.training and self.config.router_mode != "topk":
+                self._update_biases(routing, found_L3, real)
         device, shape = x_BTD.device, x_BTD.shape[:2]
         no_score = no_slot = None
         if None in routes:
@@ -314,13 +269,29 @@ class HSPMNModel(HSPMNPreTrainedModel):
         slots_BTL = torch.stack([no_slot if route is None else route.slot_BT.to(device) for route in routes], -1)
         outputs = {"router_scores": restore_rows(scores_BTL, rows).permute(2, 0, 1)}
         outputs |= {"router_mask": restore_rows(slots_BTL >= 0, rows).permute(2, 0, 1)}
-        outputs["aux_loss"] = scores_BTL.new_zeros(()) if statistics is None else statistics.aux_loss.to(device)
-        if statistics is not None or not any(routes):
-            found = iter([] if statistics is None else statistics.found_L3.to(device))
-            nothing = torch.zeros(3, device=device)
+        outputs["aux_loss"] = scores_BTL.new_zeros(()) if found_L3 is None else loss.to(device)
+        if found_L3 is not None or not routed:
+            found, nothing = iter(found_L3.to(device) if routed else []), torch.zeros(3, device=device)
             found_3L = torch.stack([nothing if route is None else next(found) for route in routes], 1)
             outputs["router_load"], outputs["router_overflow"], outputs["router_entropy"] = found_3L
         return outputs
+
+    @torch.no_grad()
+    def _update_biases(self, routing, found_L3, real):
+        """One bias step per layer from the loads of this forward, averaged over ranks by their real tokens."""
+        loads, overflows = found_L3[:, 0], found_L3[:, 1]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = torch.cat([loads * real, loads.new_ones(1) * real])
+            torch.distributed.all_reduce(sums)
+            loads = sums[:-1] / sums[-1].clamp(min=1)
+        looks = loads.device.type == "cpu" and not torch.compiler.is_compiling()
+        for layer, load, overflow in zip(routing, loads, overflows, strict=True):
+            layer.router.update_bias(load.to(layer.router.bias.device))
+            if looks and overflow > 0:
+                logger.warning_once(
+                    f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
+                    f"{self.config.capacity_factor} holds; the latest were dropped (see router_overflow)"
+                )
 
 
 class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
@@ -336,30 +307,16 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        logits_to_keep=0,
-        num_items_in_batch=None,
-        return_dict=None,
-    ):
-        """Next-token logits, and the loss if `labels` are given.
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, output_hidden_states=None, output_attentions=None, logits_to_keep=0,
+        num_items_in_batch=None, return_dict=None,
+    ):  # fmt: skip
+        """Next-token logits [B, T, vocab_size] in an `HSPMNOutput`, and the loss if `labels` are given.
 
-        Args:
-            labels: int64 [B, T], shifted inside; -100 is ignored.
-            logits_to_keep: last tokens to compute logits for, 0 for all, or a 1-D tensor of indices.
-            num_items_in_batch: target tokens of the whole (accumulated, distributed) batch, as Trainer passes it.
-            The others are those of `HSPMNModel.forward`.
-
-        Returns `HSPMNOutput` with logits [B, T, vocab_size]; the loss is the mean cross entropy in nats plus the
-        auxiliary losses.
+        labels: int64 [B, T], shifted inside; -100 is ignored. logits_to_keep: last tokens to compute logits for, 0 for
+        all, or a 1-D tensor of indices. num_items_in_batch: target tokens of the whole (accumulated, distributed)
+        batch, as Trainer passes it. The others are those of `HSPMNModel.forward`. The loss is the mean cross entropy
+        in nats plus, in training, the auxiliary losses.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
@@ -368,24 +325,17 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
         if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return with_head(outputs, logits, loss, self.training, return_dict)
 
     def piece_size(self, rows):
-        """Tokens per row of `rows` rows that one forward may read in half of the memory that is free now.
-
-        Counted are the widest moment of a block, what every layer's router and cache keep per token, and, where the
-        reference runs, its scores.
-        """
+        """Tokens per row of `rows` rows that one forward may read in half of the memory that is free now, counting a
+        block's widest moment, what every router and cache keep per token and, where the reference runs, its scores."""
         config, device = self.config, self.device
         H, G, E, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         heads = (6 * H + 5 * G) * E
-        per_token = (
-            4 * D + max(heads, config.intermediate_size + config.routed_intermediate_size)
-        ) * self.dtype.itemsize
-        per_token += sum(share > 0 for share in config.layer_sparsity) * (2 * G * E * self.dtype.itemsize + 64)
+        widest, size = max(heads, config.intermediate_size + config.routed_intermediate_size), self.dtype.itemsize
+        per_token = (4 * D + widest) * size + sum(map(bool, config.layer_sparsity)) * (2 * G * E * size + 64)
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
             free -= torch.cuda.memory_allocated(device)
@@ -398,27 +348,17 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def prefill(
-        self,
-        input_ids,
-        attention_mask=None,
-        past_key_values=None,
-        chunk_size=None,
-        logits_to_keep=1,
-        position_ids=None,
-        progress=None,
-        **forward_kwargs,
-    ):
+        self, input_ids, attention_mask=None, past_key_values=None, chunk_size=None, logits_to_keep=1,
+        position_ids=None, progress=None, **forward_kwargs,
+    ):  # fmt: skip
         """Read a prompt in pieces, so that memory does not grow with its length but for the sparse keys and values.
 
-        Args:
-            input_ids: int64 [B, N]. attention_mask: [B, N] or [B, cached columns + N]. position_ids: [B or 1, N].
-            past_key_values: cache to continue, an `HSPMNCache` is created if None.
-            chunk_size: tokens per row read at once, at least 1; the first piece is the shorter one. None: as many as
-                `piece_size` allows.
-            logits_to_keep: last tokens to compute logits for, 1 to `chunk_size`.
-            progress: whether to show a progress bar; None: once reading has taken five seconds. transformers'
-                `logging.disable_progress_bar()` turns it off everywhere.
-            forward_kwargs: other arguments of `forward`, for the last piece.
+        input_ids: int64 [B, N]. attention_mask: [B, N] or [B, cached columns + N]. position_ids: [B or 1, N].
+        past_key_values: cache to continue, an `HSPMNCache` is created if None. chunk_size: tokens per row read at
+        once, at least 1, the first piece being the shorter one; None: as many as `piece_size` allows. logits_to_keep:
+        last tokens to compute logits for, 1 to `chunk_size`. progress: whether to show a progress bar; None: once
+        reading has taken five seconds; transformers' `logging.disable_progress_bar()` turns it off everywhere.
+        forward_kwargs: other arguments of `forward`, for the last piece.
 
         Returns the `HSPMNOutput` of the last piece; its `past_key_values` holds the whole prompt. Raises ValueError
         for arguments out of range, and for a static cache that is too small, which then holds the pieces before.
@@ -438,26 +378,20 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         options = {"disable": progress is False, "delay": 0.0 if progress else BAR_DELAY}
         with logging.tqdm(total=N, desc="prefill", unit="tok", unit_scale=True, **options) as bar:
             for begin, end in zip([0, *ends], ends, strict=False):
-                inputs = {
-                    "input_ids": input_ids[:, begin:end],
-                    "attention_mask": None if attention_mask is None else attention_mask[:, -N:][:, begin:end],
-                    "position_ids": None if position_ids is None else position_ids[:, begin:end],
-                    "past_key_values": cache,
-                    "use_cache": True,
-                }
-                if end == N:
-                    outputs = self(**inputs, logits_to_keep=logits_to_keep, **forward_kwargs)
+                mask = None if attention_mask is None else attention_mask[:, -N:][:, begin:end]
+                positions = None if position_ids is None else position_ids[:, begin:end]
+                inputs = (input_ids[:, begin:end], mask, positions, cache)
+                if end < N:
+                    self.model(*inputs, use_cache=True)
                 else:
-                    self.model(**inputs)
+                    outputs = self(*inputs, use_cache=True, logits_to_keep=logits_to_keep, **forward_kwargs)
                 bar.update(end - begin)
         return outputs
 
     def generate(self, *args, **kwargs):
         """`GenerationMixin.generate`; a prompt is read at once, or in as few pieces as the free memory allows.
 
-        `prefill_chunk_size` sets another size of the pieces. Raises ValueError for a router that cannot decide for one
-        decoded token.
-
+        `prefill_chunk_size` sets another size of the pieces. ValueError for a router that cannot decide for one token.
         On CUDA a decoding step is captured and replayed as a CUDA graph for greedy decoding and for sampling with a
         temperature, top-k, top-p or min-p; other options go through transformers' loop. `disable_compile=True` turns
         that off. cache_implementation="static" allocates an `HSPMNStaticCache` that nothing can overflow; pass a
@@ -601,34 +535,24 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
-class HSPMNForSequenceClassification(HSPMNPreTrainedModel):
-    """HSPMN with a label per sequence, read from the last real token."""
+class HSPMNClassifier(HSPMNPreTrainedModel):
+    """What the classification models share: a linear layer, `score`, on the stack of blocks, per token or per row."""
+
+    per_token = True
 
     def __init__(self, config):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = HSPMNModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.per_token)
         self.post_init()
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        num_items_in_batch=None,
-        return_dict=None,
-    ):
-        """Logits [B, num_labels]; labels int64 [B], or float for regression and multi-label problems.
-
-        num_items_in_batch, which Trainer passes, is not used: the loss is the mean over rows. The other arguments are
-        those of `HSPMNModel.forward`. Raises ValueError for a batch whose last tokens cannot be told from padding.
-        """
-        if attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+        output_hidden_states=None, output_attentions=None, num_items_in_batch=None, return_dict=None,
+    ):  # fmt: skip
+        """Logits and, with labels, the loss, see the class; the other arguments are those of `HSPMNModel.forward`."""
+        if not self.per_token and attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
             if self.config.pad_token_id is None:
                 raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
             attention_mask = (input_ids != self.config.pad_token_id).long()
@@ -636,50 +560,32 @@ class HSPMNForSequenceClassification(HSPMNPreTrainedModel):
             input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
             output_attentions,
         )  # fmt: skip
-        B, T = outputs.last_hidden_state.shape[:2]
-        token_T = torch.arange(T, device=outputs.last_hidden_state.device)
-        last_B = token_T[-1].expand(B) if attention_mask is None else (token_T * attention_mask[:, -T:]).argmax(1)
-        logits, loss = self.score(outputs.last_hidden_state[torch.arange(B, device=last_B.device), last_B]), None
-        if labels is not None:
+        x_BTD, loss = outputs.last_hidden_state, None
+        if not self.per_token:
+            (B, T), token_T = x_BTD.shape[:2], torch.arange(x_BTD.shape[1], device=x_BTD.device)
+            last_B = token_T[-1].expand(B) if attention_mask is None else (token_T * attention_mask[:, -T:]).argmax(1)
+            x_BTD = x_BTD[torch.arange(B, device=last_B.device), last_B]
+        logits = self.score(x_BTD)
+        if labels is not None and self.per_token:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        elif labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return with_head(outputs, logits, loss, self.training, return_dict)
 
 
-class HSPMNForTokenClassification(HSPMNPreTrainedModel):
-    """HSPMN with a label per token."""
+class HSPMNForSequenceClassification(HSPMNClassifier):
+    """HSPMN with a label per sequence, read from the last real token: logits [B, num_labels]; labels int64 [B], or
+    float for regression and multi-label problems. num_items_in_batch, which Trainer passes, is not used: the loss is
+    the mean over rows. Raises ValueError for a batch whose last tokens cannot be told from padding.
+    """
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = HSPMNModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    per_token = False
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        num_items_in_batch=None,
-        return_dict=None,
-    ):
-        """Logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored.
 
-        num_items_in_batch: labelled tokens of the whole batch, as Trainer passes it. The other arguments are those of
-        `HSPMNModel.forward`.
-        """
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
-            output_attentions,
-        )  # fmt: skip
-        logits, loss = self.score(outputs.last_hidden_state), None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
-        return with_head(outputs, logits, loss, self.training, return_dict)
+class HSPMNForTokenClassification(HSPMNClassifier):
+    """HSPMN with a label per token: logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored.
+    num_items_in_batch: labelled tokens of the whole batch, as Trainer passes it.
+    """
 
 
 def with_head(outputs, logits, loss, training, return_dict):
@@ -700,16 +606,7 @@ HSPMNForSequenceClassification.register_for_auto_class("AutoModelForSequenceClas
 HSPMNForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
-    "ContextualStream",
-    "HSPMNBlock",
-    "HSPMNCache",
-    "HSPMNForCausalLM",
-    "HSPMNForSequenceClassification",
-    "HSPMNForTokenClassification",
-    "HSPMNModel",
-    "HSPMNOutput",
-    "HSPMNPreTrainedModel",
-    "HSPMNRouter",
-    "HSPMNStaticCache",
-    "ReflexiveStream",
-]
+    "ContextualStream", "HSPMNBlock", "HSPMNCache", "HSPMNForCausalLM", "HSPMNForSequenceClassification",
+    "HSPMNForTokenClassification", "HSPMNModel", "HSPMNOutput", "HSPMNPreTrainedModel", "HSPMNRouter",
+    "HSPMNStaticCache", "ReflexiveStream",
+]  # fmt: skip

@@ -2,7 +2,8 @@
 
 An operation is one typed function, its reference. From that come the schema, the shapes that `torch.compile` sees and
 the gradient; Triton kernels, FlexAttention and hand-written gradients register beside it. `operations(backend)` says
-which form of each runs.
+which form of each runs. In order: routing, heads, the reflexive and the contextual stream, the cache, one decoded
+token, SwiGLU, FlexAttention.
 
 Legend of shape suffixes:
     B batch, T tokens of this call, K routed slots of this call, P key slots (cached ones first), S key tokens,
@@ -42,13 +43,14 @@ FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
 NAMESPACE = "hspmn_" + hashlib.sha1(__name__.encode()).hexdigest()[:8]
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 REGISTRY = {}  # operations by name
+# Arguments that one call leaves to the next
+KEPT = ("ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "key_scales_BPG", "value_scales_BPG")
 
 
 class Operation:
-    """A typed reference function and the other forms that compute it.
+    """A typed reference function and the other forms that compute it, called as `route(*args, backend="triton")`.
 
-    Called as the reference is, with the backend as a keyword: `route(*args, backend="triton")`. Attributes:
-    `reference`; `mutates`, the names of the arguments written in place; `differentiable`, whether the kernel trains.
+    Attributes: `reference`; `mutates`, the arguments written in place; `differentiable`, whether the kernel trains.
     """
 
     def __init__(self, reference, mutates=()):
@@ -69,9 +71,9 @@ class Operation:
     def kernel(self, launch):
         """Register the launcher of a Triton kernel as a custom operator, opaque to `torch.compile`.
 
-        Registered through `torch.library.Library`: `torch.library.custom_op` takes 317 us per call of 29 arguments on
-        a CPU core where this takes 9. `triton_op` was weighed and left: inductor takes an input for written where its
-        analysis of a kernel fails (scans do that), which clones it, and `wrap_triton` refuses the interpreter.
+        Through `torch.library.Library`, since `custom_op` takes 317 us per call of 29 arguments on a CPU core where
+        this takes 9. With `triton_op` inductor clones inputs that it takes for written where its analysis of a kernel
+        fails (scans do that), and `wrap_triton` refuses the interpreter.
         """
         name = self.__name__
         LIBRARY.define(name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
@@ -88,38 +90,30 @@ class Operation:
         return function
 
     def gradient(self, setup, backward):
-        """Register the kernel's gradient; with one, the kernel trains too. The reference has autograd's.
-
-        setup(ctx, inputs, output) keeps what is needed; backward(kernel, ctx, *grads) has one gradient per argument.
-        """
+        """Register the kernel's gradient, with which it trains too: setup(ctx, inputs, output) keeps what is needed;
+        backward(kernel, ctx, *grads) has one gradient per argument. The reference has autograd's."""
         name, back = f"{NAMESPACE}::{self.__name__}", partial(backward, self._forms["triton"])
         torch.library.register_autograd(name, back, setup_context=setup, lib=LIBRARY)
         self.differentiable = True
 
     def _fake(self, *args):
         """Outputs of the reference as fresh tensors, as kernels allocate them."""
-        out = self.reference(*args)
-        if isinstance(out, tuple):
-            return tuple(x.new_empty(x.shape) for x in out)
-        return None if out is None else out.new_empty(out.shape)
+        return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.new_empty(x.shape), self.reference(*args))
 
 
 def operation(*mutates):
     """Make a typed reference an `Operation`; `mutates`: the arguments that it writes in place."""
 
     def register(reference):
-        REGISTRY[reference.__name__] = Operation(reference, mutates)
-        return REGISTRY[reference.__name__]
+        return REGISTRY.setdefault(reference.__name__, Operation(reference, mutates))
 
     return register
 
 
 @cache
 def operations(backend):
-    """The form of every operation on a backend, as attributes by name.
-
-    "reference"; "flex", which has gradients, on CUDA; "triton", which a compiler may see; "launch", the same without
-    the dispatcher in between, for eager calls that record no gradient.
+    """The form of every operation on a backend, as attributes by name: "reference"; "flex", with gradients, on CUDA;
+    "triton", which a compiler may see; "launch", the same without the dispatcher, for eager calls without gradients.
     """
     return SimpleNamespace(**{name: op.form(backend) for name, op in REGISTRY.items()})
 
@@ -136,23 +130,16 @@ def spans(tokens, most):
     return [(begin, min(begin + most, tokens)) for begin in range(0, tokens, most)]
 
 
-# Routing
-
-
 def router_score(h_BTD, weight_D):
-    """Router score of each token, 2 h.w / sqrt(D), in float32 whatever the autocast or TF32 setting.
-
-    It is a sum of products, not a matmul, so no reduced-precision mode applies.
-    """
+    """Router score of each token, 2 h.w / sqrt(D), in float32: no matmul, which autocast or TF32 would round."""
     h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
     return (h_BTD * weight_D).sum(-1) * (SCORE_GAIN * h_BTD.shape[-1] ** -0.5)
 
 
 def compact(mask_BT, capacity):
-    """Ordered compaction of the true entries of a mask into `capacity` slots per row.
+    """Ordered compaction of the true entries of a mask into `capacity` slots per row; the latest beyond get none.
 
-    Returns index_BK (int64, the token of each slot, -1 for an empty slot), slot_BT (int64, the slot of each token,
-    -1 for a token without one) and count_B (int32, used slots). Entries past the capacity, the latest, get none.
+    Returns index_BK (int64, token of each slot or -1), slot_BT (int64, slot of each token or -1) and count_B (int32).
     """
     slot_BT = mask_BT.long().cumsum(1) - 1
     slot_BT = torch.where(mask_BT & (slot_BT < capacity), slot_BT, -1)
@@ -181,11 +168,9 @@ def route(
     """Gates of router scores, and the ordered slots of the tokens whose score and bias exceed 0.
 
     bias: scalar; it steers the decision and never enters the gate (arXiv 2408.15664). noise_floor: gates below it
-    are 0. initial: so many first tokens of every document are routed whatever their score. capacity: slots per row;
-    the latest tokens beyond it get none.
-
-    Returns gate_BT in score's dtype (float32); index_BK and slot_BT (int64) and count_B (int32), see `compact`; and
-    sums_B4 over a row's real tokens: routed, without a slot, entropy of the gates in nats, gates.
+    are 0. initial: so many first tokens of every document are routed whatever their score. capacity: slots per row.
+    Returns gate_BT in score's dtype (float32); index_BK, slot_BT and count_B, see `compact`; and sums_B4 over a row's
+    real tokens: routed, without a slot, entropy of the gates in nats, gates.
     """
     token_T = torch.arange(score_BT.shape[1], device=score_BT.device)
     real_BT = torch.ones_like(score_BT, dtype=torch.bool) if length_B is None else token_T < length_B[:, None]
@@ -196,10 +181,8 @@ def route(
 
 
 def first_slot(index_BK, slot_BT, start_BT, held_B=None, document_slot_B=None):
-    """First slot of the document of each routed token, [B, K] int32; slots are counted with the `held_B` cached ones.
-
-    document_slot_B: the first slot of each row's document that began in an earlier call.
-    """
+    """First slot of the document of each routed token, [B, K] int32; slots are counted with the `held_B` cached ones,
+    and document_slot_B is that of each row's document that began in an earlier call."""
     routed_BT, start_BT = slot_BT >= 0, start_BT.expand_as(slot_BT)
     before_BT = (routed_BT.cumsum(1) - routed_BT.long()).gather(1, start_BT.clamp(min=0))
     if held_B is not None:
@@ -211,15 +194,11 @@ def first_slot(index_BK, slot_BT, start_BT, held_B=None, document_slot_B=None):
 def take_rows(x_BTX: Tensor, index_BK: Tensor, inverse_BT: Tensor) -> Tensor:
     """Rows of `x_BTX` [B, T, ...] named by `index_BK`, as [B, K, ...]; index -1 gives zeros.
 
-    inverse_BT: the opposite map, for each row of x its row of the result or -1, with which a kernel's backward is a
-    gather too and no atomic scatter.
+    inverse_BT: for each row of x its row of the result or -1, so that a kernel's backward is no atomic scatter.
     """
     index = index_BK.reshape(*index_BK.shape, *[1] * (x_BTX.dim() - 2))
     rows = x_BTX.gather(1, index.clamp(min=0).expand(-1, -1, *x_BTX.shape[2:]))
     return torch.where(index >= 0, rows, 0)
-
-
-# From hidden states to heads
 
 
 @operation()
@@ -231,8 +210,8 @@ def place(
 
     tokens: T. position_BT: None to count on in the row's document, or [B or 1, 1] position ids of a single token,
     which starts a document if it is not `last_position_B` + 1. document_seen_B: tokens of the row's document so far.
-    frequency_F, scaling: RoPE's inverse frequencies [E / 2] and the factor of its tables.
-    Returns cos and sin [B, T, E] in `dtype`, start [B, 1] and position [B, T] in int64.
+    frequency_F, scaling: RoPE's inverse frequencies [E / 2] and its tables' factor. Returns cos and sin [B, T, E] in
+    `dtype`, start [B, 1] and position [B, T] in int64.
     """
     start_BT = -document_seen_B[:, None]
     if position_BT is None:
@@ -246,11 +225,8 @@ def place(
 
 
 def causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B):
-    """Depthwise causal convolution: y_t = sum_i weight_i x_(t - L + 1 + i) over visible tokens, in x's dtype.
-
-    weight_CL: the last of the L taps weighs the current token; one tap leaves x as it is. history_BLC: the L - 1 real
-    tokens before this call, moved on IN PLACE, or None for zeros.
-    """
+    """Depthwise causal convolution: y_t = sum_i weight_i x_(t - L + 1 + i) over visible tokens, in x's dtype; one tap
+    leaves x as it is. history_BLC: the L - 1 real tokens before this call, moved on IN PLACE, or None for zeros."""
     T, lags = x_BTC.shape[1], weight_CL.shape[1] - 1
     if not lags:
         return x_BTC
@@ -273,8 +249,7 @@ def causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B):
 
 
 def feature_map(x, kind):
-    """What the linear attention reads of q and k, "gated": SiLU divided by its length (at least 1e-12), "elu":
-    elu(x) + 1."""
+    """What linear attention reads of q and k: "gated", SiLU over its length (at least 1e-12), or "elu", elu(x) + 1."""
     wider = F.silu(x).to(torch.promote_types(x.dtype, torch.float32))
     if kind == "gated":
         return F.normalize(wider, dim=-1).to(x.dtype)
@@ -297,10 +272,8 @@ def split_heads(
 
     x_BTC: C = (H + 2 * kv_heads) * E channels, queries first, then keys, then values. weight_CL, history_BLC: of
     `causal_conv`. q_norm_E, k_norm_E: weights of the RMSNorm per head, with `eps` inside its root. feature: the kind
-    of `feature_map`.
-
-    Returns q_linear [B, T, H, E], k_linear [B, T, G, E], q [B, T, H, E], k and v [B, T, G, E] in x's dtype, in which
-    the convolution and RoPE are computed too (a kernel may round less).
+    of `feature_map`. Returns q_linear [B, T, H, E], k_linear [B, T, G, E], q [B, T, H, E], k and v
+    [B, T, G, E] in x's dtype, in which the convolution and RoPE are computed too (a kernel may round less).
     """
     E = q_norm_E.shape[0]
     x_BTC = causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B)
@@ -313,10 +286,8 @@ def split_heads(
 
 
 def log_decay(decay_BTH, log_rate_H, bias_H, least):
-    """Log-decay per token and head, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
-
-    least: nats per token that every head forgets at least, so that no state remembers without end.
-    """
+    """Log-decay of tokens and heads, -least - exp(log_rate) * softplus(decay + bias), float32 or wider, at most 0.
+    Every head forgets at least `least` nats per token, so that no state remembers without end."""
     kind = torch.promote_types(decay_BTH.dtype, torch.float32)
     return -log_rate_H.to(kind).exp() * F.softplus(decay_BTH.to(kind) + bias_H.to(kind)) - least
 
@@ -345,15 +316,11 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor, norm_D: Tensor, eps: float) -> tuple[
     return sum_BTD, F.rms_norm(sum_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
 
 
-# The reflexive stream
-
-
 def linear_attention_recurrent(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
     """Decayed linear attention, one token at a time: S_t = exp(log_decay_t) S_(t-1) + k_t v_t^T and o_t = S_t^T q_t.
 
-    The state restarts at zero at a token with start_t = t; tokens past `length_B` leave it as it was.
-    Returns o_BTHF in q's dtype and the last state in float32 or wider.
-    Source: Linear Transformers (arXiv 2006.16236); scalar decay per head as in Mamba-2 (arXiv 2405.21060).
+    The state restarts at zero where start_t = t; tokens past `length_B` leave it as it was. Returns o_BTHF in q's
+    dtype and the last state in float32 or wider. Linear Transformers (arXiv 2006.16236), decays of arXiv 2405.21060.
     """
     (B, T), R, dtype = q_BTHE.shape[:2], q_BTHE.shape[2] // k_BTGE.shape[2], q_BTHE.dtype
     q_BTHE, k_BTGE, v_BTGF = wide(q_BTHE), wide(k_BTGE), wide(v_BTGF)
@@ -380,8 +347,8 @@ def linear_attention(
     """`linear_attention_recurrent` in chunks of `LINEAR_CHUNK` tokens: the same result from matrix products.
 
     Products run in q's dtype, decays and states in float32. state_BHEF: float32, advanced IN PLACE, or None for zeros.
-    Returns o_BTHF in q's dtype; what it holds past `length_B` is finite and means nothing. Source: chunkwise form of
-    Gated Linear Attention (arXiv 2312.06635) and the state-space dual (arXiv 2405.21060).
+    Returns o_BTHF in q's dtype, finite and meaningless past `length_B`. Chunkwise form of Gated Linear Attention
+    (arXiv 2312.06635) and the state-space dual (arXiv 2405.21060).
     """
     B, T, H, E = q_BTHE.shape
     kind = torch.promote_types(q_BTHE.dtype, torch.float32)
@@ -404,8 +371,7 @@ def linear_attention(
 
 
 def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, state_BHEF):
-    B, T, H, E = q_BTHE.shape
-    G, V = v_BTGF.shape[2:]
+    (B, T, H, E), (G, V) = q_BTHE.shape, v_BTGF.shape[2:]
     R, L = H // G, min(LINEAR_CHUNK, T)
     N = -(-T // L)
     padding = N * L - T
@@ -419,19 +385,15 @@ def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, stat
     v = v_BTGF.reshape(B, N, L, G, V).transpose(2, 3)
     decay = log_decay_BTH.to(state_BHEF.dtype).reshape(B, N, L, G, R)
     decay = decay.permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, N, G, R, L]
-
     token_L = torch.arange(L, device=q.device)
     visible = token_L[:, None] >= token_L  # [L, L] query by key
     if start_BT is not None:
         start = start_BT if not padding else torch.cat([start_BT, start_BT[:, -1:].expand(-1, padding)], 1)
         start = start.reshape(B, N, L) - torch.arange(0, N * L, L, device=q.device)[:, None]  # within its chunk
-        visible = visible & (token_L >= start[..., None])
-        visible = visible[:, :, None, None]
+        visible = (visible & (token_L >= start[..., None]))[:, :, None, None]
     weight = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf")).exp()
     scores = (q.reshape(B, N, G, R * L, E) @ k.transpose(-1, -2)).reshape(B, N, G, R, L, L)
-    out = (scores * weight).to(v.dtype).reshape(B, N, G, R * L, L) @ v
-    out = out.reshape(B, N, G, R, L, V)
-
+    out = ((scores * weight).to(v.dtype).reshape(B, N, G, R * L, L) @ v).reshape(B, N, G, R, L, V)
     to_end = (decay[..., -1:] - decay).exp()  # [B, N, G, R, L]
     if start_BT is not None:
         to_end = to_end * (token_L >= start[:, :, -1:])[:, :, None, None]
@@ -447,7 +409,6 @@ def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, stat
     sources = torch.cat([state_BHEF[:, None], updates.to(state_BHEF.dtype).reshape(B, N, H, E, V)], 1)
     with torch.autocast(q.device.type, enabled=False):  # it would round the states to bfloat16
         states = torch.einsum("bhnm,bmhx->bnhx", carry, sources.flatten(3)).reshape(B, N + 1, G, R, E, V)
-
     from_begin = decay.exp()
     if start_BT is not None:
         from_begin = from_begin * (start < 0)[:, :, None, None]
@@ -482,10 +443,9 @@ def local_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention of token t over the visible tokens among t - window + 1 .. t.
 
-    ring_*: keys and values of the last `window` real tokens before this call, of which there were `seen_B`; token i
-    of a row lies at i modulo the window. None: none are visible. Blocks of queries see only their own stretch of keys,
-    so time and memory are O(T * window). Returns out_BTHE in q's dtype and the log-sum-exp of the scores lse_BTH in
-    float32; scores are scaled by 1/sqrt(E).
+    ring_*: keys and values of the last `window` of `seen_B` real tokens before this call, token i at i modulo the
+    window; None: none are visible. Blocks of queries see only their own stretch of keys, so time and memory are
+    O(T * window). Returns out_BTHE in q's dtype and the log-sum-exp lse_BTH, float32, of scores scaled by 1/sqrt(E).
     """
     B, T, G, E = k_BTGE.shape
     block = min(window, T)
@@ -521,8 +481,8 @@ def reflexive_merge(
 ) -> Tensor:  # fmt: skip
     """The reflexive stream: local attention + RMSNorm(linear) * sigmoid(head_gate), norm and gate per head.
 
-    linear_BTHE: output of the linear attention. head_gate_BTH: before the sigmoid. The first eight are those of
-    `local_attention`. Returns [B, T, H, E] in q's dtype; norm, gate and sum are float32 or wider.
+    The first eight are those of `local_attention`; linear_BTHE is of `linear_attention`. Returns [B, T, H, E] in q's
+    dtype; norm, gate and sum are float32 or wider.
     """
     local_BTHE, _ = local_attention.reference(
         q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B
@@ -531,19 +491,16 @@ def reflexive_merge(
     return (local_BTHE + normed_BTHE * wide(head_gate_BTH).sigmoid()[..., None]).to(q_BTHE.dtype)
 
 
-# The contextual stream and the cache
-
-
 @operation()
 def sqsk_attention(
     q_BKHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """SQSK attention: routed query i sees the routed keys first_i .. held + i, in slots; empty slots give zeros.
 
-    Slots are ordered by position, so this is dense causal attention on the compacted rows. k_BPGE holds `held_B`
-    earlier slots (None: none) followed by those of this call; count_B of the K query slots are used; first_BK is the
-    first visible slot (documents packed in one row), or None for slot 0. RoPE has been applied at original positions.
-    Returns out_BKHE in q's dtype and the log-sum-exp of the scores lse_BKH in float32, -inf where nothing is seen.
+    Dense causal attention on compacted rows, whose slots are ordered by position, with RoPE of original positions.
+    k_BPGE holds `held_B` earlier slots (None: none) before those of this call; count_B of the K query slots are used;
+    first_BK is the first visible slot (packed documents), None for slot 0. Returns out_BKHE in q's dtype and the
+    log-sum-exp of the scores lse_BKH in float32, -inf where nothing is seen.
     """
     K, P = q_BKHE.shape[1], k_BPGE.shape[1]
     slot_K, key_P = torch.arange(K, device=q_BKHE.device), torch.arange(P, device=q_BKHE.device)
@@ -617,19 +574,7 @@ def read_slots(kept_BPGE, scales_BPG, dtype):
     return (kept_BPGE.to(scales_BPG.dtype) * scales_BPG[:, :-1, :, None]).to(dtype)
 
 
-def push_window(k_BTGE, v_BTGE, seen_B, length_B, ring_k_BWGE, ring_v_BWGE):
-    """Overwrite the ring of `local_attention` with the last real tokens of this call, IN PLACE."""
-    T, W = k_BTGE.shape[1], ring_k_BWGE.shape[1]
-    last_B1 = (seen_B + (T if length_B is None else length_B))[:, None] - 1
-    token_BW = last_B1 - (last_B1 - torch.arange(W, device=seen_B.device)) % W - seen_B[:, None]
-    token, new = token_BW.clamp(min=0)[..., None, None].expand_as(ring_k_BWGE), (token_BW >= 0)[..., None, None]
-    for ring_BWGE, x_BTGE in ((ring_k_BWGE, k_BTGE), (ring_v_BWGE, v_BTGE)):
-        ring_BWGE.copy_(torch.where(new, x_BTGE.gather(1, token).to(ring_BWGE.dtype), ring_BWGE))
-
-
-@operation(
-    "ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "key_scales_BPG", "value_scales_BPG"
-)
+@operation(*KEPT)
 def extend(
     k_BTGE: Tensor, v_BTGE: Tensor, position_BT: Tensor, start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor,
     index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor,
@@ -638,19 +583,22 @@ def extend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a call leaves to the next: its last tokens in the window's ring, its routed tokens in the sparse store.
 
-    k_BTGE, v_BTGE: of `split_heads`; position_BT: position ids, first dimension 1 or B. seen_B: real tokens before
-    this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. ring_* [B, W, G, E]:
-    as in `local_attention`. keys, values [B, P + 1, G, E] and positions [B, P + 1] (int32): the sparse store, whose
-    last slot takes discarded writes; held_B (int32): tokens routed before, of which at most P have a slot;
-    document_slot_B (int32): the first slot of each row's document; *_scales_BPG: of `quantize` if keys and values are
-    int8, else unused. Ring and store are written IN PLACE.
-
-    Returns first_BK of `sqsk_attention` (int32) and, int32 [4, B]: slots held before, tokens of this call that have
-    one (the latest are left out of a full store), and the next call's `held_B` and `document_slot_B`. A layer that
-    routes nothing returns empty ones.
+    k_BTGE, v_BTGE: of `split_heads`. position_BT: position ids, first dimension 1 or B. seen_B: real tokens before
+    this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. ring_* [B, W, G, E]: of
+    `local_attention`. keys, values [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot
+    takes discarded writes. held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B
+    (int32): the first slot of each row's document. *_scales_BPG: of `quantize` for int8, else unused. Ring and store
+    are written IN PLACE. Returns first_BK of `sqsk_attention` (int32) and, int32 [4, B]: slots held before, tokens of
+    this call that have one (the latest are left out of a full store), and the next call's `held_B` and
+    `document_slot_B`; empty ones for a layer that routes nothing.
     """
-    if ring_k_BWGE.shape[1]:
-        push_window(k_BTGE, v_BTGE, seen_B, length_B, ring_k_BWGE, ring_v_BWGE)
+    T, W = k_BTGE.shape[1], ring_k_BWGE.shape[1]
+    if W:
+        last_B1 = (seen_B + (T if length_B is None else length_B))[:, None] - 1
+        token_BW = last_B1 - (last_B1 - torch.arange(W, device=seen_B.device)) % W - seen_B[:, None]
+        token, new = token_BW.clamp(min=0)[..., None, None].expand_as(ring_k_BWGE), (token_BW >= 0)[..., None, None]
+        for ring_BWGE, x_BTGE in ((ring_k_BWGE, k_BTGE), (ring_v_BWGE, v_BTGE)):
+            ring_BWGE.copy_(torch.where(new, x_BTGE.gather(1, token).to(ring_BWGE.dtype), ring_BWGE))
     if index_BK is None:
         return held_B[:0], held_B[:0]
     (B, K), P = index_BK.shape, keys_BPGE.shape[1] - 1
@@ -669,28 +617,20 @@ def extend(
     return first_BK, torch.stack([before_B, kept_B, after_B, document_B])
 
 
-# One decoded token
-
-
 @operation()
 def project_token(
     x_BTD: Tensor, norm_D: Tensor, eps: float, qkv_weight_CD: Tensor, head_weight_XD: Tensor,
     score_weight_D: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """RMSNorm of a single token (T = 1) and what a block's attentions and router make of it.
-
-    Returns qkv [B, 1, C] in x's dtype, head [B, 1, X] (the inputs of the decays, then the gates) and the score [B, 1],
-    [B, 0] without a weight, in float32.
+    """From RMSNorm of a single token (T = 1): qkv [B, 1, C] in x's dtype, head [B, 1, X] (the inputs of the decays,
+    then the gates) and the score [B, 1], [B, 0] without a weight, in float32.
     """
     h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
     score_BT = wide(h_BTD)[:, :0, 0] if score_weight_D is None else router_score(h_BTD, score_weight_D)
     return F.linear(h_BTD, qkv_weight_CD), wide(F.linear(h_BTD, head_weight_XD)), score_BT
 
 
-@operation(
-    "state_BHEE", "ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "held_B",
-    "document_slot_B", "key_scales_BPG", "value_scales_BPG",
-)  # fmt: skip
+@operation("state_BHEE", "held_B", "document_slot_B", *KEPT)
 def attend_token(
     q_linear_BTHE: Tensor, k_linear_BTGE: Tensor, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, head_BTX: Tensor,
     log_rate_H: Tensor, rate_bias_H: Tensor, least: float, norm_E: Tensor, eps: float, position_BT: Tensor,
@@ -702,34 +642,36 @@ def attend_token(
     """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
 
     q_linear, k_linear, q, k, v: of `split_heads`. head_BTX: of `project_token`. log_rate, rate_bias, least: of
-    `log_decay`. norm_E, eps: of `reflexive_merge`. score_BT, bias, noise_floor, initial: of `route`, with score None
-    for a layer that routes nothing. The rest is that of `extend`. State, ring, store and counts are updated IN PLACE.
-    A routed token without a free slot is counted and otherwise treated as one that is not routed; the output of
-    padding (length 0) means nothing.
-    Returns the sum [B, 1, H, E] in q's dtype and slot_BT (int64), 0 for a token that has a slot, else -1.
+    `log_decay`. norm_E, eps: of `reflexive_merge`. score_BT, bias, noise_floor, initial: of `route`, score None for a
+    layer that routes nothing. The rest is that of `extend`. State, ring, store and counts are updated IN PLACE. A
+    routed token without a free slot is counted and else treated as not routed; the output of padding (length 0) means
+    nothing. Returns the sum [B, 1, H, E] in q's dtype and slot_BT (int64), 0 for a token that has a slot, else -1.
     """
     decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
     decay_BTH = log_decay(decay_BTH, log_rate_H, rate_bias_H, least)
-    inputs = (q_linear_BTHE, k_linear_BTGE, v_BTGE, decay_BTH, start_BT, length_B)
-    linear_BTHE, state = linear_attention_recurrent(*inputs, state_BHEE)
+    linear_BTHE, state = linear_attention_recurrent(
+        q_linear_BTHE, k_linear_BTGE, v_BTGE, decay_BTH, start_BT, length_B, state_BHEE
+    )
     state_BHEE.copy_(state)
     ring = (ring_k_BWGE, ring_v_BWGE)
     window = (q_BTHE, k_BTGE, v_BTGE, start_BT, ring_k_BWGE.shape[1], *ring, seen_B)
     merged_BTHE = reflexive_merge.reference(*window, linear_BTHE, gate_BTH, norm_E, eps)
-    route_of, index_BK, slot_BT, count_B = None, None, torch.full_like(start_BT, -1), None
+    gate_BT, index_BK, slot_BT, count_B = None, None, torch.full_like(start_BT, -1), None
     if score_BT is not None:
-        route_of = route.reference(score_BT, bias, start_BT, length_B, noise_floor, initial, 1)
-        index_BK, slot_BT, count_B = route_of[1:4]
-    store = (keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG)
-    place = (position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B)
-    first_BK, numbers_4B = extend.reference(k_BTGE, v_BTGE, *place, *ring, *store)
-    if route_of is None:
+        gate_BT, index_BK, slot_BT, count_B, _ = route.reference(
+            score_BT, bias, start_BT, length_B, noise_floor, initial, 1
+        )
+    first_BK, numbers_4B = extend.reference(
+        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, *ring, keys_BPGE,
+        values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+    )  # fmt: skip
+    if score_BT is None:
         return merged_BTHE, slot_BT
     before_B, kept_B, after_B, document_B = numbers_4B
     held_B.copy_(after_B)
     document_slot_B.copy_(document_B)
     kv = (read_slots(keys_BPGE, key_scales_BPG, q_BTHE.dtype), read_slots(values_BPGE, value_scales_BPG, q_BTHE.dtype))
-    sqsk_merge.reference(merged_BTHE, route_of[0], q_BTHE, *kv, index_BK, first_BK, before_B, kept_B)
+    sqsk_merge.reference(merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, before_B, kept_B)
     return merged_BTHE, torch.where(kept_B[:, None] > 0, slot_BT, -1)
 
 
@@ -746,9 +688,6 @@ def linear_add_token(residual_BTN: Tensor, x_BTD: Tensor, weight_ND: Tensor) -> 
     return residual_BTN + F.linear(x_BTD, weight_ND)
 
 
-# SwiGLU
-
-
 def gated_product(gate, up):
     """silu(max(gate, -SILU_LIMIT)) * up, in their dtype."""
     return F.silu(gate.clamp(min=-SILU_LIMIT)) * up
@@ -756,9 +695,8 @@ def gated_product(gate, up):
 
 @operation()
 def swiglu(x: Tensor, gate_weight_NK: Tensor, up_weight_NK: Tensor) -> Tensor:
-    """`gated_product` of x's products with the weights (arXiv 2002.05202), x [..., K].
-
-    Returns [..., N] in x's dtype, in which gate and up are rounded too (a kernel may round less).
+    """`gated_product` of x [..., K] times the weights (arXiv 2002.05202), [..., N] in x's dtype, in which gate and up
+    are rounded too (a kernel may round less).
     """
     return gated_product(F.linear(x, gate_weight_NK), F.linear(x, up_weight_NK))
 
@@ -769,22 +707,16 @@ def linear_add(residual: Tensor, x: Tensor, weight_NK: Tensor) -> None:
     residual.add_(F.linear(x, weight_NK))
 
 
-# FlexAttention
+compiled_flex_attention = cache(partial(torch.compile, flex_attention))  # made when it is first needed
 
 
-@cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
-
-
-def _flex(q_BTHE, k_BSGE, v_BSGE, block_mask):
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+def _flex(q_BTHE, k_BSGE, v_BSGE, blocks, visible):
+    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
-    # Fewer than 128 queries would go to a kernel for decoding, which inductor does not find for masks of ours
-    options = {"FORCE_USE_FLEX_ATTENTION": True}
     out, aux = attend(
-        q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options,
-        return_aux=AuxRequest(lse=True),
+        q, k, v, block_mask=_block_mask(*blocks, visible, q.shape[2]), enable_gqa=q.shape[1] != k.shape[1],
+        # Fewer than 128 queries would go to a kernel for decoding, which inductor does not find for masks of ours
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True}, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
@@ -792,9 +724,9 @@ def _flex(q_BTHE, k_BSGE, v_BSGE, block_mask):
 def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visible, length):
     """`BlockMask` of key blocks per query block, the same for all heads; the full ones (or None) need no mask.
 
-    FlexAttention's kernels take the tensors for row-major, also in the head dimension of size 1, but inductor lays out
-    what it computes itself as it likes: in inference, where nothing keeps them for backward, row b of a [B, 1, N]
-    tensor with strides (N, B * N, 1) was read B rows further on. `as_strided` fixes the layout.
+    FlexAttention's kernels take the tensors for row-major, also in the head dimension of size 1, where inductor lays
+    out its own as it likes: in inference, row b of a [B, 1, N] tensor with strides (N, B * N, 1) was read B rows
+    further on. `as_strided` fixes the layout.
     """
 
     def row_major(x):
@@ -806,30 +738,29 @@ def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visibl
     return BlockMask.from_kv_blocks(*tensors, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length))
 
 
-def _blocks(first_BN, last_BN, columns):
+def _blocks(first_BN, last_BN):
     """Counts and indices of the key blocks first .. last (both included) of each query block."""
-    count_BN = (last_BN - first_BN + 1).clamp(min=0)
-    index_BNM = first_BN[..., None] + torch.arange(columns, device=first_BN.device)
-    return count_BN, index_BNM.clamp(max=columns - 1)
+    N = first_BN.shape[1]
+    index_BNM = first_BN[..., None] + torch.arange(N, device=first_BN.device)
+    return (last_BN - first_BN + 1).clamp(min=0), index_BNM.clamp(max=N - 1)
 
 
 @local_attention.flex
 def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B):
     if ring_k_BWGE is not None:
-        inputs = (q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B)
-        return local_attention.reference(*inputs)
+        ring = (ring_k_BWGE, ring_v_BWGE, seen_B)
+        return local_attention.reference(q_BTHE, k_BTGE, v_BTGE, start_BT, window, *ring)
     B, T = q_BTHE.shape[:2]
     N = -(-T // FLEX_BLOCK)
     block_N = torch.arange(N, device=q_BTHE.device)
     first_BN = ((block_N * FLEX_BLOCK - window + 1).clamp(min=0) // FLEX_BLOCK).expand(B, N)
-    counts, indices = _blocks(first_BN, block_N.expand(B, N), N)
     start_BT = None if start_BT is None else start_BT.expand(B, T)
 
     def visible(b, h, query, key):
         near = (key <= query) & (key > query - window)
         return near if start_BT is None else near & (key >= start_BT[b, query])
 
-    return _flex(q_BTHE, k_BTGE, v_BTGE, _block_mask(counts, indices, None, None, visible, T))
+    return _flex(q_BTHE, k_BTGE, v_BTGE, (*_blocks(first_BN, block_N.expand(B, N)), None, None), visible)
 
 
 @sqsk_attention.flex
@@ -842,16 +773,14 @@ def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     block_N = torch.arange(N, device=q_BKHE.device)
     used_BN = block_N * FLEX_BLOCK < count_B[:, None]
     if first_BK is None:
-        counts, indices = used_BN, block_N[:, None].expand(B, N, N)
-        full_counts, full_indices = torch.where(used_BN, block_N, 0), block_N.expand(B, N, N)
+        full = torch.where(used_BN, block_N, 0), block_N.expand(B, N, N)
+        blocks = (used_BN, block_N[:, None].expand(B, N, N), *full)
     else:
         first_BN = first_BK[:, ::FLEX_BLOCK] // FLEX_BLOCK
-        counts, indices = _blocks(first_BN, torch.where(used_BN, block_N, -1), N)
-        full_counts = full_indices = None
+        blocks = (*_blocks(first_BN, torch.where(used_BN, block_N, -1)), None, None)
 
     def visible(b, h, query, key):
         causal = key <= query
         return causal if first_BK is None else causal & (key >= first_BK[b, query])
 
-    mask = _block_mask(counts, indices, full_counts, full_indices, visible, K)
-    return _flex(q_BKHE, k_BPGE, v_BPGE, mask)
+    return _flex(q_BKHE, k_BPGE, v_BPGE, blocks, visible)
