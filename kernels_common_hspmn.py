@@ -26,8 +26,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 GAIN = tl.constexpr(SCORE_GAIN)
 # Finite, so that rows that see no key need no special case: exp2(-inf - FLOOR) is 0 and exp2(FLOOR - FLOOR) is 1
 FLOOR = tl.constexpr(-1.0e30)
-# How `start_BT` is read, min(2, its width): one number per row, for its only document, or one per token; 0: not at all
-ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)
+ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)  # how `starts` are read
 
 
 def interpreted():
@@ -39,6 +38,7 @@ class Tiles(NamedTuple):
     """What a kernel reads and writes in tiles through TMA: the fields of Triton's descriptor, whose checks take 8 us.
 
     base must begin at a multiple of 16 bytes, and so must its rows (`strides` are counted in elements, the last is 1).
+    Made by `of`, which gives Triton's own in the interpreter.
     """
 
     base: torch.Tensor
@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, *fields):
-        """`Tiles` of base, shape, strides and block_shape, in the interpreter Triton's own."""
+        """Of base, shape, strides and block_shape."""
         return cls(*fields).checked() if interpreted() else cls(*fields)
 
 
@@ -134,6 +134,17 @@ def power_of_2(n):
 
 
 @triton.jit
+def from_start(first, start, b, t, T, least, START: tl.constexpr):
+    """`first` or, where it is later, the start of each token t of row b; one before `least` counts as `least`."""
+    if START == TOKEN_START:
+        begin = tl.load(start + b * T + t, mask=t < T, other=0)
+        first = tl.maximum(first, tl.maximum(begin, least).to(tl.int32))
+    elif START == ROW_START:
+        first = tl.maximum(first, tl.maximum(tl.load(start + b), least).to(tl.int32))
+    return first
+
+
+@triton.jit
 def router_score(products, D: tl.constexpr):
     """Scores [rows] from products [rows, BLOCK_D] of float32, the parts of `router_score`'s sum over D."""
     return tl.sum(products, 1) * (GAIN * D**-0.5)
@@ -207,6 +218,23 @@ def check_in_place(name, x, shape, dtypes):
         )
 
 
-def dense(x):
-    """`x` contiguous; None stays None."""
-    return None if x is None else x.contiguous()
+def dense(*tensors):
+    """Each of them contiguous; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def shape_of(x):
+    """Shape of a tensor, None of None."""
+    return None if x is None else tuple(x.shape)
+
+
+def starts(start_BT, B):
+    """`start_BT` for a kernel, and how it is read: 0 not at all, ROW_START as a row's only one, TOKEN_START."""
+    return (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+
+
+def tile_maps(readable, *fields):
+    """`Tiles` of several tensors, each given as its fields; None for all where not readable so or not aligned."""
+    if not readable or any(base.data_ptr() % 16 for base, *_ in fields):
+        return [None] * len(fields)
+    return [Tiles.of(*each) for each in fields]

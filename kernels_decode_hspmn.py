@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from .kernels_attention_hspmn import finish, fold_block, quantize
+from .kernels_attention_hspmn import attend_block, finish, quantize
 from .kernels_common_hspmn import (
     DTYPES,
     FLOOR,
@@ -27,6 +27,7 @@ from .kernels_common_hspmn import (
     power_of_2,
     processors,
     router_score,
+    shape_of,
     tl,
     triton,
 )
@@ -40,7 +41,7 @@ MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 @triton.jit
 def advance_state(
     q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, b, h, column,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns from `column` of the state of row b and head h, and of what the linear attention gives."""
     g = h // (H // G)
@@ -55,17 +56,17 @@ def advance_state(
     v_part = tl.load(v + (b * G + g) * E + f).to(tl.float32)
     q_feature = tl.load(q_linear + (b * H + h) * E + e).to(tl.float32)
     advanced = held * tl.where(opens, 0.0, decay) + k_feature[:, None] * v_part[None, :]
-    if HAS_LENGTH:
+    if length is not None:
         advanced = tl.where(tl.load(length + b) > 0, advanced, held)
     tl.store(state + at, advanced)
     tl.store(linear + (b * H + h) * E + f, tl.sum(advanced * q_feature[:, None], 0))
 
 
 @triton.jit
-def load_slots(slots, scales, at, slot, shown, G: tl.constexpr, QUANTIZED: tl.constexpr):
+def load_slots(slots, scales, at, slot, shown, G: tl.constexpr):
     """The rows `at` of a store or ring, zeros where not shown; of int8 what they stand for, float32."""
     tile = tl.load(slots + at, mask=shown[:, None], other=0)
-    if QUANTIZED:
+    if slots.dtype.element_ty == tl.int8:
         tile = tile.to(tl.float32) * tl.load(scales + slot * G, mask=shown, other=0.0)[:, None]
     return tile
 
@@ -74,13 +75,13 @@ def load_slots(slots, scales, at, slot, shown, G: tl.constexpr, QUANTIZED: tl.co
 def attend_range(
     q, k, v, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place, past,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, QUANTIZED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Attention of row b and key head g over its slots low .. high - 1, as part `split`.
 
     k_slots, v_slots: slot 0 of row and head, in the sparse store or, with RING slots, in the window, of which the last
     `past` tokens before slot `place` are shown. own: over the token's own key and value too. pushed: these go to slot
-    `place`. QUANTIZED: the slots are int8, the scales from k_scales and v_scales on.
+    `place`. Slots of int8 have scales, from k_scales and v_scales on.
     """
     R: tl.constexpr = H // G
     n = tl.arange(0, BLOCK_N)
@@ -90,7 +91,7 @@ def attend_range(
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
     k_row = tl.load(k + (b * G + g) * E + e)[None, :]
     v_row = tl.load(v + (b * G + g) * E + e)[None, :]
-    if QUANTIZED:
+    if k_slots.dtype.element_ty == tl.int8:
         k_whole, k_scale = quantize(k_row)
         v_whole, v_scale = quantize(v_row)
         k_row = (k_whole * k_scale[:, None]).to(k_row.dtype)  # also the token's own are read as they are stored
@@ -107,13 +108,11 @@ def attend_range(
             shown = shown & (age > 0) & (age <= past)
         first = b * 0 + s  # 64 bits
         at, slot = first * (G * E) + kv_at, first + n
-        k_tile = load_slots(k_slots, k_scales, at, slot, shown, G, QUANTIZED).to(q_tile.dtype)
-        v_tile = load_slots(v_slots, v_scales, at, slot, shown, G, QUANTIZED).to(q_tile.dtype)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-        scores = tl.where(shown[None, :], scores, float("-inf"))
-        acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+        k_tile = load_slots(k_slots, k_scales, at, slot, shown, G).to(q_tile.dtype)
+        v_tile = load_slots(v_slots, v_scales, at, slot, shown, G).to(q_tile.dtype)
+        acc, peak, total = attend_block(q_tile, k_tile, v_tile, shown[None, :], acc, peak, total, SCALE)
     at = place.to(tl.int64) * (G * E) + e[None, :]
-    if QUANTIZED:
+    if k_slots.dtype.element_ty == tl.int8:
         slot = place.to(tl.int64) * G + tl.arange(0, 1)
         tl.store(k_scales + slot, k_scale, mask=pushed & (slot >= 0))
         tl.store(v_scales + slot, v_scale, mask=pushed & (slot >= 0))
@@ -131,14 +130,13 @@ def attend_store(
     q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
     value_scales, part, part_lse, plan, token_slot, B, P, g, split,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, INITIAL: tl.constexpr,
-    HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Part `split` of the sparse attentions of key head g, see `attend_token_kernel`."""
     r = tl.arange(0, BATCH)
     inside = r < B
     wanted = inside
-    if HAS_LENGTH:
+    if length is not None:
         wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
     begun = tl.load(start + r, mask=inside, other=0)
     score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
@@ -172,7 +170,7 @@ def attend_store(
             attend_range(
                 q, k, v, keys + base * E, values + base * E, key_scales + base, value_scales + base, part, part_lse,
                 b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0, begin == 0,
-                place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, QUANTIZED,
+                place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
             )  # fmt: skip
         elif own_blocks > 0:
             m = tl.arange(0, ROWS)
@@ -186,8 +184,8 @@ def attend_token_kernel(
     state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
     part_lse, plan, token_slot, B, P,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    INITIAL: tl.constexpr, HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, QUANTIZED: tl.constexpr, PDL: tl.constexpr,
+    INITIAL: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
 
@@ -212,26 +210,26 @@ def attend_token_kernel(
     if states >= 0:
         advance_state(
             q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, state_row, h,
-            column, H, G, E, COLUMNS, HAS_LENGTH,
+            column, H, G, E, COLUMNS,
         )  # fmt: skip
     elif windows >= 0:
         real = row >= 0
-        if HAS_LENGTH:
+        if length is not None:
             real = tl.load(length + row) > 0
         past = tl.minimum(-tl.load(start + row), WINDOW).to(tl.int32)
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
         attend_range(
             q, k, v, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0, WINDOW,
-            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, False,
+            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS,
         )  # fmt: skip
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
     elif SPLITS > 0:
         attend_store(
             q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
-            value_scales, part, part_lse, plan, token_slot, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH,
-            BATCH, ROWS, BLOCK_N, SPLITS, QUANTIZED,
+            value_scales, part, part_lse, plan, token_slot, B, P, g, program // G, H, G, E, SCALE, INITIAL, BATCH,
+            ROWS, BLOCK_N, SPLITS,
         )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -320,9 +318,8 @@ def _attend_token(
 ):  # fmt: skip
     """Cached keys are read for routed rows alone; all arithmetic is float32."""
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
-    shapes = [tuple(x.shape) for x in (q_BTHE, k_BTGE, v_BTGE, q_linear_BTHE, k_linear_BTGE, head_BTX)]
     parts, grid, constants, merge_grid, merge = _attend_plan(
-        (*shapes, None if score_BT is None else tuple(score_BT.shape)),
+        tuple(map(shape_of, (q_BTHE, k_BTGE, v_BTGE, q_linear_BTHE, k_linear_BTGE, head_BTX, score_BT))),
         (q_BTHE.dtype, k_BTGE.dtype, v_BTGE.dtype, q_linear_BTHE.dtype, k_linear_BTGE.dtype), q_BTHE.device,
         ring_k_BWGE.element_size(), P, score_BT is not None,
     )  # fmt: skip
@@ -341,22 +338,20 @@ def _attend_token(
     out_BTHE, slot_BT = torch.empty_like(q_BTHE, memory_format=torch.contiguous_format), start_BT.new_empty(B, 1)
     if B == 0:
         return out_BTHE, slot_BT
-    head, score = head_BTX.contiguous(), dense(score_BT)
+    head, score, norm = dense(head_BTX, score_BT, norm_E)
     linear_BHE = q_BTHE.new_empty(B, H, E, dtype=torch.float32)
     part = q_BTHE.new_empty(B, parts, H, E, dtype=torch.float32)
     part_lse = q_BTHE.new_empty(B, parts, H, dtype=torch.float32)
     plan_B2 = held_B.new_empty(B, 2)
     attend_token_kernel[grid](
-        q_linear_BTHE.contiguous(), k_linear_BTGE.contiguous(), q_BTHE.contiguous(), k_BTGE.contiguous(),
-        v_BTGE.contiguous(), head, log_rate_H.contiguous(), rate_bias_H.contiguous(), least,
-        position_BT.expand(B, 1).contiguous(), start_BT.expand(B, 1).contiguous(), dense(length_B),
-        seen_B.contiguous(), score, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP,
-        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P,
-        WINDOW=W, INITIAL=initial, HAS_LENGTH=length_B is not None, QUANTIZED=quantized, **constants,
+        *dense(q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE), head, *dense(log_rate_H, rate_bias_H), least,
+        *dense(position_BT.expand(B, 1), start_BT.expand(B, 1), length_B, seen_B), score, bias, state_BHEE,
+        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG,
+        value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
-        linear_BHE, head, norm_E.contiguous(), part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B,
-        out_BTHE, EPS=eps, NOISE_FLOOR=noise_floor, **merge,
+        linear_BHE, head, norm, part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B, out_BTHE, EPS=eps,
+        NOISE_FLOOR=noise_floor, **merge,
     )  # fmt: skip
     return out_BTHE, slot_BT
 
@@ -374,15 +369,6 @@ def load_factor(norm, begin, end, BLOCK_K: tl.constexpr):
     """BLOCK_K values from `begin` of a norm's weight, zeros from `end`."""
     k = begin + tl.arange(0, BLOCK_K)
     return tl.load(norm + k, mask=k < end, other=0.0)
-
-
-@triton.jit
-def load_weight(weight, row, begin, end, rows, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tile [BLOCK_N, BLOCK_K] of weight [rows, K], zeros outside and from column `end`."""
-    n = tl.arange(0, BLOCK_N)
-    k = begin + tl.arange(0, BLOCK_K)
-    inside = (row + n < rows)[:, None] & (k < end)[None, :]
-    return tl.load(weight + row.to(tl.int64) * K + n[:, None] * K + k[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -404,17 +390,19 @@ def load_normed(
     x, norm, squares, begin, end, M,
     K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K columns of the M rows under RMSNorm as a TILE, not yet divided by the rows' lengths, and their squares.
+    """BLOCK_K columns of the M rows as a TILE, and their squares: under RMSNorm but not yet divided by their lengths.
 
     The division can follow the product, which then waits for no sum over the rows. Float16 might not hold such rows:
-    they are float32 there.
+    they are float32 there. Without a norm the columns as they are.
     """
     rows = load_rows(x, begin, end, M, K, ROWS, BLOCK_K)
-    wide = rows.to(tl.float32)
-    if rows.dtype == tl.float16:
-        rows = wide
-    rows = (rows * load_factor(norm, begin, end, BLOCK_K)[None, :]).to(rows.dtype)
-    return as_tile(rows, ROWS, TILE, BLOCK_K), squares + wide * wide
+    if norm is not None:
+        wide = rows.to(tl.float32)
+        squares += wide * wide
+        if rows.dtype == tl.float16:
+            rows = wide
+        rows = (rows * load_factor(norm, begin, end, BLOCK_K)[None, :]).to(rows.dtype)
+    return as_tile(rows, ROWS, TILE, BLOCK_K), squares
 
 
 @triton.jit
@@ -428,10 +416,33 @@ def fold_product(total, weight_tile, rows):
 
 
 @triton.jit
-def scaled(total, squares, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Products [N, TILE] of the ROWS rows repeated, as if RMSNorm had divided the rows before them."""
-    scale = as_tile(tl.reshape(norm_scale(squares, K, EPS), (ROWS, 1)), ROWS, TILE, 1)
-    return total * tl.trans(scale)
+def two_sums(
+    low, x, norm, weight, other, column, N, M, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_N, TILE] of the channels from `column` of weight [N, K] with rows of x, in two sums, and the
+    scale [1, TILE] that RMSNorm still multiplies them by.
+
+    Of the first HALF features, added to `low`, and of the others, because a sum of products is a chain, and two of
+    them overlap; with a weight `other` of all HALF = K features with each of both weights, which share the rows.
+    """
+    at, channels = column.to(tl.int64) * K, N - column
+    high = tl.zeros([BLOCK_N, TILE], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for k in range(0, HALF, BLOCK_K):
+        rows, squares = load_normed(x, norm, squares, k, HALF, M, K, ROWS, TILE, BLOCK_K)
+        low = fold_product(low, load_rows(weight + at, k, HALF, channels, K, BLOCK_N, BLOCK_K), rows)
+        if other is None:
+            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, ROWS, TILE, BLOCK_K)
+            high = fold_product(high, load_rows(weight + at, HALF + k, K, channels, K, BLOCK_N, BLOCK_K), rows)
+        else:
+            high = fold_product(high, load_rows(other + at, k, K, channels, K, BLOCK_N, BLOCK_K), rows)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if norm is None:
+        return low, high, None
+    scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
+    return low, high, tl.trans(as_tile(tl.reshape(scale, (ROWS, 1)), ROWS, TILE, 1))
 
 
 @triton.jit
@@ -452,7 +463,7 @@ def store_scores(
     for begin in tl.static_range(0, K, BLOCK_D):
         rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D).to(tl.float32)
         squares += rows * rows
-    scale = norm_scale(squares, K, EPS)
+    scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
     products = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_D):
         rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D)
@@ -466,8 +477,8 @@ def store_scores(
 @kernel("M")
 def project_token_kernel(
     x, norm, qkv_weight, head_weight, score_weight, qkv, head, score, M,
-    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M]."""
     TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
@@ -479,21 +490,14 @@ def project_token_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if tile < TILES:
-        low = tl.zeros([BLOCK_N, TILE], tl.float32)
-        high = tl.zeros([BLOCK_N, TILE], tl.float32)
-        squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
-        for k in range(0, HALF, BLOCK_K):
-            rows, squares = load_normed(x, norm, squares, k, HALF, M, K, ROWS, TILE, BLOCK_K)
-            low = fold_product(low, load_weight(weight, column, k, HALF, channels, K, BLOCK_N, BLOCK_K), rows)
-            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, ROWS, TILE, BLOCK_K)
-            high = fold_product(high, load_weight(weight, column, HALF + k, K, channels, K, BLOCK_N, BLOCK_K), rows)
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        total = scaled(low + high, squares, K, EPS, ROWS, TILE)
+        zeros = tl.zeros([BLOCK_N, TILE], tl.float32)
+        low, high, scale = two_sums(
+            zeros, x, norm, weight, None, column, channels, M, K, HALF, EPS, ROWS, TILE, BLOCK_N, BLOCK_K, PDL
+        )  # fmt: skip
         if tile < TILES_C:
-            store_columns(qkv, total, column, M, C, TILE, BLOCK_N)
+            store_columns(qkv, (low + high) * scale, column, M, C, TILE, BLOCK_N)
         else:
-            store_columns(head, total, column, M, X, TILE, BLOCK_N)
+            store_columns(head, (low + high) * scale, column, M, X, TILE, BLOCK_N)
     elif score_weight is not None:
         store_scores(x, norm, score_weight, score, M, K, EPS, ROWS, BLOCK_D)
 
@@ -501,31 +505,24 @@ def project_token_kernel(
 @kernel("M")
 def swiglu_token_kernel(
     x, norm, gate_weight, up_weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out [M, N], from two sums over K that share the rows."""
     column = tl.program_id(0) * BLOCK_N
     if PDL:
         tl.extra.cuda.gdc_wait()
-    gate = tl.zeros([BLOCK_N, TILE], tl.float32)
-    up = tl.zeros([BLOCK_N, TILE], tl.float32)
-    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        rows, squares = load_normed(x, norm, squares, k, K, M, K, ROWS, TILE, BLOCK_K)
-        gate = fold_product(gate, load_weight(gate_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
-        up = fold_product(up, load_weight(up_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    gate, up = scaled(gate, squares, K, EPS, ROWS, TILE), scaled(up, squares, K, EPS, ROWS, TILE)
-    store_columns(out, gated(gate, up), column, M, N, TILE, BLOCK_N)
+    zeros = tl.zeros([BLOCK_N, TILE], tl.float32)
+    gate, up, scale = two_sums(
+        zeros, x, norm, gate_weight, up_weight, column, N, M, K, HALF, EPS, ROWS, TILE, BLOCK_N, BLOCK_K, PDL
+    )  # fmt: skip
+    store_columns(out, gated(gate * scale, up * scale), column, M, N, TILE, BLOCK_N)
 
 
 @kernel("M")
 def linear_add_token_kernel(
-    residual, x, weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    residual, x, weight, out, M, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out [M, N]."""
     column = tl.program_id(0) * BLOCK_N
@@ -534,106 +531,73 @@ def linear_add_token_kernel(
     m = tl.arange(0, TILE)
     n = column + tl.arange(0, BLOCK_N)
     inside = (n < N)[:, None] & (m < M)[None, :]
-    low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
-    high = tl.zeros([BLOCK_N, TILE], tl.float32)
-    for k in range(0, HALF, BLOCK_K):
-        rows = load_rows(x, k, HALF, M, K, TILE, BLOCK_K)
-        low = fold_product(low, load_weight(weight, column, k, HALF, N, K, BLOCK_N, BLOCK_K), rows)
-        rows = load_rows(x, HALF + k, K, M, K, TILE, BLOCK_K)
-        high = fold_product(high, load_weight(weight, column, HALF + k, K, N, K, BLOCK_N, BLOCK_K), rows)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    held = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
+    low, high, _ = two_sums(
+        held, x, None, weight, None, column, N, M, K, HALF, None, ROWS, TILE, BLOCK_N, BLOCK_K, PDL
+    )  # fmt: skip
     store_columns(out, low + high, column, M, N, TILE, BLOCK_N)
 
 
-def project_token_config(element_size):
-    """Block sizes and launch options of `project_token_kernel`.
-
-    H200, bf16, K=2048, 3104 channels, beside launches of its kind, one row and eight: 5.8 and 7.6 us; 16 channels and
-    one warp 5.5 and 16; four warps 9.3 and 12. Before rows took the narrow side of the product 5.8 and 10.
-    """
-    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 4}
-
-
-def _columns(element_size):
-    """BLOCK_K: float32 products on tensor cores take three times the registers."""
-    return 128 if element_size == 2 else 32
-
-
-def swiglu_token_config(element_size):
-    """Block sizes and launch options of `swiglu_token_kernel`.
-
-    H200, bf16, K=2048, N=6912, one row and eight: 15.4 and 16.7 us, 3.7 and 3.4 TB/s; one warp of 16 columns 15.7 and
-    19; four warps of 64 columns 26 and 23.
-    """
-    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 5}
-
-
-def linear_add_token_config(element_size):
-    """Block sizes and launch options of `linear_add_token_kernel`.
-
-    H200, bf16, N=2048, one row and eight: K=6912 9.6 us, K=2048 4.7; 32 columns and two warps 12.0 and 4.9; 512
-    values of K at once 11.5. One sum over all of K instead of two, on the wide side of the product: 11.9 and 5.1.
-    """
-    return {"BLOCK_N": 16, "BLOCK_K": 2 * _columns(element_size), "num_warps": 1, "num_stages": 4}
-
-
-CONFIGS = {
-    "project_token": project_token_config, "swiglu_token": swiglu_token_config,
-    "linear_add_token": linear_add_token_config,
-}  # fmt: skip
-
-
-def _half(K):
-    """Where the columns are cut into two sums: a sum of products is a chain, and two of them overlap."""
-    return cdiv(cdiv(K, 2), 16) * 16
+# Block sizes and launch options of the products; in float32 BLOCK_K is a quarter, as products on tensor cores take
+# three times the registers. H200, bf16, K=2048, one row and eight, beside launches of its kind
+PRODUCTS = {
+    # 3104 channels 5.8 and 7.6 us; 16 channels and one warp 5.5 and 16; four warps 9.3 and 12. Before rows took the
+    # narrow side of the product 5.8 and 10
+    "project_token": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 2, "num_stages": 4},
+    # N=6912: 15.4 and 16.7 us, 3.7 and 3.4 TB/s; one warp of 16 columns 15.7 and 19; four warps of 64 columns 26, 23
+    "swiglu_token": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5},
+    # N=2048, K=6912 9.6 us, K=2048 4.7; 32 columns and two warps 12.0 and 4.9; 512 values of K at once 11.5. One sum
+    # over all of K instead of two, on the wide side of the product: 11.9 and 5.1
+    "linear_add_token": {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 1, "num_stages": 4},
+}
 
 
 @lru_cache(maxsize=1024)
-def _rows_plan(name, x_shape, dtype, element_size, weights, vectors, device):
-    """Block sizes and options of a product of few rows; ValueError for what its kernel does not take.
-
-    weights, vectors: names with shapes and, for weights, dtypes; None for one that is not there.
-    """
-    (B, T, K), config = x_shape, CONFIGS[name](element_size)
+def _product_plan(operation, x_shape, dtype, element_size, device, *others):
+    """Constants of a product of few rows, given name, shape and dtype of its weights and of the vectors as wide as x;
+    ValueError for what its kernel does not take."""
+    (B, T, K), options = x_shape, PRODUCTS[operation]
     check(
-        (T == 1, f"x of {name} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
-        (dtype in DTYPES, f"x of {name} must be float32, bfloat16 or float16, got {dtype}; cast it"),
+        (T == 1, f"x of {operation} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
+        (dtype in DTYPES, f"x of {operation} must be float32, bfloat16 or float16, got {dtype}; cast it"),
     )
-    for weight, shape, kind in weights:
-        wanted = f"{weight} must be [N, {K}] in {dtype}, as x of {name} has it, got {tuple(shape)} in {kind}; cast it"
-        check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
-    for vector, shape in vectors:
-        check((shape is None or shape == (K,), f"{vector} must be [{K}], the width of x, got {shape}"))
-    rows = power_of_2(max(1, B))
+    normed = False
+    for name, shape, kind in others:
+        if name in ("norm", "score_weight"):
+            normed = True
+            check((shape == (K,), f"{name} must be [{K}], the width of x, got {shape}"))
+        else:
+            wanted = f"{name} must be [N, {K}] in {dtype}, as x of {operation} has it, got {shape} in {kind}; cast it"
+            check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
     # Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more
-    return config | {"K": K, "TILE": max(8, rows)} | dependent(device), rows
+    rows = power_of_2(max(1, B))
+    tile = max(8, rows)
+    sizes = {"K": K, "HALF": K if operation == "swiglu_token" else cdiv(cdiv(K, 2), 16) * 16, "TILE": tile}
+    sizes |= {"ROWS": rows if normed else tile, "BLOCK_K": options["BLOCK_K"] // (1 if element_size == 2 else 4)}
+    return options | sizes | dependent(device)
+
+
+def _product(operation, x_BTD, **others):
+    """`_product_plan` of tensors by name."""
+    described = [(name, tuple(x.shape), x.dtype) for name, x in others.items() if x is not None]
+    return _product_plan(operation, x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), x_BTD.device, *described)
 
 
 @project_token.kernel
 def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
     """One launch for at most 16 rows; sums are float32."""
-    B, C, X = x_BTD.shape[0], qkv_weight_CD.shape[0], head_weight_XD.shape[0]
+    B, C, X, scores = x_BTD.shape[0], qkv_weight_CD.shape[0], head_weight_XD.shape[0], int(score_weight_D is not None)
     if B > MOST_ROWS:
         return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-    score_shape = None if score_weight_D is None else tuple(score_weight_D.shape)
-    weights = (
-        ("qkv_weight", qkv_weight_CD.shape, qkv_weight_CD.dtype),
-        ("head_weight", head_weight_XD.shape, head_weight_XD.dtype),
-    )
-    vectors = (("norm", tuple(norm_D.shape)), ("score_weight", score_shape))
-    constants, rows = _rows_plan(
-        "project_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), weights, vectors, x_BTD.device
-    )
+    weights = {"qkv_weight": qkv_weight_CD, "head_weight": head_weight_XD, "score_weight": score_weight_D}
+    constants = _product("project_token", x_BTD, norm=norm_D, **weights)
     qkv_BTC, head_BTX = x_BTD.new_empty(B, 1, C), x_BTD.new_empty(B, 1, X, dtype=torch.float32)
-    score_BT = x_BTD.new_empty(B, 1 if score_shape else 0, dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, scores, dtype=torch.float32)
     if B:
-        K, block = constants["K"], constants["BLOCK_N"]
-        tiles = cdiv(C, block) + cdiv(X, block) + (score_shape is not None)
-        project_token_kernel[(tiles,)](
-            x_BTD.contiguous(), norm_D.contiguous(), qkv_weight_CD.contiguous(), head_weight_XD.contiguous(),
-            dense(score_weight_D), qkv_BTC, head_BTX, score_BT, B, C=C, X=X,
-            EPS=eps, ROWS=rows, HALF=_half(K), BLOCK_D=min(4096 // rows, power_of_2(K)), **constants,
+        block, most = constants["BLOCK_N"], 4096 // constants["ROWS"]
+        project_token_kernel[(cdiv(C, block) + cdiv(X, block) + scores,)](
+            *dense(x_BTD, norm_D, *weights.values()), qkv_BTC, head_BTX, score_BT, B, C=C, X=X, EPS=eps,
+            BLOCK_D=min(most, power_of_2(constants["K"])), **constants,
         )  # fmt: skip
     return qkv_BTC, head_BTX, score_BT
 
@@ -644,22 +608,14 @@ def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     B, N = x_BTD.shape[0], gate_weight_ND.shape[0]
     if B > MOST_ROWS:
         return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
-    weights = (
-        ("gate_weight", gate_weight_ND.shape, gate_weight_ND.dtype),
-        ("up_weight", up_weight_ND.shape, up_weight_ND.dtype),
-    )
-    vectors = (("norm", tuple(norm_D.shape)),)
-    constants, rows = _rows_plan(
-        "swiglu_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), weights, vectors, x_BTD.device
-    )
+    constants = _product("swiglu_token", x_BTD, norm=norm_D, gate_weight=gate_weight_ND, up_weight=up_weight_ND)
     if up_weight_ND.shape[0] != N:
         raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
         swiglu_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
-            x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), out_BTN,
-            B, N=N, EPS=eps, ROWS=rows, **constants,
-        )  # fmt: skip
+            *dense(x_BTD, norm_D, gate_weight_ND, up_weight_ND), out_BTN, B, N=N, EPS=eps, **constants
+        )
     return out_BTN
 
 
@@ -669,17 +625,13 @@ def _linear_add_token(residual_BTN, x_BTD, weight_ND):
     B, N = x_BTD.shape[0], weight_ND.shape[0]
     if B > MOST_ROWS:
         return linear_add_token.reference(residual_BTN, x_BTD, weight_ND)
-    constants, _ = _rows_plan(
-        "linear_add_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(),
-        (("weight", weight_ND.shape, weight_ND.dtype),), (), x_BTD.device,
-    )  # fmt: skip
+    constants = _product("linear_add_token", x_BTD, weight=weight_ND)
     if residual_BTN.shape != (B, 1, N) or residual_BTN.dtype != x_BTD.dtype:
         got = f"{tuple(residual_BTN.shape)} in {residual_BTN.dtype}"
         raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
         linear_add_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
-            residual_BTN.contiguous(), x_BTD.contiguous(), weight_ND.contiguous(), out_BTN, B, N=N,
-            HALF=_half(constants["K"]), **constants,
-        )  # fmt: skip
+            *dense(residual_BTN, x_BTD, weight_ND), out_BTN, B, N=N, **constants
+        )
     return out_BTN

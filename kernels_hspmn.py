@@ -21,6 +21,7 @@ from .kernels_common_hspmn import (
     interpreted,
     kernel,
     power_of_2,
+    starts,
     tl,
     triton,
 )
@@ -63,7 +64,7 @@ def store_totals(totals, b, total, used, entropy, gates):
 @kernel("T", "K", "N")
 def decide_kernel(
     score, bias, start, length, gate, index, slot, count, sums, T, K, N, noise_floor,
-    INITIAL: tl.constexpr, START: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
+    INITIAL: tl.constexpr, START: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gates of BLOCK_T tokens of a row, -1 as `slot` of those not wanted, their number, sums of entropy and gates.
 
@@ -82,7 +83,7 @@ def decide_kernel(
         elif START == ROW_START:
             place -= tl.load(start + b)
         wanted = wanted | (place < INITIAL)
-    if HAS_LENGTH:
+    if length is not None:
         real = real & (t < tl.load(length + b))
     wanted = wanted & real
     total = tl.sum(wanted.to(tl.int32), 0)
@@ -145,11 +146,10 @@ def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
     count_B, sums_B4 = score_BT.new_empty(B, dtype=torch.int32), score_BT.new_empty(B, 4, dtype=torch.float32)
     if B and T:
         sums = sums_B4 if N == 1 else gate_BT.new_empty(B, N, 3)
-        start = None if start_BT is None else start_BT.expand(B, -1).contiguous()
+        (score, length), (start, mode) = dense(score_BT, length_B), starts(start_BT, B)
         decide_kernel[(N, B)](
-            score_BT.contiguous(), bias, start, dense(length_B), gate_BT, index_BK, slot_BT, count_B, sums, T,
-            capacity, N, noise_floor, INITIAL=initial, START=0 if start is None else min(2, start.shape[1]),
-            HAS_LENGTH=length_B is not None, WHOLE=N == 1, **options,
+            score, bias, start, length, gate_BT, index_BK, slot_BT, count_B, sums, T, capacity, N, noise_floor,
+            INITIAL=initial, START=mode, WHOLE=N == 1, **options,
         )  # fmt: skip
         if N > 1:
             compact_kernel[(N, B)](

@@ -10,17 +10,18 @@ import torch
 from .kernels_common_hspmn import (
     DTYPES,
     HEAD_WIDTHS,
-    ROW_START,
-    TOKEN_START,
     cdiv,
     check,
     check_in_place,
     dense,
     dependent,
+    from_start,
     kernel,
     power_of_2,
     processors,
     router_score,
+    shape_of,
+    starts,
     tl,
     triton,
 )
@@ -34,7 +35,7 @@ COPIED_TAPS = 65536  # tokens from which on the taps of the convolution are laid
 @triton.jit
 def convolve(
     x, history, weight, i, t, first, channel, t_begin, T,
-    C: tl.constexpr, TAPS: tl.constexpr, CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, HAS_HISTORY: tl.constexpr,
+    C: tl.constexpr, TAPS: tl.constexpr, CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
 ):  # fmt: skip
     """Causal convolution of tokens `t` [M] and channels `channel` [N] in float32; nothing before `first` is read.
 
@@ -49,7 +50,7 @@ def convolve(
             seen = in_t & (t - lag >= tl.maximum(first, 0))
             past = tl.load(x + (i - lag)[:, None] * C + channel[None, :], mask=seen[:, None], other=0.0)
             tile += past.to(tl.float32) * tl.load(weight + (TAPS - 1 - lag) * TAP_STEP).to(tl.float32)[None, :]
-        if HAS_HISTORY:
+        if history is not None:
             if t_begin < TAPS - 1:
                 for lag in tl.static_range(1, TAPS):
                     held = in_t & (t < lag) & (t - lag >= first)
@@ -117,8 +118,7 @@ def split_heads_kernel(
     x, weight, history, start, length, cos, sin, q_norm, k_norm, q_linear, k_linear, q_rotated, k_rotated, v, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
-    ONE_TABLE: tl.constexpr, START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    ONE_TABLE: tl.constexpr, START: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other.
 
@@ -141,17 +141,13 @@ def split_heads_kernel(
     t = t_begin + i
     in_t = t < T
     row = b * T + t_begin
-    first = tl.full([BLOCK_T], 1 - TAPS if HAS_HISTORY else 0, tl.int32)
-    if START == TOKEN_START:
-        begin = tl.load(start + row + i, mask=in_t, other=0)
-        first = tl.maximum(first, tl.maximum(begin, 1 - TAPS).to(tl.int32))
-    elif START == ROW_START:
-        first = tl.maximum(first, tl.maximum(tl.load(start + b), 1 - TAPS).to(tl.int32))
+    first = tl.full([BLOCK_T], 0 if history is None else 1 - TAPS, tl.int32)
+    first = from_start(first, start, b, t, T, 1 - TAPS, START)
     # What is left for the tiles fits 32 bits, which halves the registers that addresses take
     x += row * (ALL * E)
     table = (t_begin.to(tl.int64) if ONE_TABLE else row) * E
     cos, sin = cos + table, sin + table
-    if HAS_HISTORY:
+    if history is not None:
         history += b * ((TAPS - 1) * ALL * E)
     q_linear, q_rotated = q_linear + row * (H * E), q_rotated + row * (H * E)
     k_linear, k_rotated, v = k_linear + row * (G * E), k_rotated + row * (G * E), v + row * (G * E)
@@ -160,11 +156,11 @@ def split_heads_kernel(
     for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
         low = convolve(
             x, history, weight, i, t, first, head * E + e, t_begin, T,
-            ALL * E, TAPS, CHANNEL_STEP, TAP_STEP, HAS_HISTORY,
+            ALL * E, TAPS, CHANNEL_STEP, TAP_STEP,
         )  # fmt: skip
         high = convolve(
             x, history, weight, i, t, first, head * E + HALF + e, t_begin, T,
-            ALL * E, TAPS, CHANNEL_STEP, TAP_STEP, HAS_HISTORY,
+            ALL * E, TAPS, CHANNEL_STEP, TAP_STEP,
         )  # fmt: skip
         if head < H:
             store_query_or_key(
@@ -178,11 +174,11 @@ def split_heads_kernel(
             store_halves(v, k_at + (head - H - G) * E, low, high, in_t, HALF)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if HAS_HISTORY:
+    if history is not None:
         if t_begin == 0:
             tl.debug_barrier()  # every thread has read the history
             stop = T
-            if HAS_LENGTH:
+            if length is not None:
                 stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
             if stop > 0:
                 for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
@@ -206,10 +202,11 @@ def split_heads_config(B, T, heads, E, multiprocessors):
 
 @cache
 def _split_plan(
-    x_shape, weight_shape, weight_stride, history_shape, tables, norms, dtype, kv_heads, eps, feature, device
-):
+    x_shape, weight_shape, weight_stride, history_shape, cos_shape, sin_shape, q_norm_shape, k_norm_shape, dtype,
+    kv_heads, eps, feature, device,
+):  # fmt: skip
     """Shapes of query-like and key-like outputs, grid and constants; ValueError for what the kernel does not take."""
-    (B, T, C), E, (H_rows, taps) = x_shape, norms[0][-1], weight_shape
+    (B, T, C), E, (H_rows, taps) = x_shape, q_norm_shape[-1], weight_shape
     check((E in HEAD_WIDTHS, f"head width must be one of {HEAD_WIDTHS}, got {E}; set backend='reference' for others"))
     H, lags = C // E - 2 * kv_heads, taps - 1
     heads = f"x must have (H + 2 * kv_heads) * {E} channels with H a multiple of kv_heads ({kv_heads}), got {C}"
@@ -220,15 +217,15 @@ def _split_plan(
         (feature in FEATURES, f"feature must be one of {FEATURES}, got {feature!r}"),
         (H_rows == C and taps >= 1, f"weight must be [{C}, taps], got {tuple(weight_shape)}"),
         (history_shape is None or history_shape == (B, lags, C), past),
-        (norms[1] == norms[0] and len(norms[0]) == 1, f"norm weights must be [{E}], got {norms[0]} and {norms[1]}"),
+        (k_norm_shape == q_norm_shape == (E,), f"norm weights must be [{E}], got {q_norm_shape} and {k_norm_shape}"),
     )
-    for name, (rows, *rest) in zip(("cos", "sin"), tables, strict=True):
+    for name, (rows, *rest) in (("cos", cos_shape), ("sin", sin_shape)):
         check((rows in (1, B) and rest == [T, E], f"{name} must be [1 or {B}, {T}, {E}], got {(rows, *rest)}"))
     config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(device))
     programs = B * cdiv(T, config["BLOCK_T"]) * cdiv(H + 2 * kv_heads, config["HEADS"])
     constants = {
         "H": H, "G": kv_heads, "E": E, "TAPS": taps, "CHANNEL_STEP": weight_stride[0], "TAP_STEP": weight_stride[1],
-        "EPS": eps, "ELU": feature == "elu", "HAS_HISTORY": history_shape is not None and lags > 0, **config,
+        "EPS": eps, "ELU": feature == "elu", **config,
         **(dependent(device) if T == 1 and history_shape is not None else {"PDL": False}),
     }  # fmt: skip
     return (B, T, H, E), (B, T, kv_heads, E), (programs,), constants
@@ -244,14 +241,12 @@ def _split_heads(
     if B * T >= COPIED_TAPS:
         # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
         weight_CL = weight_CL.t().contiguous().t()
-    history_shape = None if history_BLC is None else tuple(history_BLC.shape)
-    tables, norms = (tuple(cos_BTE.shape), tuple(sin_BTE.shape)), (tuple(q_norm_E.shape), tuple(k_norm_E.shape))
     q_shape, k_shape, grid, constants = _split_plan(
-        x_BTC.shape, weight_CL.shape, weight_CL.stride(), history_shape, tables, norms, x_BTC.dtype, kv_heads, eps,
-        feature, x_BTC.device,
+        x_BTC.shape, weight_CL.shape, weight_CL.stride(), shape_of(history_BLC), shape_of(cos_BTE), shape_of(sin_BTE),
+        shape_of(q_norm_E), shape_of(k_norm_E), x_BTC.dtype, kv_heads, eps, feature, x_BTC.device,
     )  # fmt: skip
     if history_BLC is not None and not history_BLC.is_contiguous():
-        check_in_place("history", history_BLC, history_shape, (history_BLC.dtype,))
+        check_in_place("history", history_BLC, history_BLC.shape, (history_BLC.dtype,))
     q_linear, k_linear, q = x_BTC.new_empty(q_shape), x_BTC.new_empty(k_shape), x_BTC.new_empty(q_shape)
     outputs = q_linear, k_linear, q, x_BTC.new_empty(k_shape), x_BTC.new_empty(k_shape)
     if x_BTC.numel() == 0:
@@ -261,10 +256,11 @@ def _split_heads(
         cos, sin = cos_BTE[:1].contiguous(), sin_BTE[:1].contiguous()
     else:
         cos, sin = cos_BTE.expand(B, -1, -1).contiguous(), sin_BTE.expand(B, -1, -1).contiguous()
-    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+    start, mode = starts(start_BT, B)
+    x, length, q_norm, k_norm = dense(x_BTC, length_B, q_norm_E, k_norm_E)
+    history = history_BLC if constants["TAPS"] > 1 else None
     split_heads_kernel[grid](
-        x_BTC.contiguous(), weight_CL, history_BLC, start, dense(length_B), cos, sin, q_norm_E.contiguous(),
-        k_norm_E.contiguous(), *outputs, T, ONE_TABLE=one_table, START=mode, HAS_LENGTH=length_B is not None,
+        x, weight_CL, history, start, length, cos, sin, q_norm, k_norm, *outputs, T, ONE_TABLE=one_table, START=mode,
         **constants,
     )  # fmt: skip
     return outputs
@@ -327,10 +323,9 @@ def add_norm_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     at, inside = m[:, None] * D + d[None, :], (m < M)[:, None] & (d < D)[None, :]
-    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    rounded = rows.to(total.dtype.element_ty)
+    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = (rows + added).to(total.dtype.element_ty)
     tl.store(total + at, rounded, mask=inside)
     rows = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(rows * rows, 1) / D + EPS)
@@ -355,8 +350,8 @@ def _norm_plan(x_shape, head_shape, vectors, dtype, head_dtype, element_size):
         (dtype in DTYPES and head_dtype == dtype, alike),
         (len(head_shape) == 2 and head_shape[1] == D and X % 2 == 0 and 2 <= X, rows),
     )
-    for (name, width), shape in vectors:
-        wanted = (D,) if width else (X // 2,)
+    widths = {"norm": (D,), "log_rate": (X // 2,), "rate_bias": (X // 2,), "score_weight": (D,)}
+    for (name, wanted), shape in zip(widths.items(), vectors, strict=True):
         check((shape is None or shape == wanted, f"{name} must be {wanted}, got {shape}"))
     config = norm_heads_config(element_size)
     sizes = {"H": X // 2, "D": D, "BLOCK_X": max(16, power_of_2(X))}
@@ -369,58 +364,50 @@ def _norm_heads(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, lea
     (B, T, _), X = x_BTD.shape, head_weight_XD.shape[0]
     if X > MOST_HEAD_ROWS:
         return norm_heads.reference(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, least, score_weight_D)
-    score_shape = None if score_weight_D is None else tuple(score_weight_D.shape)
-    vectors = (
-        (("norm", True), tuple(norm_D.shape)), (("log_rate", False), tuple(log_rate_H.shape)),
-        (("rate_bias", False), tuple(rate_bias_H.shape)), (("score_weight", True), score_shape),
-    )  # fmt: skip
+    vectors = (shape_of(norm_D), shape_of(log_rate_H), shape_of(rate_bias_H), shape_of(score_weight_D))
     grid, constants = _norm_plan(
         x_BTD.shape, head_weight_XD.shape, vectors, x_BTD.dtype, head_weight_XD.dtype, x_BTD.element_size()
     )
     h_BTD, gate_BTH = torch.empty_like(x_BTD, memory_format=torch.contiguous_format), x_BTD.new_empty(B, T, X // 2)
     decay_BTH = x_BTD.new_empty(B, T, X // 2, dtype=torch.float32)
-    score_BT = x_BTD.new_empty(B, T if score_shape else 0, dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else T, dtype=torch.float32)
     if B * T:
         norm_heads_kernel[grid](
-            x_BTD.contiguous(), norm_D.contiguous(), head_weight_XD.contiguous(), log_rate_H.contiguous(),
-            rate_bias_H.contiguous(), dense(score_weight_D), h_BTD,
-            decay_BTH, gate_BTH, score_BT, B * T, least, EPS=eps, **constants,
+            *dense(x_BTD, norm_D, head_weight_XD, log_rate_H, rate_bias_H, score_weight_D), h_BTD, decay_BTH, gate_BTH,
+            score_BT, B * T, least, EPS=eps, **constants,
         )  # fmt: skip
     return h_BTD, decay_BTH, gate_BTH, score_BT
 
 
 @cache
 def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
-    """Grid and constants of `add_norm`: rows of 4096 values per program, which stay in registers."""
+    """Grid, rows and constants of `add_norm`: rows of 4096 values per program, which stay in registers."""
     D = x_shape[-1]
     alike = f"y must be {tuple(x_shape)} in {dtype}, as x is, got {tuple(y_shape)} in {y_dtype}"
     check(
         (y_shape == x_shape and y_dtype == dtype, alike),
         (norm_shape == (D,), f"norm must be [{D}], the width of x, got {norm_shape}"),
     )
-    block_d = power_of_2(D)
+    rows, block_d = x_shape.numel() // max(D, 1), power_of_2(D)
     block_m = max(1, 4096 // block_d)
-    options = {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(32, block_d // 1024))}
-    return (cdiv(x_shape.numel() // max(D, 1), block_m),), {"D": D} | options
+    sizes = {"D": D, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(32, block_d // 1024))}
+    return (cdiv(rows, block_m),), rows, sizes
 
 
 @add_norm.kernel
 def _add_norm(x_BTD, y_BTD, norm_D, eps):
     total_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     h_BTD = torch.empty_like(total_BTD)
-    grid, constants = _add_plan(x_BTD.shape, y_BTD.shape, tuple(norm_D.shape), x_BTD.dtype, y_BTD.dtype)
-    if grid[0]:
-        rows = x_BTD.numel() // x_BTD.shape[-1]
-        add_norm_kernel[grid](
-            x_BTD.contiguous(), y_BTD.contiguous(), norm_D.contiguous(), total_BTD, h_BTD, rows, EPS=eps, **constants
-        )
+    grid, rows, constants = _add_plan(x_BTD.shape, y_BTD.shape, shape_of(norm_D), x_BTD.dtype, y_BTD.dtype)
+    if rows:
+        add_norm_kernel[grid](*dense(x_BTD, y_BTD, norm_D), total_BTD, h_BTD, rows, EPS=eps, **constants)
     return total_BTD, h_BTD
 
 
 @kernel("T", "POSITION_STEP")
 def place_kernel(
     position, document_seen, last_position, frequency, cos, sin, start, places, T, POSITION_STEP, scaling,
-    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, HAS_POSITION: tl.constexpr,
+    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Positions of BLOCK_T tokens of a row and their rows of RoPE's tables; the row's start by its first program."""
     b = tl.program_id(1).to(tl.int64)
@@ -428,7 +415,7 @@ def place_kernel(
     f = tl.arange(0, BLOCK_F)
     seen = tl.load(document_seen + b)
     at, begun = seen + t, -seen
-    if HAS_POSITION:
+    if position is not None:
         own = tl.load(position + b * POSITION_STEP)
         at, begun = own + t, tl.where(own == tl.load(last_position + b) + 1, begun, 0)
     if tl.program_id(0) == 0:
@@ -454,8 +441,7 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
         block = min(32, power_of_2(tokens))
         place_kernel[(cdiv(tokens, block), B)](
-            dense(position_BT), document_seen_B.contiguous(), last_position_B.contiguous(), frequency_F.contiguous(),
-            cos_BTE, sin_BTE, start_BT, place_BT, tokens, step, scaling, E=E, BLOCK_T=block,
-            BLOCK_F=power_of_2(E // 2), HAS_POSITION=position_BT is not None, num_warps=4,
+            *dense(position_BT, document_seen_B, last_position_B, frequency_F), cos_BTE, sin_BTE, start_BT, place_BT,
+            tokens, step, scaling, E=E, BLOCK_T=block, BLOCK_F=power_of_2(E // 2), num_warps=4,
         )  # fmt: skip
     return cos_BTE, sin_BTE, start_BT, place_BT
