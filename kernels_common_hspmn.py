@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operations_hspmn import SCORE_GAIN
+from .operations_hspmn import LEAST_PEAK, SCORE_GAIN
 
 try:
     import triton
@@ -24,6 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 GAIN = tl.constexpr(SCORE_GAIN)
+LEAST = tl.constexpr(LEAST_PEAK)
 # Finite, so that rows that see no key need no special case: exp2(-inf - FLOOR) is 0 and exp2(FLOOR - FLOOR) is 1
 FLOOR = tl.constexpr(-1.0e30)
 ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)  # how `starts` are read
@@ -36,10 +37,8 @@ def interpreted():
 
 class Tiles(NamedTuple):
     """What a kernel reads and writes in tiles through TMA: the fields of Triton's descriptor, whose checks take 8 us.
-
     base must begin at a multiple of 16 bytes, and so must its rows (`strides` are counted in elements, the last is 1).
-    Made by `of`, which gives Triton's own in the interpreter.
-    """
+    Made by `of`, which gives Triton's own in the interpreter."""
 
     base: torch.Tensor
     shape: tuple
@@ -59,11 +58,9 @@ class Tiles(NamedTuple):
 
 
 class Kernel:
-    """A Triton kernel whose launches find their build by what decides it, in a third of Triton's own search.
-
-    Called as Triton's are, `kernel[grid](*tensors and sizes, **constants and options)`. H200 machine, host time of a
-    launch with 10 tensors and 10 constants: 28 us through `triton.jit`, of which the driver takes 8.
-    """
+    """A Triton kernel whose launches find their build by what decides it, in a third of Triton's own search. Called as
+    Triton's are, `kernel[grid](*tensors and sizes, **constants and options)`. H200 machine, host time of a launch with
+    10 tensors and 10 constants: 28 us through `triton.jit`, of which the driver takes 8."""
 
     def __init__(self, function, integers):
         self.jit = triton.jit(function, do_not_specialize=integers)
@@ -76,20 +73,18 @@ class Kernel:
         """Launch the build for these arguments; the first of its kind makes it."""
         kinds, passed, device = [], [], None
         for x in args:
+            kind = type(x)
             if isinstance(x, torch.Tensor):
+                kind, device = x.dtype, x.device
                 # as a number: for a tensor the driver would look up its address and whose memory that is again
-                address, device = x.data_ptr(), x.device
-                passed.append(address)
-                kinds.append((x.dtype,) if address & 15 else x.dtype)
-                continue
+                x = x.data_ptr()
+                kind = (kind,) if x & 15 else kind
+            elif kind is int:
+                kind = x.bit_length() > 31
+            elif kind is Tiles:
+                kind, device = (x.base.dtype, x.block_shape), x.base.device
             passed.append(x)
-            if type(x) is int:
-                kinds.append(x.bit_length() > 31)
-            elif type(x) is Tiles:
-                device = x.base.device
-                kinds.append((x.base.dtype, x.block_shape))
-            else:
-                kinds.append(type(x))
+            kinds.append(kind)
         if several_devices() and device.index != torch.cuda.current_device():  # a model spread over several GPUs
             with torch.cuda.device(device):
                 return self.launch(grid, *args, **constants)
@@ -134,20 +129,14 @@ def power_of_2(n):
 
 
 @triton.jit
-def from_start(first, start, b, t, T, least, START: tl.constexpr):
-    """`first` or, where it is later, the start of each token t of row b; one before `least` counts as `least`."""
+def from_start(first, start, b, at, real, least, START: tl.constexpr):
+    """`first` or, where it is later, the start of each token (`at`, of row b), `least` for one before that."""
     if START == TOKEN_START:
-        begin = tl.load(start + b * T + t, mask=t < T, other=0)
+        begin = tl.load(start + at, mask=real, other=0)
         first = tl.maximum(first, tl.maximum(begin, least).to(tl.int32))
     elif START == ROW_START:
         first = tl.maximum(first, tl.maximum(tl.load(start + b), least).to(tl.int32))
     return first
-
-
-@triton.jit
-def router_score(products, D: tl.constexpr):
-    """Scores [rows] from products [rows, BLOCK_D] of float32, the parts of `router_score`'s sum over D."""
-    return tl.sum(products, 1) * (GAIN * D**-0.5)
 
 
 @cache
@@ -159,9 +148,7 @@ def processors(device):
 @cache
 def capability(device):
     """Compute capability of a CUDA device as major * 10 + minor; 90 in the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return major * 10 + minor
 
 
@@ -209,13 +196,11 @@ def check_heads(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype):
     )
 
 
-def check_in_place(name, x, shape, dtypes):
-    """Raise ValueError unless `x` is contiguous, of that shape and one of those dtypes."""
-    if tuple(x.shape) != tuple(shape) or x.dtype not in dtypes or not x.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} {tuple(shape)} to be updated in "
-            f"place, got {x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
-        )
+def check_in_place(name, x, shape, dtype):
+    """Raise ValueError unless `x` is contiguous, of that shape and dtype."""
+    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+        got = f"{x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
+        raise ValueError(f"{name} must be contiguous {dtype} {tuple(shape)} to be updated in place, got {got}")
 
 
 def dense(*tensors):
@@ -226,6 +211,11 @@ def dense(*tensors):
 def shape_of(x):
     """Shape of a tensor, None of None."""
     return None if x is None else tuple(x.shape)
+
+
+def heads_of(q, k, v):
+    """What a plan depends on of queries, keys and values: shapes, dtypes, device and size of an element."""
+    return q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size()
 
 
 def starts(start_BT, B):

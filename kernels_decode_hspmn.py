@@ -1,65 +1,26 @@
 """One decoded token: its products, and all its attentions in two launches, which also extend the cache.
 
-Meaning and shapes: `attend_token`, `project_token`, `swiglu_token`, `linear_add_token` in `operations_hspmn`; legend
-in `kernels_common_hspmn`. A step is bound by launches and by the bytes of weights, states and cached keys. So it
-advances the cache in place, one launch has programs of two roles, parts of the softmax attentions and columns of the
-linear states, and a norm in front of a product is computed in every program from the rows themselves: they are few,
-and a launch costs more. A product is weights times rows, so that the rows, few as they are, fill its narrow side; M
-rows, K features before a product.
+Meaning and shapes in `operations_hspmn`; legend in `kernels_common_hspmn`. A step is bound by launches and by the
+bytes of weights, states and cached keys. So it advances the cache in place, one launch has programs of two roles,
+parts of the softmax attentions and columns of the linear states, and a norm in front of a product is computed in every
+program from the rows themselves: they are few, and a launch costs more. A product is weights times rows, so that the
+rows, few as they are, fill its narrow side; M rows, K features before a product.
 """
 
 from functools import lru_cache
 
 import torch
 
-from .kernels_attention_hspmn import attend_block, finish, quantize
-from .kernels_common_hspmn import (
-    DTYPES,
-    FLOOR,
-    LOG2E,
-    cdiv,
-    check,
-    check_heads,
-    check_in_place,
-    dense,
-    dependent,
-    kernel,
-    power_of_2,
-    processors,
-    router_score,
-    shape_of,
-    tl,
-    triton,
-)
+from .kernels_common_hspmn import (  # isort: skip
+    DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, check_in_place, dense, dependent, kernel, power_of_2,
+    processors, shape_of, tl, triton,
+)  # fmt: skip
+from .kernels_attention_hspmn import finish, fold_block, quantize
 from .kernels_mlp_hspmn import gated
 from .kernels_projection_hspmn import softplus
 from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
 
 MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
-
-
-@triton.jit
-def advance_state(
-    q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, b, h, column,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """COLUMNS columns from `column` of the state of row b and head h, and of what the linear attention gives."""
-    g = h // (H // G)
-    e = tl.arange(0, E)
-    f = column + tl.arange(0, COLUMNS)
-    at = (b * H + h) * E * E + e[:, None] * E + f[None, :]
-    held = tl.load(state + at)
-    opens = tl.load(start + b) >= 0  # a document
-    decay = softplus(tl.load(head + b * 2 * H + h).to(tl.float32) + tl.load(rate_bias + h).to(tl.float32))
-    decay = tl.exp(-tl.exp(tl.load(log_rate + h).to(tl.float32)) * decay - least_decay)
-    k_feature = tl.load(k_linear + (b * G + g) * E + e).to(tl.float32)
-    v_part = tl.load(v + (b * G + g) * E + f).to(tl.float32)
-    q_feature = tl.load(q_linear + (b * H + h) * E + e).to(tl.float32)
-    advanced = held * tl.where(opens, 0.0, decay) + k_feature[:, None] * v_part[None, :]
-    if length is not None:
-        advanced = tl.where(tl.load(length + b) > 0, advanced, held)
-    tl.store(state + at, advanced)
-    tl.store(linear + (b * H + h) * E + f, tl.sum(advanced * q_feature[:, None], 0))
 
 
 @triton.jit
@@ -77,20 +38,15 @@ def attend_range(
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of row b and key head g over its slots low .. high - 1, as part `split`.
-
-    k_slots, v_slots: slot 0 of row and head, in the sparse store or, with RING slots, in the window, of which the last
-    `past` tokens before slot `place` are shown. own: over the token's own key and value too. pushed: these go to slot
-    `place`. Slots of int8 have scales, from k_scales and v_scales on.
-    """
+    """Attention of row b and key head g over its slots low .. high - 1, as part `split`. k_slots, v_slots: slot 0 of
+    row and head, in the sparse store or, with RING slots, in the window, of which the last `past` tokens before slot
+    `place` are shown. own: over the token's own key and value too. pushed: these go to slot `place`. Slots of int8
+    have scales, from k_scales and v_scales on."""
     R: tl.constexpr = H // G
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, E)
-    m = tl.arange(0, ROWS)
+    n, e, m = tl.arange(0, BLOCK_N), tl.arange(0, E), tl.arange(0, ROWS)
     query = g * R + m
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
-    k_row = tl.load(k + (b * G + g) * E + e)[None, :]
-    v_row = tl.load(v + (b * G + g) * E + e)[None, :]
+    k_row, v_row = tl.load(k + (b * G + g) * E + e)[None, :], tl.load(v + (b * G + g) * E + e)[None, :]
     if k_slots.dtype.element_ty == tl.int8:
         k_whole, k_scale = quantize(k_row)
         v_whole, v_scale = quantize(v_row)
@@ -110,7 +66,8 @@ def attend_range(
         at, slot = first * (G * E) + kv_at, first + n
         k_tile = load_slots(k_slots, k_scales, at, slot, shown, G).to(q_tile.dtype)
         v_tile = load_slots(v_slots, v_scales, at, slot, shown, G).to(q_tile.dtype)
-        acc, peak, total = attend_block(q_tile, k_tile, v_tile, shown[None, :], acc, peak, total, SCALE)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+        acc, peak, total = fold_block(scores, v_tile, shown[None, :], acc, peak, total, SCALE)
     at = place.to(tl.int64) * (G * E) + e[None, :]
     if k_slots.dtype.element_ty == tl.int8:
         slot = place.to(tl.int64) * G + tl.arange(0, 1)
@@ -125,97 +82,49 @@ def attend_range(
     tl.store(part_lse + at, row_lse, mask=m < R)
 
 
-@triton.jit
-def attend_store(
-    q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
-    value_scales, part, part_lse, plan, token_slot, B, P, g, split,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, INITIAL: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Part `split` of the sparse attentions of key head g, see `attend_token_kernel`."""
-    r = tl.arange(0, BATCH)
-    inside = r < B
-    wanted = inside
-    if length is not None:
-        wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
-    begun = tl.load(start + r, mask=inside, other=0)
-    score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
-    wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
-    used = tl.load(held + r, mask=inside, other=0)
-    opened = tl.load(document_slot + r, mask=inside, other=0)
-    first = tl.where(begun < 0, opened, used)
-    last = tl.minimum(used, P)
-    works = wanted & (last < P)
-    if (split == 0) & (g == 0):
-        tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
-        tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
-        tl.store(plan + r * 2 + 1, first, mask=inside)
-        at = positions + r.to(tl.int64) * (P + 1) + last
-        tl.store(at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
-    # The token itself counts as a block where there is none before it: it needs a part too
-    blocks = tl.where(works, tl.maximum(tl.cdiv(last - first, BLOCK_N), 1), 0)
-    ends = tl.cumsum(blocks, 0)
-    share = tl.cdiv(tl.sum(blocks, 0), SPLITS)
-    for row in range(B):
-        chosen = r == row
-        own_blocks = tl.sum(tl.where(chosen, blocks, 0), 0)
-        before = tl.sum(tl.where(chosen, ends, 0), 0) - own_blocks
-        begin = tl.maximum(split * share - before, 0)
-        end = tl.minimum((split + 1) * share - before, own_blocks)
-        b = (g * 0 + row).to(tl.int64)
-        if begin < end:
-            low = tl.sum(tl.where(chosen, first, 0), 0)
-            place = tl.sum(tl.where(chosen, last, 0), 0)
-            base = b * (P + 1) * G + g
-            attend_range(
-                q, k, v, keys + base * E, values + base * E, key_scales + base, value_scales + base, part, part_lse,
-                b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0, begin == 0,
-                place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
-            )  # fmt: skip
-        elif own_blocks > 0:
-            m = tl.arange(0, ROWS)
-            at = (b * (SPLITS + 1) + split) * H + g * (H // G) + m
-            tl.store(part_lse + at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
-
-
 @kernel("B", "P")
 def attend_token_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
     state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
-    part_lse, plan, token_slot, B, P,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    INITIAL: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    part_lse, plan, token_slot, B, P, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
+    SCALE: tl.constexpr, INITIAL: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
-
     The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
     rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
     token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
     and are read from `k` and `v`; the slot of the ring that is written is not read. INITIAL: tokens of a document that
     are routed whatever their score. token_slot: per row, 0 if the token has a slot, else -1. plan: per row, for the
     kernel after this one, tokens held and the document's first slot after it. P: slots per row, the spare one not
-    counted. BATCH: a power of two, at least B.
-    """
+    counted. BATCH: a power of two, at least B."""
     program = tl.program_id(0)
     windows = program - G * SPLITS
     states = windows - B * G
-    row = tl.maximum(windows // G, 0).to(tl.int64)
-    g = program % G
-    column = states % (E // COLUMNS) * COLUMNS
-    h = states // (E // COLUMNS) % H
-    state_row = (states // (E // COLUMNS * H)).to(tl.int64)
+    split, g = program // G, program % G
     if PDL:
         tl.extra.cuda.gdc_wait()
     if states >= 0:
-        advance_state(
-            q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, state_row, h,
-            column, H, G, E, COLUMNS,
-        )  # fmt: skip
-    elif windows >= 0:
-        real = row >= 0
+        f = states % (E // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+        h = states // (E // COLUMNS) % H
+        row = (states // (E // COLUMNS * H)).to(tl.int64)
+        e = tl.arange(0, E)
+        state_at = (row * H + h) * E * E + e[:, None] * E + f[None, :]
+        held_state = tl.load(state + state_at)
+        opens = tl.load(start + row) >= 0  # a document
+        decay = softplus(tl.load(head + row * 2 * H + h).to(tl.float32) + tl.load(rate_bias + h).to(tl.float32))
+        decay = tl.exp(-tl.exp(tl.load(log_rate + h).to(tl.float32)) * decay - least_decay)
+        k_feature = tl.load(k_linear + (row * G + h // (H // G)) * E + e).to(tl.float32)
+        v_part = tl.load(v + (row * G + h // (H // G)) * E + f).to(tl.float32)
+        q_feature = tl.load(q_linear + (row * H + h) * E + e).to(tl.float32)
+        advanced = held_state * tl.where(opens, 0.0, decay) + k_feature[:, None] * v_part[None, :]
         if length is not None:
-            real = tl.load(length + row) > 0
+            advanced = tl.where(tl.load(length + row) > 0, advanced, held_state)
+        tl.store(state + state_at, advanced)
+        tl.store(linear + (row * H + h) * E + f, tl.sum(advanced * q_feature[:, None], 0))
+    elif windows >= 0:
+        row = (windows // G).to(tl.int64)
+        real = row >= 0 if length is None else tl.load(length + row) > 0
         past = tl.minimum(-tl.load(start + row), WINDOW).to(tl.int32)
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
@@ -226,27 +135,61 @@ def attend_token_kernel(
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
     elif SPLITS > 0:
-        attend_store(
-            q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
-            value_scales, part, part_lse, plan, token_slot, B, P, g, program // G, H, G, E, SCALE, INITIAL, BATCH,
-            ROWS, BLOCK_N, SPLITS,
-        )  # fmt: skip
+        r = tl.arange(0, BATCH)
+        inside = r < B
+        wanted = inside
+        if length is not None:
+            wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
+        begun = tl.load(start + r, mask=inside, other=0)
+        score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
+        wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
+        used = tl.load(held + r, mask=inside, other=0)
+        opened = tl.load(document_slot + r, mask=inside, other=0)
+        first = tl.where(begun < 0, opened, used)
+        last = tl.minimum(used, P)
+        works = wanted & (last < P)
+        if (split == 0) & (g == 0):
+            tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
+            tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
+            tl.store(plan + r * 2 + 1, first, mask=inside)
+            position_at = positions + r.to(tl.int64) * (P + 1) + last
+            tl.store(position_at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
+        # The token itself counts as a block where there is none before it: it needs a part too
+        blocks = tl.where(works, tl.maximum(tl.cdiv(last - first, BLOCK_N), 1), 0)
+        ends = tl.cumsum(blocks, 0)
+        share = tl.cdiv(tl.sum(blocks, 0), SPLITS)
+        for i in range(B):
+            chosen = r == i
+            own_blocks = tl.sum(tl.where(chosen, blocks, 0), 0)
+            before = tl.sum(tl.where(chosen, ends, 0), 0) - own_blocks
+            begin = tl.maximum(split * share - before, 0)
+            end = tl.minimum((split + 1) * share - before, own_blocks)
+            b = (g * 0 + i).to(tl.int64)
+            if begin < end:
+                low = tl.sum(tl.where(chosen, first, 0), 0)
+                place = tl.sum(tl.where(chosen, last, 0), 0)
+                store = b * (P + 1) * G + g
+                attend_range(
+                    q, k, v, keys + store * E, values + store * E, key_scales + store, value_scales + store, part,
+                    part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0,
+                    begin == 0, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
+                )  # fmt: skip
+            elif own_blocks > 0:
+                m = tl.arange(0, ROWS)
+                lse_at = (b * (SPLITS + 1) + split) * H + g * (H // G) + m
+                tl.store(part_lse + lse_at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @kernel()
 def merge_token_kernel(
-    linear, head, norm, part, part_lse, plan, token_slot, score, held, document_slot, out,
-    H: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
+    linear, head, norm, part, part_lse, plan, token_slot, score, held, document_slot, out, H: tl.constexpr,
+    E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row and head: the normed and gated linear attention, the window, and of a routed token the parts as one.
-
-    The counts of the sparse store move on here, because programs of the kernel before read them.
-    """
-    b = tl.program_id(0).to(tl.int64) // H
-    h = tl.program_id(0).to(tl.int64) % H
+    The counts of the sparse store move on here, because programs of the kernel before read them."""
+    b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     if PDL:
         tl.extra.cuda.gdc_wait()
     e = tl.arange(0, E)
@@ -275,13 +218,11 @@ def merge_token_kernel(
 
 
 def attend_token_config(element_size, E, r_rows, G, P, multiprocessors):
-    """Block sizes and launch options of `attend_token_kernel`; P None: no token is routed.
-
-    The parts of the store fill the chip with two programs per processor, each of which has 32 KiB or more in flight.
-    H200, bf16, 128k tokens of context, 16/4 heads, one row and eight, with `merge_token_kernel`: 10.0 and 33.6 us;
-    32 parts 9.9 and 36.0, two stages 10.9 and 35.3, four 10.6 and 34.4, 32 slots at once and five stages 11.2 and
-    35.6, 128 slots and 8 warps 12.0 and 44.8; 16 or 64 columns differ by less than 4 %.
-    """
+    """Block sizes and launch options of `attend_token_kernel`; P None: no token is routed. The parts of the store fill
+    the chip with two programs per processor, each of which has 32 KiB or more in flight. H200, bf16, 128k tokens of
+    context, 16/4 heads, one row and eight, with `merge_token_kernel`: 10.0 and 33.6 us; 32 parts 9.9 and 36.0, two
+    stages 10.9 and 35.3, four 10.6 and 34.4, 32 slots at once and five stages 11.2 and 35.6, 128 slots and 8 warps
+    12.0 and 44.8; 16 or 64 columns differ by less than 4 %."""
     splits = 0
     if P is not None:
         wanted = power_of_2(cdiv(2 * multiprocessors, G))
@@ -323,18 +264,17 @@ def _attend_token(
         (q_BTHE.dtype, k_BTGE.dtype, v_BTGE.dtype, q_linear_BTHE.dtype, k_linear_BTGE.dtype), q_BTHE.device,
         ring_k_BWGE.element_size(), P, score_BT is not None,
     )  # fmt: skip
-    quantized, store = keys_BPGE.dtype == torch.int8, (B, P + 1, G, E)
+    quantized, kept, kind = keys_BPGE.dtype == torch.int8, (B, P + 1, G, E), ring_k_BWGE.dtype
+    ring, scales, counts = (B, max(1, W), G, E), (B, P + 1, G) if quantized else None, (B,)
     for name, x, shape, dtype in (
-        ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, (B, max(1, W), G, E), None),
-        ("ring_v", ring_v_BWGE, (B, max(1, W), G, E), ring_k_BWGE.dtype), ("values", values_BPGE, store, None),
-        ("keys", keys_BPGE, store, torch.int8 if quantized else ring_k_BWGE.dtype),
-        ("positions", positions_BP, store[:2], torch.int32), ("held", held_B, (B,), torch.int32),
-        ("document_slot", document_slot_B, (B,), torch.int32),
-        ("key_scales", key_scales_BPG, store[:3] if quantized else None, torch.float32),
-        ("value_scales", value_scales_BPG, store[:3] if quantized else None, torch.float32),
+        ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, ring, kind), ("ring_v",
+        ring_v_BWGE, ring, kind), ("keys", keys_BPGE, kept, torch.int8 if quantized else kind), ("values", values_BPGE,
+        kept, values_BPGE.dtype), ("positions", positions_BP, kept[:2], torch.int32), ("held", held_B, counts,
+        torch.int32), ("document_slot", document_slot_B, counts, torch.int32), ("key_scales", key_scales_BPG, scales,
+        torch.float32), ("value_scales", value_scales_BPG, scales, torch.float32),
     ):  # fmt: skip
-        if shape is not None and (x.shape != shape or not x.is_contiguous() or (dtype or x.dtype) != x.dtype):
-            check_in_place(name, x, shape, (dtype or x.dtype,))
+        if shape is not None:
+            check_in_place(name, x, shape, dtype)
     out_BTHE, slot_BT = torch.empty_like(q_BTHE, memory_format=torch.contiguous_format), start_BT.new_empty(B, 1)
     if B == 0:
         return out_BTHE, slot_BT
@@ -357,11 +297,11 @@ def _attend_token(
 
 
 @triton.jit
-def load_rows(x, begin, end, M, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K columns from `begin` of the M rows of x [M, K], zeros outside and from column `end`."""
+def load_rows(x, row, M, begin, end, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K columns from `begin` of ROWS rows, of which x is the one numbered `row` of M; zeros from `end` and M."""
     m = tl.arange(0, ROWS)
     k = begin + tl.arange(0, BLOCK_K)
-    return tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
+    return tl.load(x + m[:, None] * K + k[None, :], mask=(row + m < M)[:, None] & (k < end)[None, :], other=0.0)
 
 
 @triton.jit
@@ -372,42 +312,33 @@ def load_factor(norm, begin, end, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def as_tile(rows, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """ROWS rows as the TILE rows of a product, repeated; what they sum to is not stored."""
+def as_tile(rows, TILE: tl.constexpr):
+    """Rows as the TILE rows of a product, repeated; what they sum to is not stored."""
+    ROWS: tl.constexpr = rows.shape[0]
     if ROWS == TILE:
         return rows
-    return tl.reshape(tl.broadcast_to(rows[None, :, :], (TILE // ROWS, ROWS, BLOCK_K)), (TILE, BLOCK_K))
+    return tl.reshape(tl.broadcast_to(rows[None, :, :], (TILE // ROWS, ROWS, rows.shape[1])), (TILE, rows.shape[1]))
 
 
 @triton.jit
-def norm_scale(squares, K: tl.constexpr, EPS: tl.constexpr):
-    """What RMSNorm multiplies rows by, float32 [ROWS], given sums of their squares [ROWS, N] by columns."""
-    return tl.rsqrt(tl.sum(squares, 1) / K + EPS)
-
-
-@triton.jit
-def load_normed(
-    x, norm, squares, begin, end, M,
-    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_K columns of the M rows as a TILE, and their squares: under RMSNorm but not yet divided by their lengths.
-
-    The division can follow the product, which then waits for no sum over the rows. Float16 might not hold such rows:
-    they are float32 there. Without a norm the columns as they are.
-    """
-    rows = load_rows(x, begin, end, M, K, ROWS, BLOCK_K)
+def load_normed(x, norm, squares, begin, end, M, K: tl.constexpr, TILE: tl.constexpr):
+    """Columns of the M rows as a TILE, and their squares: as they are, or under RMSNorm except for the division by
+    their lengths, which can follow the product; that waits for no sum over the rows then. Float16 might not hold such
+    rows: they are float32 there."""
+    rows = load_rows(x, 0, M, begin, end, K, squares.shape[0], squares.shape[1])
     if norm is not None:
         wide = rows.to(tl.float32)
         squares += wide * wide
         if rows.dtype == tl.float16:
             rows = wide
-        rows = (rows * load_factor(norm, begin, end, BLOCK_K)[None, :]).to(rows.dtype)
-    return as_tile(rows, ROWS, TILE, BLOCK_K), squares
+        rows = (rows * load_factor(norm, begin, end, squares.shape[1])[None, :]).to(rows.dtype)
+    return as_tile(rows, TILE), squares
 
 
 @triton.jit
-def fold_product(total, weight_tile, rows):
-    """total [N, TILE] + weight_tile [N, K] @ rows [TILE, K]^T; TF32 holds float16 values as they are."""
+def fold_product(total, weight, column, N, begin, end, rows, K: tl.constexpr):
+    """total [BLOCK_N, TILE] + weight tile, of `load_rows`, @ rows [TILE, BLOCK_K]^T; TF32 holds float16 as it is."""
+    weight_tile = load_rows(weight, column, N, begin, end, K, total.shape[0], rows.shape[1])
     if rows.dtype == weight_tile.dtype:
         total = tl.dot(weight_tile, tl.trans(rows), total, input_precision="tf32x3")
     else:
@@ -418,38 +349,33 @@ def fold_product(total, weight_tile, rows):
 @triton.jit
 def two_sums(
     low, x, norm, weight, other, column, N, M, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_N, TILE] of the channels from `column` of weight [N, K] with rows of x, in two sums, and the
-    scale [1, TILE] that RMSNorm still multiplies them by.
-
-    Of the first HALF features, added to `low`, and of the others, because a sum of products is a chain, and two of
-    them overlap; with a weight `other` of all HALF = K features with each of both weights, which share the rows.
-    """
-    at, channels = column.to(tl.int64) * K, N - column
-    high = tl.zeros([BLOCK_N, TILE], tl.float32)
-    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    scale [1, TILE] that RMSNorm still multiplies them by. Of the first HALF features, added to `low`, and of the
+    others, because a sum of products is a chain, and two of them overlap; with a weight `other` of all HALF = K
+    features with each of both weights, which share the rows."""
+    TILE: tl.constexpr = low.shape[1]
+    at = column.to(tl.int64) * K
+    high, squares = tl.zeros(low.shape, tl.float32), tl.zeros([ROWS, BLOCK_K], tl.float32)
     for k in range(0, HALF, BLOCK_K):
-        rows, squares = load_normed(x, norm, squares, k, HALF, M, K, ROWS, TILE, BLOCK_K)
-        low = fold_product(low, load_rows(weight + at, k, HALF, channels, K, BLOCK_N, BLOCK_K), rows)
+        rows, squares = load_normed(x, norm, squares, k, HALF, M, K, TILE)
+        low = fold_product(low, weight + at, column, N, k, HALF, rows, K)
         if other is None:
-            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, ROWS, TILE, BLOCK_K)
-            high = fold_product(high, load_rows(weight + at, HALF + k, K, channels, K, BLOCK_N, BLOCK_K), rows)
+            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, TILE)
+            high = fold_product(high, weight + at, column, N, HALF + k, K, rows, K)
         else:
-            high = fold_product(high, load_rows(other + at, k, K, channels, K, BLOCK_N, BLOCK_K), rows)
+            high = fold_product(high, other + at, column, N, k, K, rows, K)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if norm is None:
-        return low, high, None
     scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
-    return low, high, tl.trans(as_tile(tl.reshape(scale, (ROWS, 1)), ROWS, TILE, 1))
+    return low, high, tl.trans(as_tile(tl.reshape(scale, (ROWS, 1)), TILE))
 
 
 @triton.jit
-def store_columns(out, tile, column, M, N, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_columns(out, tile, column, M, N):
     """A tile [BLOCK_N, TILE] as BLOCK_N columns from `column` of out [M, N], in the dtype of `out`."""
-    m = tl.arange(0, TILE)
-    n = column + tl.arange(0, BLOCK_N)
+    m, n = tl.arange(0, tile.shape[1]), column + tl.arange(0, tile.shape[0])
     inside = (n < N)[:, None] & (m < M)[None, :]
     tl.store(out + m[None, :] * N + n[:, None], tile.to(out.dtype.element_ty), mask=inside)
 
@@ -461,81 +387,56 @@ def store_scores(
     """Scores of the M rows. The decision must be that of `router_score`: rows rounded by the norm, no tensor cores."""
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_D):
-        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D).to(tl.float32)
+        rows = load_rows(x, 0, M, begin, K, K, ROWS, BLOCK_D).to(tl.float32)
         squares += rows * rows
     scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
     products = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_D):
-        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D)
+        rows = load_rows(x, 0, M, begin, K, K, ROWS, BLOCK_D)
         factor = load_factor(norm, begin, K, BLOCK_D).to(tl.float32)
         normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype).to(tl.float32)
         products += normed * load_factor(weight, begin, K, BLOCK_D).to(tl.float32)[None, :]
     m = tl.arange(0, ROWS)
-    tl.store(score + m, router_score(products, K), mask=m < M)
+    tl.store(score + m, tl.sum(products, 1) * (GAIN * K**-0.5), mask=m < M)
 
 
 @kernel("M")
-def project_token_kernel(
-    x, norm, qkv_weight, head_weight, score_weight, qkv, head, score, M,
-    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+def product_kernel(
+    x, norm, weight, other, second, score_weight, residual, out, second_out, score, M, N: tl.constexpr,
+    X: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M]."""
-    TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = TILES_C + (X + BLOCK_N - 1) // BLOCK_N
+    """BLOCK_N columns of out [M, N], the product of `weight` with the rows, added to `residual` or, given `other`, of
+    their SwiGLU; or of second_out [M, X], that of `second`; a last program, if launched, makes the scores [M]."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = TILES_N + (X + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
-    weight, column, channels = qkv_weight, tile * BLOCK_N, tl.where(tile < TILES_C, C, X)
-    if tile >= TILES_C:
-        weight, column = head_weight, (tile - TILES_C) * BLOCK_N
+    column, columns, works = tile * BLOCK_N, N, True
+    if second is not None:
+        columns, works = tl.where(tile < TILES_N, N, X), tile < TILES
+        if tile >= TILES_N:
+            weight, column = second, (tile - TILES_N) * BLOCK_N
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if tile < TILES:
-        zeros = tl.zeros([BLOCK_N, TILE], tl.float32)
-        low, high, scale = two_sums(
-            zeros, x, norm, weight, None, column, channels, M, K, HALF, EPS, ROWS, TILE, BLOCK_N, BLOCK_K, PDL
-        )  # fmt: skip
-        if tile < TILES_C:
-            store_columns(qkv, (low + high) * scale, column, M, C, TILE, BLOCK_N)
+    if works:
+        low = tl.zeros([BLOCK_N, TILE], tl.float32)
+        if residual is not None:
+            m, n = tl.arange(0, TILE), column + tl.arange(0, BLOCK_N)
+            inside = (n < N)[:, None] & (m < M)[None, :]
+            low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
+        low, high, scale = two_sums(low, x, norm, weight, other, column, columns, M, K, HALF, EPS, ROWS, BLOCK_K, PDL)
+        if other is not None:
+            store_columns(out, gated(low * scale, high * scale), column, M, N)
+        elif second is None:
+            store_columns(out, low + high, column, M, N)
         else:
-            store_columns(head, (low + high) * scale, column, M, X, TILE, BLOCK_N)
+            total = (low + high) * scale
+            if tile < TILES_N:
+                store_columns(out, total, column, M, N)
+            else:
+                store_columns(second_out, total, column, M, X)
     elif score_weight is not None:
         store_scores(x, norm, score_weight, score, M, K, EPS, ROWS, BLOCK_D)
-
-
-@kernel("M")
-def swiglu_token_kernel(
-    x, norm, gate_weight, up_weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N columns of out [M, N], from two sums over K that share the rows."""
-    column = tl.program_id(0) * BLOCK_N
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    zeros = tl.zeros([BLOCK_N, TILE], tl.float32)
-    gate, up, scale = two_sums(
-        zeros, x, norm, gate_weight, up_weight, column, N, M, K, HALF, EPS, ROWS, TILE, BLOCK_N, BLOCK_K, PDL
-    )  # fmt: skip
-    store_columns(out, gated(gate * scale, up * scale), column, M, N, TILE, BLOCK_N)
-
-
-@kernel("M")
-def linear_add_token_kernel(
-    residual, x, weight, out, M, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N columns of out [M, N]."""
-    column = tl.program_id(0) * BLOCK_N
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    m = tl.arange(0, TILE)
-    n = column + tl.arange(0, BLOCK_N)
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    held = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
-    low, high, _ = two_sums(
-        held, x, None, weight, None, column, N, M, K, HALF, None, ROWS, TILE, BLOCK_N, BLOCK_K, PDL
-    )  # fmt: skip
-    store_columns(out, low + high, column, M, N, TILE, BLOCK_N)
 
 
 # Block sizes and launch options of the products; in float32 BLOCK_K is a quarter, as products on tensor cores take
@@ -554,27 +455,31 @@ PRODUCTS = {
 
 @lru_cache(maxsize=1024)
 def _product_plan(operation, x_shape, dtype, element_size, device, *others):
-    """Constants of a product of few rows, given name, shape and dtype of its weights and of the vectors as wide as x;
-    ValueError for what its kernel does not take."""
+    """Grid and constants of a product of few rows, given name, shape and dtype of its weights and of the vectors as
+    wide as x; ValueError for what its kernel does not take."""
     (B, T, K), options = x_shape, PRODUCTS[operation]
     check(
         (T == 1, f"x of {operation} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
         (dtype in DTYPES, f"x of {operation} must be float32, bfloat16 or float16, got {dtype}; cast it"),
     )
-    normed = False
-    for name, shape, kind in others:
-        if name in ("norm", "score_weight"):
-            normed = True
-            check((shape == (K,), f"{name} must be [{K}], the width of x, got {shape}"))
-        else:
-            wanted = f"{name} must be [N, {K}] in {dtype}, as x of {operation} has it, got {shape} in {kind}; cast it"
-            check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
+    vectors = [(name, shape) for name, shape, _ in others if name in ("norm", "score_weight")]
+    weights = [other for other in others if other[:2] not in vectors]
+    for name, shape, kind in weights:
+        wanted = f"{name} must be [N, {K}] in {dtype}, as x of {operation} has it, got {shape} in {kind}; cast it"
+        check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
+    for name, shape in vectors:
+        check((shape == (K,), f"{name} must be [{K}], the width of x, got {shape}"))
+    gates = operation == "swiglu_token"  # with two weights that share tiles
+    N, X = weights[0][1][0], 0 if gates or len(weights) == 1 else weights[1][1][0]
+    programs = cdiv(N, options["BLOCK_N"]) + cdiv(X, options["BLOCK_N"]) + (len(vectors) == 2)
     # Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more
     rows = power_of_2(max(1, B))
-    tile = max(8, rows)
-    sizes = {"K": K, "HALF": K if operation == "swiglu_token" else cdiv(cdiv(K, 2), 16) * 16, "TILE": tile}
-    sizes |= {"ROWS": rows if normed else tile, "BLOCK_K": options["BLOCK_K"] // (1 if element_size == 2 else 4)}
-    return options | sizes | dependent(device)
+    sizes = {
+        "N": N, "X": X, "K": K, "HALF": K if gates else cdiv(cdiv(K, 2), 16) * 16, "TILE": max(8, rows),
+        "ROWS": rows if vectors else max(8, rows), "BLOCK_K": options["BLOCK_K"] // (1 if element_size == 2 else 4),
+        "BLOCK_D": min(4096 // rows, power_of_2(K)),
+    }  # fmt: skip
+    return (programs,), options | sizes | dependent(device)
 
 
 def _product(operation, x_BTD, **others):
@@ -586,19 +491,17 @@ def _product(operation, x_BTD, **others):
 @project_token.kernel
 def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
     """One launch for at most 16 rows; sums are float32."""
-    B, C, X, scores = x_BTD.shape[0], qkv_weight_CD.shape[0], head_weight_XD.shape[0], int(score_weight_D is not None)
+    B = x_BTD.shape[0]
     if B > MOST_ROWS:
         return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
     weights = {"qkv_weight": qkv_weight_CD, "head_weight": head_weight_XD, "score_weight": score_weight_D}
-    constants = _product("project_token", x_BTD, norm=norm_D, **weights)
-    qkv_BTC, head_BTX = x_BTD.new_empty(B, 1, C), x_BTD.new_empty(B, 1, X, dtype=torch.float32)
-    score_BT = x_BTD.new_empty(B, scores, dtype=torch.float32)
+    grid, constants = _product("project_token", x_BTD, norm=norm_D, **weights)
+    qkv_BTC = x_BTD.new_empty(B, 1, constants["N"])
+    head_BTX = x_BTD.new_empty(B, 1, constants["X"], dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else 1, dtype=torch.float32)
+    inputs = dense(x_BTD, norm_D, qkv_weight_CD, None, head_weight_XD, score_weight_D, None)
     if B:
-        block, most = constants["BLOCK_N"], 4096 // constants["ROWS"]
-        project_token_kernel[(cdiv(C, block) + cdiv(X, block) + scores,)](
-            *dense(x_BTD, norm_D, *weights.values()), qkv_BTC, head_BTX, score_BT, B, C=C, X=X, EPS=eps,
-            BLOCK_D=min(most, power_of_2(constants["K"])), **constants,
-        )  # fmt: skip
+        product_kernel[grid](*inputs, qkv_BTC, head_BTX, score_BT, B, EPS=eps, **constants)
     return qkv_BTC, head_BTX, score_BT
 
 
@@ -608,14 +511,13 @@ def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     B, N = x_BTD.shape[0], gate_weight_ND.shape[0]
     if B > MOST_ROWS:
         return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
-    constants = _product("swiglu_token", x_BTD, norm=norm_D, gate_weight=gate_weight_ND, up_weight=up_weight_ND)
+    grid, constants = _product("swiglu_token", x_BTD, norm=norm_D, gate_weight=gate_weight_ND, up_weight=up_weight_ND)
     if up_weight_ND.shape[0] != N:
         raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
     out_BTN = x_BTD.new_empty(B, 1, N)
+    inputs = dense(x_BTD, norm_D, gate_weight_ND, up_weight_ND, None, None, None)
     if B:
-        swiglu_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
-            *dense(x_BTD, norm_D, gate_weight_ND, up_weight_ND), out_BTN, B, N=N, EPS=eps, **constants
-        )
+        product_kernel[grid](*inputs, out_BTN, None, None, B, EPS=eps, **constants)
     return out_BTN
 
 
@@ -625,13 +527,12 @@ def _linear_add_token(residual_BTN, x_BTD, weight_ND):
     B, N = x_BTD.shape[0], weight_ND.shape[0]
     if B > MOST_ROWS:
         return linear_add_token.reference(residual_BTN, x_BTD, weight_ND)
-    constants = _product("linear_add_token", x_BTD, weight=weight_ND)
+    grid, constants = _product("linear_add_token", x_BTD, weight=weight_ND)
     if residual_BTN.shape != (B, 1, N) or residual_BTN.dtype != x_BTD.dtype:
         got = f"{tuple(residual_BTN.shape)} in {residual_BTN.dtype}"
         raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
     out_BTN = x_BTD.new_empty(B, 1, N)
+    inputs = dense(x_BTD, None, weight_ND, None, None, None, residual_BTN)
     if B:
-        linear_add_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
-            *dense(residual_BTN, x_BTD, weight_ND), out_BTN, B, N=N, **constants
-        )
+        product_kernel[grid](*inputs, out_BTN, None, None, B, EPS=1.0, **constants)  # nothing is normed
     return out_BTN

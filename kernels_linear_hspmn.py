@@ -7,26 +7,10 @@ from functools import lru_cache
 
 import torch
 
-from .kernels_common_hspmn import (
-    LOG2E,
-    ROW_START,
-    TOKEN_START,
-    capability,
-    cdiv,
-    check,
-    check_heads,
-    check_in_place,
-    dense,
-    has_descriptors,
-    kernel,
-    power_of_2,
-    processors,
-    shape_of,
-    starts,
-    tile_maps,
-    tl,
-    triton,
-)
+from .kernels_common_hspmn import (  # isort: skip
+    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check, check_heads, check_in_place, dense, has_descriptors,
+    heads_of, kernel, power_of_2, processors, shape_of, starts, tile_maps, tl, triton,
+)  # fmt: skip
 from .operations_hspmn import linear_attention
 
 
@@ -35,15 +19,10 @@ def decay_kernel(
     log_decay, length, decays, T, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
     """decays[b, h, t]: log2 of the decay from the begin of its block of BLOCK_T tokens through token t.
-
-    Done ahead, for all heads at once: inside the scan it costs each step two exchanges between warps.
-    """
+    Done ahead, for all heads at once: inside the scan it costs each step two exchanges between warps."""
     b = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.arange(0, HEADS)
-    stop = T
-    if length is not None:
-        stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+    t, h = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, HEADS)
+    stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
     at = (b * T + t)[:, None] * H + h[None, :]
     logs = tl.load(log_decay + at, mask=(t < stop)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32) * LOG2E
     at = (b * H + h)[None, :] * T + t[:, None]
@@ -74,25 +53,17 @@ def linear_attention_kernel(
     START: tl.constexpr, KEPT: tl.constexpr, STATE_ONLY: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program walks `span` tokens of one head and one block of value columns; the state [E, F] stays in registers.
-
     q_map, k_map, v_map: tensor descriptors of q, k, v as [B * T, heads * width], or None; they carry the whole blocks.
     STATE_ONLY leaves out the outputs and stores, for segment s, the state that its tokens alone give (state_out) and
-    the log2 of the decay over all of them (carry, -inf where a document starts inside).
-    """
+    the log2 of the decay over all of them (carry, -inf where a document starts inside)."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     program = tl.program_id(0).to(tl.int64)
     column = (program % blocks).to(tl.int32) * BLOCK_F
-    h = program // blocks % H
-    s = program // (blocks * H) % S
-    b = program // (blocks * H) // S
+    h, s, b = program // blocks % H, program // (blocks * H) % S, program // (blocks * H) // S
     g = h // (H // G)
-    t = tl.arange(0, BLOCK_T)
-    e = tl.arange(0, E)
-    f = column + tl.arange(0, BLOCK_F)
+    t, e, f = tl.arange(0, BLOCK_T), tl.arange(0, E), column + tl.arange(0, BLOCK_F)
     in_f = f[None, :] < F
-    stop = T
-    if length is not None:
-        stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+    stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
     begin = (s * span).to(tl.int32)
     end = tl.minimum(begin + span, T)
     stop = tl.minimum(stop, end)
@@ -206,26 +177,9 @@ def segment_states_kernel(
         state = state * keep + added
 
 
-def linear_attention_config(element_size, E, F, compute_capability):
-    """Block sizes and launch options of `linear_attention_kernel`.
-
-    H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors and 1.73 without;
-    three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99.
-    On sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
-    than 16 tokens (compiler's report, not timed).
-    """
-    columns = power_of_2(F)
-    if element_size == 4:
-        return {"BLOCK_T": 16, "BLOCK_F": max(16, min(64, columns)), "num_warps": 8, "num_stages": 1}
-    warps = 4 if compute_capability in (90, 100) or E * columns <= 64 * 64 else 8
-    return {"BLOCK_T": 64, "BLOCK_F": max(16, min(64, columns)), "num_warps": warps, "num_stages": 2}
-
-
 def _segments(programs, T, device):
     """Into how many segments a row is cut: one where whole rows fill the chip, else about eight programs each.
-
-    H200, B=1, T=335,872, 16/4 heads, E=128: 33 segments (the result) 2.49 ms, 16 segments 2.62, 8 segments 2.60.
-    """
+    H200, B=1, T=335,872, 16/4 heads, E=128: 33 segments (the result) 2.49 ms, 16 segments 2.62, 8 segments 2.60."""
     fill = processors(device)
     if programs >= 1.5 * fill or T <= 1024:
         return 1
@@ -233,39 +187,40 @@ def _segments(programs, T, device):
 
 
 @lru_cache(maxsize=1024)
-def _plan(q_shape, k_shape, v_shape, state, dtypes, device, element_size):
-    """Segments, tokens of each, value blocks, whether tiles come through descriptors, and constants.
-
-    state: shape and dtype of the state that is written in place, or None.
-    """
+def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
+    """Segments, tokens of each, value blocks, whether tiles come through descriptors, and constants; `state`: shape
+    and dtype of the state that is written in place, or None."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, T, H, E), (G, F) = q_shape, v_shape[2:]
     wanted = ((B, H, E, F), torch.float32)
     check((state in (None, wanted), f"state must be {wanted} to be updated in place, got {state}"))
-    config = linear_attention_config(element_size, E, F, capability(device))
-    blocks = cdiv(F, config["BLOCK_F"])
-    segments = _segments(B * H * blocks, T, device)
-    span = cdiv(cdiv(T, segments), config["BLOCK_T"]) * config["BLOCK_T"]
+    # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
+    # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
+    # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
+    # than 16 tokens (compiler's report, not timed)
+    half, columns = element_size == 2, power_of_2(F)
+    block_t, block_f, stages = 64 if half else 16, max(16, min(64, columns)), 2 if half else 1
+    few_warps = half and (capability(device) in (90, 100) or E * columns <= 64 * 64)
+    blocks = cdiv(F, block_f)
+    span = cdiv(cdiv(T, _segments(B * H * blocks, T, device)), block_t) * block_t
     # A tile of columns must not reach into the next head
-    tiled = has_descriptors(device, element_size) and F % config["BLOCK_F"] == 0 and B * T >= config["BLOCK_T"]
-    sizes = {"H": H, "G": G, "E": E, "F": F, "TAIL_STAGES": 1 if tiled else config["num_stages"], **config}
+    tiled = has_descriptors(device, element_size) and F % block_f == 0 and B * T >= block_t
+    sizes = {
+        "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_F": block_f, "TAIL_STAGES": 1 if tiled else stages,
+        "num_warps": 4 if few_warps else 8, "num_stages": stages,
+    }  # fmt: skip
     return cdiv(T, span), span, blocks, tiled, sizes
 
 
 @linear_attention.kernel
 def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
-    """One pass over the tokens; those past `length_B` give zeros.
-
-    Products are of q's dtype, sums and states float32. With more than one segment k and v are read twice.
-    """
+    """One pass over the tokens, over k and v two if a row is cut; tokens past `length_B` give zeros. Products are of
+    q's dtype, sums and states float32."""
     (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
-    dtypes = (q_BTHE.dtype, k_BTGE.dtype, v_BTGF.dtype)
     state = None if state_BHEF is None else (shape_of(state_BHEF), state_BHEF.dtype)
-    S, span, blocks, tiled, sizes = _plan(
-        q_BTHE.shape, k_BTGE.shape, v_BTGF.shape, state, dtypes, q_BTHE.device, q_BTHE.element_size()
-    )
-    if state_BHEF is not None and not state_BHEF.is_contiguous():
-        check_in_place("state", state_BHEF, (B, H, E, F), (torch.float32,))
+    S, span, blocks, tiled, sizes = _plan(*heads_of(q_BTHE, k_BTGE, v_BTGF), state)
+    if state_BHEF is not None:
+        check_in_place("state", state_BHEF, (B, H, E, F), torch.float32)
     out_BTHF = q_BTHE.new_empty(B, T, H, F)
     if not out_BTHF.numel():
         return out_BTHF
