@@ -377,14 +377,12 @@ def _local_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, window,
     """Grid and constants of a local attention; `merged`: shapes of linear, head_gate and norm, or None."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, T, H, E), G = q_shape, k_shape[2]
-    ring = f"ring must hold the window, {(B, window, G, E)}, got {ring_shape}"
-    check(
-        (window >= 1, f"window must be at least 1, got {window}"),
-        (ring_shape is None or ring_shape == (B, window, G, E), ring),
-    )
+    check((window >= 1, f"window must be at least 1, got {window}"))
+    if ring_shape not in (None, (B, window, G, E)):
+        raise ValueError(f"ring must hold the window, {(B, window, G, E)}, got {tuple(ring_shape)}")
     wanted = {"linear": (B, T, H, E), "head_gate": (B, T, H), "norm": (E,)}
     for (name, shape), got in zip(wanted.items(), merged or wanted.values(), strict=True):
-        check((got == shape, f"{name} must be {shape}, to fit q, got {got}"))
+        check((got == shape, f"{name} must be {shape}, to fit q, got {tuple(got)}"))
     # H200, B=64, T=4096, 16/4 heads, E=128, window 128, bf16: 64 rows and 32 keys 1.32 ms (1.41 without descriptors),
     # 128 and 32 1.42, 128 and 64 1.58. Float32: the largest tile that does not spill. `reflexive_merge` reads one more
     # tile after the keys, for which the compiler takes 152 registers in bf16 on sm_90: three programs per processor
@@ -417,7 +415,8 @@ def _local_attention(
     # Without a start every token sees only this call, so a ring changes nothing
     ring = dense(ring_k_BWGE, ring_v_BWGE, seen_B) if mode else (None, None, None)
     if out.numel():
-        maps = tile_maps(tiled, *((x, x.shape, x.stride(), (1, sizes["BLOCK_N"], 1, E)) for x in (k, v)))
+        block = (1, sizes["BLOCK_N"], 1, E)
+        maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
         local_attention_kernel[grid](
             q, k, v, *maps, start, *ring, linear, head_gate_BTH, norm, out, lse, T, START=mode, GATE_STEP=step,
             EPS=eps, **sizes,
@@ -471,7 +470,8 @@ def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
     if splits > 1:
         part = q.new_empty(B, splits, K, H, E, dtype=torch.float32)
         part_lse = q.new_empty(B, splits, K, H, dtype=torch.float32)
-    maps = tile_maps(tiled, *((x, x.shape, x.stride(), (1, sizes["BLOCK_N"], 1, E)) for x in (k, v)))
+    block = (1, sizes["BLOCK_N"], 1, E)
+    maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
     sqsk_attention_kernel[(programs * splits,)](
         q, k, v, *maps, index, first, held, count, gate if splits == 1 else None, part, part_lse, T, K,
         k.stride(0) // (G * E), SPLITS=splits, **sizes,

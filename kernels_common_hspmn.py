@@ -71,20 +71,22 @@ class Kernel:
 
     def launch(self, grid, *args, **constants):
         """Launch the build for these arguments; the first of its kind makes it."""
-        kinds, passed, device = [], [], None
+        kinds, passed = [], []
         for x in args:
             kind = type(x)
-            if isinstance(x, torch.Tensor):
-                kind, device = x.dtype, x.device
+            if x is None:
+                kind = None
+            elif isinstance(x, torch.Tensor):
                 # as a number: for a tensor the driver would look up its address and whose memory that is again
-                x = x.data_ptr()
+                tensor, kind, x = x, x.dtype, x.data_ptr()
                 kind = (kind,) if x & 15 else kind
             elif kind is int:
                 kind = x.bit_length() > 31
             elif kind is Tiles:
-                kind, device = (x.base.dtype, x.block_shape), x.base.device
+                kind, tensor = (x.base.dtype, x.block_shape), x.base
             passed.append(x)
             kinds.append(kind)
+        device = tensor.device
         if several_devices() and device.index != torch.cuda.current_device():  # a model spread over several GPUs
             with torch.cuda.device(device):
                 return self.launch(grid, *args, **constants)
@@ -209,8 +211,8 @@ def dense(*tensors):
 
 
 def shape_of(x):
-    """Shape of a tensor, None of None."""
-    return None if x is None else tuple(x.shape)
+    """Shape of a tensor, None of None; `tuple` of it is left to plans, which seldom run."""
+    return None if x is None else x.shape
 
 
 def heads_of(q, k, v):
@@ -223,8 +225,7 @@ def starts(start_BT, B):
     return (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
 
 
-def tile_maps(readable, *fields):
-    """`Tiles` of several tensors, each given as its fields; None for all where not readable so or not aligned."""
-    if not readable or any(base.data_ptr() % 16 for base, *_ in fields):
-        return [None] * len(fields)
-    return [Tiles.of(*each) for each in fields]
+def tile_maps(*fields):
+    """`Tiles` of several tensors, each given as its fields; None for all if one is not aligned."""
+    aligned = not any(each[0].data_ptr() % 16 for each in fields)
+    return [Tiles.of(*each) if aligned else None for each in fields]

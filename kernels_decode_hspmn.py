@@ -234,7 +234,7 @@ def attend_token_config(element_size, E, r_rows, G, P, multiprocessors):
 @lru_cache(maxsize=1024)
 def _attend_plan(shapes, dtypes, device, ring_size, slots, routes):
     """Splits, size of the scratch, grids and constants; ValueError for what the kernel does not take."""
-    q, k, v, q_linear, k_linear, head, score = shapes
+    q, k, v, q_linear, k_linear, head, score = (None if x is None else tuple(x) for x in shapes)
     check_heads(q, k, v, *dtypes[:3])
     check_heads(q_linear, k_linear, v, *dtypes[3:], dtypes[2])
     (B, T, H, E), G = q, k[2]
@@ -454,10 +454,11 @@ PRODUCTS = {
 
 
 @lru_cache(maxsize=1024)
-def _product_plan(operation, x_shape, dtype, element_size, device, *others):
-    """Grid and constants of a product of few rows, given name, shape and dtype of its weights and of the vectors as
+def _product_plan(operation, names, x_shape, dtype, device, *others):
+    """Grid and constants of a product of few rows, given names, shapes and dtypes of its weights and of the vectors as
     wide as x; ValueError for what its kernel does not take."""
     (B, T, K), options = x_shape, PRODUCTS[operation]
+    others = [(name, tuple(x[0]), x[1]) for name, x in zip(names, others, strict=True) if x is not None]
     check(
         (T == 1, f"x of {operation} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
         (dtype in DTYPES, f"x of {operation} must be float32, bfloat16 or float16, got {dtype}; cast it"),
@@ -469,23 +470,23 @@ def _product_plan(operation, x_shape, dtype, element_size, device, *others):
         check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
     for name, shape in vectors:
         check((shape == (K,), f"{name} must be [{K}], the width of x, got {shape}"))
-    gates = operation == "swiglu_token"  # with two weights that share tiles
+    gates, half = operation == "swiglu_token", dtype.itemsize == 2  # gates: two weights that share tiles
     N, X = weights[0][1][0], 0 if gates or len(weights) == 1 else weights[1][1][0]
     programs = cdiv(N, options["BLOCK_N"]) + cdiv(X, options["BLOCK_N"]) + (len(vectors) == 2)
-    # Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more
-    rows = power_of_2(max(1, B))
+    # Rows as powers of two: those of a product, whose tiles have 8 columns or more, and those that are loaded
+    tile = max(8, power_of_2(max(1, B)))
+    rows = power_of_2(max(1, B)) if vectors else tile
     sizes = {
-        "N": N, "X": X, "K": K, "HALF": K if gates else cdiv(cdiv(K, 2), 16) * 16, "TILE": max(8, rows),
-        "ROWS": rows if vectors else max(8, rows), "BLOCK_K": options["BLOCK_K"] // (1 if element_size == 2 else 4),
-        "BLOCK_D": min(4096 // rows, power_of_2(K)),
+        "N": N, "X": X, "K": K, "HALF": K if gates else cdiv(cdiv(K, 2), 16) * 16, "ROWS": rows, "TILE": tile,
+        "BLOCK_D": min(4096 // rows, power_of_2(K)), "BLOCK_K": options["BLOCK_K"] // (1 if half else 4),
     }  # fmt: skip
     return (programs,), options | sizes | dependent(device)
 
 
-def _product(operation, x_BTD, **others):
-    """`_product_plan` of tensors by name."""
-    described = [(name, tuple(x.shape), x.dtype) for name, x in others.items() if x is not None]
-    return _product_plan(operation, x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), x_BTD.device, *described)
+def _product(operation, names, x_BTD, *others):
+    """`_product_plan` of tensors."""
+    described = [None if x is None else (x.shape, x.dtype) for x in others]
+    return _product_plan(operation, names, x_BTD.shape, x_BTD.dtype, x_BTD.device, *described)
 
 
 @project_token.kernel
@@ -494,14 +495,17 @@ def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
     B = x_BTD.shape[0]
     if B > MOST_ROWS:
         return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-    weights = {"qkv_weight": qkv_weight_CD, "head_weight": head_weight_XD, "score_weight": score_weight_D}
-    grid, constants = _product("project_token", x_BTD, norm=norm_D, **weights)
+    names = ("norm", "qkv_weight", "head_weight", "score_weight")
+    inputs = (x_BTD, norm_D, qkv_weight_CD, head_weight_XD, score_weight_D)
+    grid, constants = _product("project_token", names, *inputs)
     qkv_BTC = x_BTD.new_empty(B, 1, constants["N"])
     head_BTX = x_BTD.new_empty(B, 1, constants["X"], dtype=torch.float32)
     score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else 1, dtype=torch.float32)
-    inputs = dense(x_BTD, norm_D, qkv_weight_CD, None, head_weight_XD, score_weight_D, None)
     if B:
-        product_kernel[grid](*inputs, qkv_BTC, head_BTX, score_BT, B, EPS=eps, **constants)
+        x, norm, qkv_weight, *others = dense(*inputs)
+        product_kernel[grid](
+            x, norm, qkv_weight, None, *others, None, qkv_BTC, head_BTX, score_BT, B, EPS=eps, **constants
+        )
     return qkv_BTC, head_BTX, score_BT
 
 
@@ -511,13 +515,16 @@ def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     B, N = x_BTD.shape[0], gate_weight_ND.shape[0]
     if B > MOST_ROWS:
         return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
-    grid, constants = _product("swiglu_token", x_BTD, norm=norm_D, gate_weight=gate_weight_ND, up_weight=up_weight_ND)
+    names = ("norm", "gate_weight", "up_weight")
+    grid, constants = _product("swiglu_token", names, x_BTD, norm_D, gate_weight_ND, up_weight_ND)
     if up_weight_ND.shape[0] != N:
         raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
     out_BTN = x_BTD.new_empty(B, 1, N)
-    inputs = dense(x_BTD, norm_D, gate_weight_ND, up_weight_ND, None, None, None)
     if B:
-        product_kernel[grid](*inputs, out_BTN, None, None, B, EPS=eps, **constants)
+        product_kernel[grid](
+            x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), None,
+            None, None, out_BTN, None, None, B, EPS=eps, **constants,
+        )  # fmt: skip
     return out_BTN
 
 
@@ -527,12 +534,14 @@ def _linear_add_token(residual_BTN, x_BTD, weight_ND):
     B, N = x_BTD.shape[0], weight_ND.shape[0]
     if B > MOST_ROWS:
         return linear_add_token.reference(residual_BTN, x_BTD, weight_ND)
-    grid, constants = _product("linear_add_token", x_BTD, weight=weight_ND)
+    grid, constants = _product("linear_add_token", ("weight",), x_BTD, weight_ND)
     if residual_BTN.shape != (B, 1, N) or residual_BTN.dtype != x_BTD.dtype:
         got = f"{tuple(residual_BTN.shape)} in {residual_BTN.dtype}"
         raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
     out_BTN = x_BTD.new_empty(B, 1, N)
-    inputs = dense(x_BTD, None, weight_ND, None, None, None, residual_BTN)
     if B:
-        product_kernel[grid](*inputs, out_BTN, None, None, B, EPS=1.0, **constants)  # nothing is normed
+        product_kernel[grid](  # nothing is normed
+            x_BTD.contiguous(), None, weight_ND.contiguous(), None, None, None, residual_BTN.contiguous(), out_BTN,
+            None, None, B, EPS=1.0, **constants,
+        )  # fmt: skip
     return out_BTN

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check, check_heads, check_in_place, dense, has_descriptors,
+    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, check_in_place, dense, has_descriptors,
     heads_of, kernel, power_of_2, processors, shape_of, starts, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import linear_attention
@@ -193,7 +193,8 @@ def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, T, H, E), (G, F) = q_shape, v_shape[2:]
     wanted = ((B, H, E, F), torch.float32)
-    check((state in (None, wanted), f"state must be {wanted} to be updated in place, got {state}"))
+    if state not in (None, wanted):
+        raise ValueError(f"state must be {wanted} to be updated in place, got {(tuple(state[0]), state[1])}")
     # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
     # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
     # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
@@ -227,10 +228,12 @@ def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B,
     q, k, v, log_decay, length = dense(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, length_B)
     start, mode = starts(start_BT, B)
     block_t, block_f = sizes["BLOCK_T"], sizes["BLOCK_F"]
-    maps = tile_maps(
-        tiled, (q, (B * T, H * E), (H * E, 1), (block_t, E)), (k, (B * T, G * E), (G * E, 1), (block_t, E)),
-        (v, (B * T, G * F), (G * F, 1), (block_t, block_f)),
-    )  # fmt: skip
+    maps = (None, None, None)
+    if tiled:
+        maps = tile_maps(
+            (q, (B * T, H * E), (H * E, 1), (block_t, E)), (k, (B * T, G * E), (G * E, 1), (block_t, E)),
+            (v, (B * T, G * F), (G * F, 1), (block_t, block_f)),
+        )  # fmt: skip
     decays = q.new_empty(B, H, T, dtype=torch.float32)
     decay_kernel[(cdiv(T, block_t), B)](
         log_decay, length, decays, T, H=H, HEADS=power_of_2(H), BLOCK_T=block_t, num_warps=4

@@ -151,7 +151,7 @@ def split_heads_kernel(
 @cache
 def _split_plan(shapes, weight_stride, dtype, kv_heads, eps, feature, device):
     """Shapes of query-like and key-like outputs, grid and constants; ValueError for what the kernel does not take."""
-    (B, T, C), weight, history, cos, sin, q_norm, k_norm = shapes
+    (B, T, C), weight, history, cos, sin, q_norm, k_norm = (None if x is None else tuple(x) for x in shapes)
     E, taps = q_norm[-1], weight[1]
     check((E in HEAD_WIDTHS, f"head width must be one of {HEAD_WIDTHS}, got {E}; set backend='reference' for others"))
     H, lags, heads = C // E - 2 * kv_heads, taps - 1, C // E
@@ -195,11 +195,11 @@ def _split_heads(
     if B * T >= COPIED_TAPS:
         # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
         weight_CL = weight_CL.t().contiguous().t()
-    shapes = tuple(map(shape_of, (x_BTC, weight_CL, history_BLC, cos_BTE, sin_BTE, q_norm_E, k_norm_E)))
     q_shape, k_shape, grid, constants = _split_plan(
-        shapes, weight_CL.stride(), x_BTC.dtype, kv_heads, eps, feature, x_BTC.device
-    )
-    if history_BLC is not None:
+        (x_BTC.shape, weight_CL.shape, shape_of(history_BLC), cos_BTE.shape, sin_BTE.shape, q_norm_E.shape,
+         k_norm_E.shape), weight_CL.stride(), x_BTC.dtype, kv_heads, eps, feature, x_BTC.device,
+    )  # fmt: skip
+    if history_BLC is not None and not history_BLC.is_contiguous():
         check_in_place("history", history_BLC, history_BLC.shape, history_BLC.dtype)
     q_linear, k_linear, q = x_BTC.new_empty(q_shape), x_BTC.new_empty(k_shape), x_BTC.new_empty(q_shape)
     outputs = q_linear, k_linear, q, x_BTC.new_empty(k_shape), x_BTC.new_empty(k_shape)
@@ -282,9 +282,9 @@ def add_norm_kernel(
 
 
 @cache
-def _norm_plan(shapes, dtype, head_dtype, element_size):
+def _norm_plan(shapes, dtype, head_dtype):
     """Grid and constants of `norm_heads`; ValueError for what the kernel does not take."""
-    (B, T, D), head, *vectors = shapes
+    (B, T, D), head, *vectors = (None if x is None else tuple(x) for x in shapes)
     H, kinds = head[0] // 2, "x and head_weight must share a dtype of float32, bfloat16, float16"
     rows = f"head_weight must be [2 to {MOST_HEAD_ROWS}, {D}], an even number of rows, got {head}"
     check(
@@ -295,7 +295,7 @@ def _norm_plan(shapes, dtype, head_dtype, element_size):
     for (name, wanted), shape in zip(widths.items(), vectors, strict=True):
         check((shape is None or shape == wanted, f"{name} must be {wanted}, got {shape}"))
     # 32 rows of 2048 values on all processors are 17 MB, so that the second reading is from L2
-    options = {"BLOCK_M": 32, "BLOCK_D": 128 if element_size == 2 else 32, "num_warps": 4, "num_stages": 3}
+    options = {"BLOCK_M": 32, "BLOCK_D": 128 if dtype.itemsize == 2 else 32, "num_warps": 4, "num_stages": 3}
     return (cdiv(B * T, 32),), {"H": H, "D": D, "BLOCK_X": max(16, power_of_2(2 * H)), **options}
 
 
@@ -305,15 +305,18 @@ def _norm_heads(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, lea
     (B, T, _), X = x_BTD.shape, head_weight_XD.shape[0]
     if X > MOST_HEAD_ROWS:
         return norm_heads.reference(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, least, score_weight_D)
-    inputs = x_BTD, head_weight_XD, norm_D, log_rate_H, rate_bias_H, score_weight_D
-    grid, constants = _norm_plan(tuple(map(shape_of, inputs)), x_BTD.dtype, head_weight_XD.dtype, x_BTD.element_size())
+    grid, constants = _norm_plan(
+        (x_BTD.shape, head_weight_XD.shape, norm_D.shape, log_rate_H.shape, rate_bias_H.shape,
+         shape_of(score_weight_D)), x_BTD.dtype, head_weight_XD.dtype,
+    )  # fmt: skip
     h_BTD, gate_BTH = torch.empty_like(x_BTD, memory_format=torch.contiguous_format), x_BTD.new_empty(B, T, X // 2)
     decay_BTH = x_BTD.new_empty(B, T, X // 2, dtype=torch.float32)
     score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else T, dtype=torch.float32)
     if B * T:
         norm_heads_kernel[grid](
-            *dense(*inputs), h_BTD, decay_BTH, gate_BTH, score_BT, B * T, least, EPS=eps, **constants
-        )
+            *dense(x_BTD, head_weight_XD, norm_D, log_rate_H, rate_bias_H, score_weight_D), h_BTD, decay_BTH, gate_BTH,
+            score_BT, B * T, least, EPS=eps, **constants,
+        )  # fmt: skip
     return h_BTD, decay_BTH, gate_BTH, score_BT
 
 
@@ -324,7 +327,7 @@ def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
     alike = f"y must be {tuple(x_shape)} in {dtype}, as x is, got {tuple(y_shape)} in {y_dtype}"
     check(
         (y_shape == x_shape and y_dtype == dtype, alike),
-        (norm_shape == (D,), f"norm must be [{D}], the width of x, got {norm_shape}"),
+        (norm_shape == (D,), f"norm must be [{D}], the width of x, got {tuple(norm_shape)}"),
     )
     rows, block_d = x_shape.numel() // max(D, 1), power_of_2(D)
     block_m = max(1, 4096 // block_d)
@@ -336,7 +339,7 @@ def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
 def _add_norm(x_BTD, y_BTD, norm_D, eps):
     total_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     h_BTD = torch.empty_like(total_BTD)
-    grid, rows, constants = _add_plan(x_BTD.shape, y_BTD.shape, shape_of(norm_D), x_BTD.dtype, y_BTD.dtype)
+    grid, rows, constants = _add_plan(x_BTD.shape, y_BTD.shape, norm_D.shape, x_BTD.dtype, y_BTD.dtype)
     if rows:
         add_norm_kernel[grid](*dense(x_BTD, y_BTD, norm_D), total_BTD, h_BTD, rows, EPS=eps, **constants)
     return total_BTD, h_BTD
@@ -371,7 +374,8 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
     """One launch; compiled code would make each layer's tables anew from what it computed itself."""
     B, E = document_seen_B.shape[0], 2 * frequency_F.shape[0]
     check((position_BT is None or tokens == 1, f"position is of a single token, got {tokens}; pass None"))
-    cos_BTE, sin_BTE = (frequency_F.new_empty(B, tokens, E, dtype=dtype) for _ in range(2))
+    cos_BTE = frequency_F.new_empty(B, tokens, E, dtype=dtype)
+    sin_BTE = torch.empty_like(cos_BTE)
     start_BT, place_BT = document_seen_B.new_empty(B, 1), document_seen_B.new_empty(B, tokens)
     if B and tokens:
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
