@@ -1,51 +1,28 @@
 """The two softmax attentions on the GPU, the local window and SQSK, and what they leave in the cache.
 
-Meaning and shapes: `local_attention`, `reflexive_merge`, `sqsk_attention`, `sqsk_merge` and `extend` in
-`operations_hspmn`; legend in `kernels_common_hspmn`. The R query heads that share a key head are rows of one tile, so
-keys and values are read once for all of them and a tile spans few slots, which keeps the wasted part of the diagonal
-small.
+Meaning and shapes in `operations_hspmn`; legend in `kernels_common_hspmn`. The R query heads that share a key head are
+rows of one tile, so keys and values are read once for all of them and a tile spans few slots, which keeps the wasted
+part of the diagonal small.
 """
 
 from functools import lru_cache
 
 import torch
 
-from .kernels_common_hspmn import (
-    FLOOR,
-    LN2,
-    LOG2E,
-    ROW_START,
-    TOKEN_START,
-    Tiles,
-    capability,
-    cdiv,
-    check,
-    check_heads,
-    dense,
-    has_descriptors,
-    kernel,
-    power_of_2,
-    processors,
-    tl,
-    triton,
-)
-from .operations_hspmn import (
-    LEAST_PEAK,
-    extend,
-    local_attention,
-    reflexive_merge,
-    sqsk_attention,
-    sqsk_merge,
-    take_rows,
-)
+from .kernels_common_hspmn import (  # isort: skip
+    FLOOR, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, dense, from_start,
+    has_descriptors, heads_of, kernel, power_of_2, processors, shape_of, starts, tile_maps, tl, triton,
+)  # fmt: skip
+from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
 
-LEAST = tl.constexpr(LEAST_PEAK)
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
 
 
 @triton.jit
-def fold_block(scores, v_tile, acc, peak, total, SCALE: tl.constexpr):
-    """Take one block of keys into the running softmax; SCALE turns raw scores into log2 units, -inf masks."""
+def fold_block(scores, v_tile, visible, acc, peak, total, SCALE: tl.constexpr):
+    """Take the visible keys of a block (None: all) into the running softmax; SCALE turns scores into log2 units."""
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * SCALE)
     weights = tl.exp2(scores * SCALE - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
@@ -63,25 +40,19 @@ def finish(acc, peak, total):
 
 @kernel("T")
 def local_attention_kernel(
-    q, k, v, k_map, v_map, start, ring_k, ring_v, seen, linear, head_gate, norm, out, lse, T,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    GATE_STEP: tl.constexpr, EPS: tl.constexpr, R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    START: tl.constexpr, HAS_RING: tl.constexpr, MERGE: tl.constexpr,
+    q, k, v, k_map, v_map, start, ring_k, ring_v, seen, linear, head_gate, norm, out, lse, T, H: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, GATE_STEP: tl.constexpr,
+    EPS: tl.constexpr, START: tl.constexpr, R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of the heads of one key head; row m of the tile is query m // R_ROWS, head m % R_ROWS.
-
-    MERGE: out = attention + RMSNorm(linear) * sigmoid(head_gate); GATE_STEP: from one token's gates to the next.
-    """
+    """BLOCK_Q queries of the heads of one key head; row m of the tile is query m // R_ROWS, head m % R_ROWS. out: the
+    attention, with lse, or attention + RMSNorm(linear) * sigmoid(head_gate), GATE_STEP from token to token."""
     R: tl.constexpr = H // G
     BEHIND: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     tiles = tl.cdiv(T, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
     t_begin = (program % tiles).to(tl.int32) * BLOCK_Q
-    g = program // tiles % G
-    b = program // (tiles * G)
-    m = tl.arange(0, BLOCK_Q * R_ROWS)
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, E)
+    g, b = program // tiles % G, program // (tiles * G)
+    m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
     t = t_begin + m // R_ROWS
     real = (t < T) & (m % R_ROWS < R)
     # Offsets inside a tile fit 32 bits, which halves the registers that addresses take
@@ -90,18 +61,12 @@ def local_attention_kernel(
     q_at = row_at[:, None] * E + e[None, :]
     kv_at = n[:, None] * (G * E) + e[None, :]
     q_tile = tl.load(q + row * E + q_at, mask=real[:, None], other=0.0)
-    first = t - WINDOW + 1
-    if START == TOKEN_START:
-        begin = tl.load(start + b * T + t, mask=t < T, other=0)
-        first = tl.maximum(first, tl.maximum(begin, -WINDOW).to(tl.int32))
-    elif START == ROW_START:
-        first = tl.maximum(first, tl.maximum(tl.load(start + b), -WINDOW).to(tl.int32))
+    first = from_start(t - WINDOW + 1, start, b, b * T + t, t < T, -WINDOW, START)
     # Blocks start at multiples of BLOCK_N, so each lies wholly in the ring or wholly in this call
     low = (t_begin - WINDOW + 1 + BEHIND) // BLOCK_N * BLOCK_N - BEHIND
     acc = tl.zeros([BLOCK_Q * R_ROWS, E], tl.float32)
-    peak = tl.full([BLOCK_Q * R_ROWS], FLOOR, tl.float32)
-    total = tl.zeros([BLOCK_Q * R_ROWS], tl.float32)
-    if HAS_RING:
+    peak, total = tl.full([BLOCK_Q * R_ROWS], FLOOR, tl.float32), tl.zeros([BLOCK_Q * R_ROWS], tl.float32)
+    if ring_k is not None:
         lies = (tl.load(seen + b) % WINDOW).to(tl.int32) + WINDOW  # so that key -1 lies one slot before it
         for s in range(low, 0, BLOCK_N):
             key = s + n
@@ -111,8 +76,7 @@ def local_attention_kernel(
             v_tile = tl.load(ring_v + at, mask=held[:, None], other=0.0).to(q_tile.dtype)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
             visible = (key[None, :] >= first[:, None]) & held[None, :]
-            scores = tl.where(visible, scores, float("-inf"))
-            acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+            acc, peak, total = fold_block(scores, v_tile, visible, acc, peak, total, SCALE)
     for s in range(tl.maximum(low, 0), tl.minimum(t_begin + BLOCK_Q, T), BLOCK_N):
         key = s + n
         if k_map is not None:
@@ -124,10 +88,9 @@ def local_attention_kernel(
             v_tile = tl.load(v + at + kv_at, mask=(key < T)[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         visible = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+        acc, peak, total = fold_block(scores, v_tile, visible, acc, peak, total, SCALE)
     tile, row_lse = finish(acc, peak, total)
-    if MERGE:
+    if linear is not None:
         linear_tile = tl.load(linear + row * E + q_at, mask=real[:, None], other=0.0).to(tl.float32)
         gate_at = (b * T + t_begin) * GATE_STEP + g * R
         gate = tl.load(head_gate + gate_at + (m // R_ROWS * GATE_STEP + m % R_ROWS), mask=real, other=0.0)
@@ -143,56 +106,45 @@ def local_attention_kernel(
 @kernel("T", "K", "P")
 def sqsk_attention_kernel(
     q, k, v, k_map, v_map, index, first, cached, count, gate, out, lse, T, K, P,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr,
-    R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    GATHER: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_CACHED: tl.constexpr,
-    MERGE: tl.constexpr, WITH_LSE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, R_ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q slots of the heads of one key head over one of SPLITS parts of their keys.
-
-    Row m of the tile is slot m // R_ROWS, head m % R_ROWS. GATHER: rows of q are tokens named by `index`, else slots.
-    P: slots from one row of k and v to the next. k_map, v_map: tensor descriptors of k and v for the blocks that need
-    no mask, or None. MERGE: out[token] += gate * result, else out[slot] = result, with zeros in unused slots.
-    """
+    """BLOCK_Q slots of the heads of one key head over one of SPLITS parts of their keys. Row m of the tile is slot m
+    // R_ROWS, head m % R_ROWS. index: the tokens that are rows of q; None: these are slots. P: slots from one row of k
+    and v to the next. k_map, v_map: tensor descriptors of k and v for the blocks that need no mask, or None. gate:
+    out[token] += gate * result; None: out[slot] = result, zeros in unused slots."""
     R: tl.constexpr = H // G
     tiles = tl.cdiv(K, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
     # The longest tiles first, so that the last programs to start are the shortest
     i_begin = (tiles - 1 - program % tiles).to(tl.int32) * BLOCK_Q
-    g = program // tiles % G
-    split = program // (tiles * G) % SPLITS
-    b = program // (tiles * G * SPLITS)
+    g, split, b = program // tiles % G, program // (tiles * G) % SPLITS, program // (tiles * G * SPLITS)
     used = tl.minimum(tl.load(count + b).to(tl.int32), K)
-    m = tl.arange(0, BLOCK_Q * R_ROWS)
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, E)
+    m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
     slot = i_begin + m // R_ROWS
     head = g * R + m % R_ROWS
     held = (slot < K) & (m % R_ROWS < R)
     real = (slot < used) & (m % R_ROWS < R)
     slot_row = ((b * SPLITS + split) * K + slot) * H + head
     if i_begin >= used:
-        if not MERGE:
+        if gate is None:
             empty = tl.zeros([BLOCK_Q * R_ROWS, E], out.dtype.element_ty)
             tl.store(out + slot_row[:, None] * E + e[None, :], empty, mask=held[:, None])
-            if WITH_LSE:
+            if lse is not None:
                 tl.store(lse + slot_row, tl.full([BLOCK_Q * R_ROWS], float("-inf"), tl.float32), mask=held)
         return
-    if GATHER:
+    if index is not None:
         token = tl.load(index + b * K + slot, mask=real, other=0).to(tl.int64)
         token_row = (b * T + token) * H + head
     else:
         token_row = (b * K + slot) * H + head
     q_tile = tl.load(q + token_row[:, None] * E + e[None, :], mask=real[:, None], other=0.0)
-    past = 0
-    if HAS_CACHED:
-        past = tl.load(cached + b).to(tl.int32)
-    low = 0
+    low, past = 0, 0 if cached is None else tl.load(cached + b).to(tl.int32)
     high = past + tl.minimum(i_begin + BLOCK_Q, used)
     # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear` on the diagonal
     clear = (past + i_begin + 1) // BLOCK_N * BLOCK_N
     row_first = tl.zeros([BLOCK_Q * R_ROWS], tl.int32)
-    if HAS_FIRST:
+    if first is not None:
         row_first = tl.load(first + b * K + slot, mask=real, other=0).to(tl.int32)
         low = tl.maximum(tl.load(first + b * K + i_begin).to(tl.int32), 0) // BLOCK_N * BLOCK_N
     if SPLITS > 1:
@@ -201,12 +153,11 @@ def sqsk_attention_kernel(
         high = tl.minimum(high, low + share)
     clear = tl.maximum(tl.minimum(clear, high // BLOCK_N * BLOCK_N), low)
     lead = low
-    if HAS_FIRST:
+    if first is not None:
         lead = tl.minimum(tl.maximum(tl.cdiv(tl.max(row_first, 0), BLOCK_N) * BLOCK_N, low), clear)
     kv_at = n[:, None] * (G * E) + e[None, :]
     acc = tl.zeros([BLOCK_Q * R_ROWS, E], tl.float32)
-    peak = tl.full([BLOCK_Q * R_ROWS], FLOOR, tl.float32)
-    total = tl.zeros([BLOCK_Q * R_ROWS], tl.float32)
+    peak, total = tl.full([BLOCK_Q * R_ROWS], FLOOR, tl.float32), tl.zeros([BLOCK_Q * R_ROWS], tl.float32)
     for s in range(lead, clear, BLOCK_N):
         if k_map is not None:
             k_tile = k_map.load([b.to(tl.int32), s, g.to(tl.int32), 0]).reshape(BLOCK_N, E)
@@ -216,10 +167,10 @@ def sqsk_attention_kernel(
             at = ((b * P + s) * G + g) * E + kv_at
             scores = tl.dot(q_tile, tl.trans(tl.load(k + at)), input_precision="tf32x3")
             v_tile = tl.load(v + at)
-        acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+        acc, peak, total = fold_block(scores, v_tile, None, acc, peak, total, SCALE)
     for block in range(low, high - clear + lead, BLOCK_N):  # those before `lead`, then those from `clear` on
         s = block + (clear - lead)
-        if HAS_FIRST:
+        if first is not None:
             s = tl.where(block < lead, block, s)
         key = s + n
         at = ((b * P + s) * G + g) * E + kv_at
@@ -228,12 +179,11 @@ def sqsk_attention_kernel(
         v_tile = tl.load(v + at, mask=(key < high)[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         visible = (key[None, :] <= (past + slot)[:, None]) & (key < high)[None, :]
-        if HAS_FIRST:
+        if first is not None:
             visible = visible & (key[None, :] >= row_first[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+        acc, peak, total = fold_block(scores, v_tile, visible, acc, peak, total, SCALE)
     tile, row_lse = finish(acc, peak, total)
-    if MERGE:
+    if gate is not None:
         at = token_row[:, None] * E + e[None, :]
         weight = tl.load(gate + b * T + token, mask=real, other=0.0).to(tl.float32)
         tile = tl.load(out + at, mask=real[:, None], other=0.0).to(tl.float32) + weight[:, None] * tile
@@ -241,22 +191,18 @@ def sqsk_attention_kernel(
     else:
         tile = tl.where(real[:, None], tile, 0.0)
         tl.store(out + slot_row[:, None] * E + e[None, :], tile.to(out.dtype.element_ty), mask=held[:, None])
-    if WITH_LSE:
+    if lse is not None:
         tl.store(lse + slot_row, tl.where(real, row_lse, float("-inf")), mask=held)
 
 
 @kernel("T", "K")
 def combine_splits_kernel(
-    part, part_lse, index, count, gate, out, lse, T, K,
-    H: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr, WITH_LSE: tl.constexpr,
+    part, part_lse, index, count, gate, out, lse, T, K, H: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """One slot and head: the SPLITS partial softmaxes as one, stored or merged as `sqsk_attention_kernel` does."""
     program = tl.program_id(0).to(tl.int64)
-    h = program % H
-    slot = program // H % K
-    b = program // (H * K)
-    e = tl.arange(0, E)
-    p = tl.arange(0, SPLITS)
+    h, slot, b = program % H, program // H % K, program // (H * K)
+    e, p = tl.arange(0, E), tl.arange(0, SPLITS)
     real = slot < tl.load(count + b)
     row = ((b * SPLITS + p) * K + slot) * H + h
     logs = tl.load(part_lse + row) * LOG2E
@@ -265,22 +211,21 @@ def combine_splits_kernel(
     total = tl.sum(weights, 0)
     parts = tl.load(part + row[:, None] * E + e[None, :])
     tile = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    if MERGE:
+    if gate is not None:
         token = tl.load(index + b * K + slot, mask=real, other=0)
         at = ((b * T + token) * H + h) * E + e
         merged = tl.load(out + at).to(tl.float32) + tl.load(gate + b * T + token).to(tl.float32) * tile
         tl.store(out + at, merged.to(out.dtype.element_ty), mask=(e < E) & real)
     else:
         tl.store(out + ((b * K + slot) * H + h) * E + e, tile.to(out.dtype.element_ty))
-    if WITH_LSE:
+    if lse is not None:
         value = tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
         tl.store(lse + (b * K + slot) * H + h, value)
 
 
 @kernel("T", "K")
 def take_rows_kernel(
-    x, y, index, count, out, out_y, T, K,
-    X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, HAS_COUNT: tl.constexpr,
+    x, y, index, count, out, out_y, T, K, X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr
 ):  # fmt: skip
     """out[b, k] = x[b, index[b, k]] for rows of X elements; index -1 gives zeros, slots past the count stay as is.
     Programs of the grid's second layer take the rows of y, if there is one."""
@@ -289,7 +234,7 @@ def take_rows_kernel(
         if tl.program_id(2) == 1:
             x, out = y, out_y
     stop = K
-    if HAS_COUNT:
+    if count is not None:
         stop = tl.minimum(tl.load(count + b).to(tl.int32), K)
         if tl.program_id(0) * BLOCK_K >= stop:
             return
@@ -313,11 +258,11 @@ def quantize(rows):
 
 
 @triton.jit
-def copy_rows(x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Rows `source` of x into the rows `target` of a store or ring, all of one head, where `moved`."""
+def copy_rows(x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr):
+    """Rows `source` of x into the rows `target` of a store (int8 with scales) or ring, of one head, where `moved`."""
     e = tl.arange(0, E)
     rows = tl.load(x + source[:, None] * (G * E) + e[None, :], mask=moved[:, None], other=0.0)
-    if QUANTIZED:
+    if kept.dtype.element_ty == tl.int8:
         rows, scale = quantize(rows)
         tl.store(scales + target * G, scale, mask=moved)
     tl.store(kept + target[:, None] * (G * E) + e[None, :], rows.to(kept.dtype.element_ty), mask=moved[:, None])
@@ -326,8 +271,7 @@ def copy_rows(x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.con
 @triton.jit
 def tokens_before(index, token, used, BITS):
     """How many of the first `used` entries of the ascending `index` are below each `token`, by bisection."""
-    low = 0 * token
-    high = low + used
+    low, high = 0 * token, 0 * token + used
     for _ in range(BITS):
         middle = (low + high) // 2
         inside = low < high
@@ -337,134 +281,68 @@ def tokens_before(index, token, used, BITS):
     return low
 
 
-@triton.jit
-def extend_ring(
-    k, v, length, seen, ring_k, ring_v, b, g, unit, T,
-    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTH: tl.constexpr,
-):  # fmt: skip
-    """BLOCK slots of the ring of row b and head g: slot w takes the latest token of this call that lies there."""
-    slot = unit * BLOCK + tl.arange(0, BLOCK)
-    before = tl.load(seen + b)
-    last = before + T - 1
-    if HAS_LENGTH:
-        last = before + tl.load(length + b) - 1
-    token = last - (last - slot + WINDOW) % WINDOW - before  # negative: of an earlier call
-    moved, source, target = (slot < WINDOW) & (token >= 0), b * T + token, b * WINDOW + slot
-    copy_rows(k + g * E, ring_k + g * E, k, source, target, moved, G, E, False)
-    copy_rows(v + g * E, ring_v + g * E, v, source, target, moved, G, E, False)
-
-
-@triton.jit
-def extend_store(
-    k, v, position, start, index, count, keys, values, positions, held, document_slot, key_scales, value_scales, first,
-    numbers, b, g, block, B, T, K, P, POSITION_STEP, BITS,
-    G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, QUANTIZED: tl.constexpr,
-):  # fmt: skip
-    """BLOCK of this call's slots of row b and head g in the sparse store, see `extend_kernel`."""
-    slot = block * BLOCK + tl.arange(0, BLOCK)
-    used = tl.load(count + b).to(tl.int32)
-    total, opened = tl.load(held + b).to(tl.int32), tl.load(document_slot + b).to(tl.int32)
-    before = tl.minimum(total, P)
-    kept = tl.minimum(total + used, P) - before
-    token = tl.load(index + b * K + slot, mask=slot < used, other=0)
-    moved, source, target = slot < kept, b * T + token, b * (P + 1) + before + slot
-    copy_rows(k + g * E, keys + g * E, key_scales + g, source, target, moved, G, E, QUANTIZED)
-    copy_rows(v + g * E, values + g * E, value_scales + g, source, target, moved, G, E, QUANTIZED)
-    if g == 0:
-        places = tl.load(position + b * POSITION_STEP + token, mask=moved, other=0)
-        tl.store(positions + target, places.to(tl.int32), mask=moved)
-        if START == TOKEN_START:
-            begun, latest = tl.load(start + b * T + token), tl.load(start + b * T + T - 1)
-            number = tokens_before(index + b * K, begun, used, BITS)
-            before_latest = tl.max(tokens_before(index + b * K, latest + 0 * begun, used, BITS), 0)
-        else:
-            latest = tl.load(start + b)
-            begun = latest + 0 * token
-            number, before_latest = 0 * slot, 0
-        tl.store(first + b * K + slot, tl.where(begun < 0, opened, total + number).to(tl.int32), mask=slot < K)
-        if block == 0:
-            tl.store(numbers + b, before)
-            tl.store(numbers + B + b, kept)
-            tl.store(numbers + 2 * B + b, total + used)
-            tl.store(numbers + 3 * B + b, tl.where(latest < 0, opened, total + before_latest))
-
-
 @kernel("B", "T", "K", "P", "POSITION_STEP", "BITS")
 def extend_kernel(
     k, v, position, start, length, seen, index, count, ring_k, ring_v, keys, values, positions, held, document_slot,
     key_scales, value_scales, first, numbers, B, T, K, P, POSITION_STEP, BITS,
-    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROUTES: tl.constexpr,
-    START: tl.constexpr, HAS_LENGTH: tl.constexpr, QUANTIZED: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """BLOCK slots of one row and head: of the window's ring in the first programs, else of the sparse store.
-
-    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection.
-    """
+    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection."""
     RINGS: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK
-    g = tl.program_id(0) % G
     b = tl.program_id(1).to(tl.int64)
-    unit = tl.program_id(0) // G
+    g, unit = tl.program_id(0) % G, tl.program_id(0) // G
     if RINGS > 0:
-        if unit < RINGS:
-            extend_ring(k, v, length, seen, ring_k, ring_v, b, g, unit, T, G, E, WINDOW, BLOCK, HAS_LENGTH)
-    if ROUTES:
+        if unit < RINGS:  # slot w takes the latest token of this call that lies there
+            slot = unit * BLOCK + tl.arange(0, BLOCK)
+            before = tl.load(seen + b)
+            last = before + (T if length is None else tl.load(length + b)) - 1
+            token = last - (last - slot + WINDOW) % WINDOW - before  # negative: of an earlier call
+            moved, source, target = (slot < WINDOW) & (token >= 0), b * T + token, b * WINDOW + slot
+            copy_rows(k + g * E, ring_k + g * E, None, source, target, moved, G, E)
+            copy_rows(v + g * E, ring_v + g * E, None, source, target, moved, G, E)
+    if index is not None:
         block = unit - RINGS
         if (block == 0) | ((block > 0) & (block * BLOCK < tl.load(count + b))):
-            extend_store(
-                k, v, position, start, index, count, keys, values, positions, held, document_slot, key_scales,
-                value_scales, first, numbers, b, g, block, B, T, K, P, POSITION_STEP, BITS, G, E, BLOCK, START,
-                QUANTIZED,
-            )  # fmt: skip
-
-
-def _row_block(R_ROWS, rows):
-    """Slots per tile so that a tile has `rows` rows, at least one slot."""
-    return max(1, rows // R_ROWS)
-
-
-def local_attention_config(element_size, r_rows, merge, compute_capability):
-    """Block sizes and launch options of `local_attention_kernel`.
-
-    H200, B=64, T=4096, 16/4 heads, E=128, window 128, bf16: 64 rows and 32 keys 1.32 ms (1.41 without
-    descriptors), 128 rows and 32 keys 1.42, 128 rows and 64 keys 1.58. Float32: the largest tile that does not spill.
-    `merge` (`reflexive_merge`) reads one more tile after the keys, for which the compiler takes 152 registers in bf16
-    on sm_90: three programs per processor instead of four, 2.02 ms. Held to 128 it spills 32 bytes (up to 96 on
-    sm_100) and takes 1.74; three stages without the bound 1.89.
-    """
-    if element_size == 4:
-        return {"BLOCK_Q": _row_block(r_rows, 32), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    registers = {"maxnreg": 128} if merge and compute_capability in (90, 100) else {}
-    return {"BLOCK_Q": _row_block(r_rows, 64), "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, **registers}
-
-
-def sqsk_attention_config(element_size, r_rows, K, compute_capability):
-    """Block sizes and launch options of `sqsk_attention_kernel` for K query slots.
-
-    H200, 16/4 heads, E=128, bf16, TFLOP/s of 64 rows with 32 keys against 128 with 64: 339 and 298 at 64x820, 464 and
-    521 at 8x6554, 435 and 540 at 1x67175. Elsewhere 8 warps, so that 128 rows do not spill.
-    """
-    few_queries = K * r_rows <= 64
-    if element_size == 4:
-        rows = 16 if few_queries else 32
-        return {"BLOCK_Q": _row_block(r_rows, rows), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if few_queries:
-        return {"BLOCK_Q": _row_block(r_rows, 16), "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if K <= 2048:
-        return {"BLOCK_Q": _row_block(r_rows, 64), "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-    warps = 4 if compute_capability in (90, 100) else 8
-    return {"BLOCK_Q": _row_block(r_rows, 128), "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
+            slot = block * BLOCK + tl.arange(0, BLOCK)
+            used = tl.load(count + b).to(tl.int32)
+            total, opened = tl.load(held + b).to(tl.int32), tl.load(document_slot + b).to(tl.int32)
+            before = tl.minimum(total, P)
+            kept = tl.minimum(total + used, P) - before
+            token = tl.load(index + b * K + slot, mask=slot < used, other=0)
+            moved, source, target = slot < kept, b * T + token, b * (P + 1) + before + slot
+            copy_rows(k + g * E, keys + g * E, key_scales + g, source, target, moved, G, E)
+            copy_rows(v + g * E, values + g * E, value_scales + g, source, target, moved, G, E)
+            if g == 0:
+                places = tl.load(position + b * POSITION_STEP + token, mask=moved, other=0)
+                tl.store(positions + target, places.to(tl.int32), mask=moved)
+                if START == TOKEN_START:
+                    begun, latest = tl.load(start + b * T + token), tl.load(start + b * T + T - 1)
+                    number = tokens_before(index + b * K, begun, used, BITS)
+                    before_latest = tl.max(tokens_before(index + b * K, latest + 0 * begun, used, BITS), 0)
+                else:
+                    latest = tl.load(start + b)
+                    begun = latest + 0 * token
+                    number, before_latest = 0 * slot, 0
+                first_at = first + b * K + slot
+                tl.store(first_at, tl.where(begun < 0, opened, total + number).to(tl.int32), mask=slot < K)
+                if block == 0:
+                    tl.store(numbers + b, before)
+                    tl.store(numbers + B + b, kept)
+                    tl.store(numbers + 2 * B + b, total + used)
+                    tl.store(numbers + 3 * B + b, tl.where(latest < 0, opened, total + before_latest))
 
 
 def _gather(x_BTX, y_BTX, index_BK, count_B=None):
     """Rows named by `index_BK`, of y too unless it is None; slots past `count_B` are left as they were allocated."""
-    (B, T), K, x = x_BTX.shape[:2], index_BK.shape[1], x_BTX.contiguous()
-    out = x.new_empty(B, K, *x.shape[2:])
+    (B, T), K = x_BTX.shape[:2], index_BK.shape[1]
+    out = x_BTX.new_empty(B, K, *x_BTX.shape[2:])
     out_y = None if y_BTX is None else torch.empty_like(out)
     if out.numel():
         X = out.stride(1)
         take_rows_kernel[(cdiv(K, 8), B, 1 if y_BTX is None else 2)](
-            x, dense(y_BTX), index_BK.contiguous(), count_B, out, out_y, T, K,
-            X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)), HAS_COUNT=count_B is not None, num_warps=4,
+            *dense(x_BTX, y_BTX, index_BK), count_B, out, out_y, T, K, X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)),
+            num_warps=4,
         )  # fmt: skip
     return out, out_y
 
@@ -486,143 +364,131 @@ def _take_rows_back(form, ctx, grad):
 take_rows.gradient(_keep_maps, _take_rows_back)
 
 
+def _tile_sizes(q_shape, k_shape, rows, block_n, warps, stages, **more):
+    """Constants of an attention whose tiles have `rows` rows, or one query and all heads of its key head."""
+    (H, E), G = q_shape[2:], k_shape[2]
+    r_rows = power_of_2(H // G)
+    sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, "BLOCK_N": block_n, **more}
+    return sizes | {"BLOCK_Q": max(1, rows // r_rows), "num_warps": warps, "num_stages": stages}
+
+
 @lru_cache(maxsize=1024)
 def _local_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, window, ring_shape, merged):
     """Grid and constants of a local attention; `merged`: shapes of linear, head_gate and norm, or None."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, T, H, E), G = q_shape, k_shape[2]
-    ring = f"ring must hold the window, {(B, window, G, E)}, got {ring_shape}"
-    check(
-        (window >= 1, f"window must be at least 1, got {window}"),
-        (ring_shape is None or ring_shape == (B, window, G, E), ring),
-    )
+    check((window >= 1, f"window must be at least 1, got {window}"))
+    if ring_shape not in (None, (B, window, G, E)):
+        raise ValueError(f"ring must hold the window, {(B, window, G, E)}, got {tuple(ring_shape)}")
     wanted = {"linear": (B, T, H, E), "head_gate": (B, T, H), "norm": (E,)}
     for (name, shape), got in zip(wanted.items(), merged or wanted.values(), strict=True):
-        check((got == shape, f"{name} must be {shape}, to fit q, got {got}"))
-    r_rows = power_of_2(H // G)
-    config = local_attention_config(element_size, r_rows, merged is not None, capability(device))
-    sizes = {"H": H, "G": G, "E": E, "WINDOW": window, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, **config}
-    return (cdiv(T, config["BLOCK_Q"]) * G * B,), has_descriptors(device, element_size), sizes
+        check((got == shape, f"{name} must be {shape}, to fit q, got {tuple(got)}"))
+    # H200, B=64, T=4096, 16/4 heads, E=128, window 128, bf16: 64 rows and 32 keys 1.32 ms (1.41 without descriptors),
+    # 128 and 32 1.42, 128 and 64 1.58. Float32: the largest tile that does not spill. `reflexive_merge` reads one more
+    # tile after the keys, for which the compiler takes 152 registers in bf16 on sm_90: three programs per processor
+    # instead of four, 2.02 ms. Held to 128 it spills 32 bytes (up to 96 on sm_100) and takes 1.74; three stages
+    # without the bound 1.89
+    held = merged is not None and element_size == 2 and capability(device) in (90, 100)
+    rows, stages = (32, 1) if element_size == 4 else (64, 2)
+    sizes = _tile_sizes(q_shape, k_shape, rows, 32, 4, stages, WINDOW=window, **({"maxnreg": 128} if held else {}))
+    return (cdiv(T, sizes["BLOCK_Q"]) * G * B,), has_descriptors(device, element_size), sizes
 
 
-def _launch_local(q, k, v, start_BT, window, ring_k, ring_v, seen_B, merged, eps):
-    """Local attention and its log-sum-exp or, with `merged` (linear, head_gate, norm), the reflexive stream alone."""
-    B, T, H, _ = q.shape
-    shapes = None
-    if merged is not None:
-        shapes = tuple(merged[0].shape), tuple(merged[1].shape), tuple(merged[2].shape)
-    grid, tiled, sizes = _local_plan(
-        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), window,
-        None if ring_k is None else tuple(ring_k.shape), shapes,
-    )  # fmt: skip
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
-    out, step, lse = torch.empty_like(q), 0, None
-    linear = head_gate = norm = None
-    if merged is None:
-        lse = q.new_empty(B, T, H, dtype=torch.float32)
-    else:
-        linear, head_gate, norm = merged[0].contiguous(), merged[1], merged[2].contiguous()
+@local_attention.kernel
+def _local_attention(
+    q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, linear_BTHE=None, head_gate_BTH=None,
+    norm_E=None, eps=0.0,
+):  # fmt: skip
+    """The attention and its log-sum-exp or, with `linear_BTHE` and what follows, `reflexive_merge` and None."""
+    B, T, H, E = q_BTHE.shape
+    q, k, v, linear, norm = dense(q_BTHE, k_BTGE, v_BTGE, linear_BTHE, norm_E)
+    merged = None if linear is None else (shape_of(linear), shape_of(head_gate_BTH), shape_of(norm))
+    grid, tiled, sizes = _local_plan(*heads_of(q, k, v), window, shape_of(ring_k_BWGE), merged)
+    start, mode = starts(start_BT, B)
+    out, step = torch.empty_like(q), 0
+    lse = q.new_empty(B, T, H, dtype=torch.float32) if linear is None else None
+    if linear is not None:
         # Half of the columns of one projection, as the model has them, need no copy
-        if head_gate.stride(2) != 1 or (B > 1 and head_gate.stride(0) != T * head_gate.stride(1)):
-            head_gate = head_gate.contiguous()
-        step = head_gate.stride(1)
-    maps = (_descriptor(k, sizes["BLOCK_N"]), _descriptor(v, sizes["BLOCK_N"])) if tiled else (None, None)
+        if head_gate_BTH.stride(2) != 1 or (B > 1 and head_gate_BTH.stride(0) != T * head_gate_BTH.stride(1)):
+            head_gate_BTH = head_gate_BTH.contiguous()
+        step = head_gate_BTH.stride(1)
     # Without a start every token sees only this call, so a ring changes nothing
-    has_ring = ring_k is not None and mode > 0
-    ring = (ring_k.contiguous(), ring_v.contiguous(), seen_B.contiguous()) if has_ring else (None,) * 3
+    ring = dense(ring_k_BWGE, ring_v_BWGE, seen_B) if mode else (None, None, None)
     if out.numel():
+        block = (1, sizes["BLOCK_N"], 1, E)
+        maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
         local_attention_kernel[grid](
-            q, k, v, *maps, start, *ring, linear, head_gate, norm, out, lse, T, GATE_STEP=step, EPS=eps, START=mode,
-            HAS_RING=has_ring, MERGE=merged is not None, **sizes,
+            q, k, v, *maps, start, *ring, linear, head_gate_BTH, norm, out, lse, T, START=mode, GATE_STEP=step,
+            EPS=eps, **sizes,
         )  # fmt: skip
     return out, lse
 
 
-@local_attention.kernel
-def _local_attention(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B):
-    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, None, 0.0)
-
-
 @reflexive_merge.kernel
-def _reflexive_merge(
-    q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, linear_BTHE, head_gate_BTH, norm_E, eps
-):
+def _reflexive_merge(*inputs):
     """`local_attention` that adds the other part before its one write; all but the products is float32."""
-    merged = (linear_BTHE, head_gate_BTH, norm_E)
-    return _launch_local(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B, merged, eps)[0]
-
-
-def _splits(programs, P, few_queries, device):
-    """Parts of the keys worked on at once: one where the queries fill the chip, else a power of two up to 64."""
-    if not few_queries or programs >= processors(device):
-        return 1
-    wanted = min(64, power_of_2(cdiv(2 * processors(device), programs)), max(1, P // 256))
-    return 1 << (wanted.bit_length() - 1)
-
-
-def _descriptor(x_BPGE, block_n):
-    """`Tiles` of one head's rows, or None where the alignment has none."""
-    if x_BPGE.data_ptr() % 16:
-        return None
-    return Tiles.of(x_BPGE, x_BPGE.shape, x_BPGE.stride(), (1, block_n, 1, x_BPGE.shape[-1]))
+    return _local_attention(*inputs)[0]
 
 
 def _store_rows(k_BPGE, v_BPGE):
     """Keys and values whose rows are contiguous one by one: a store with spare slots at its end is not copied."""
-    P, G, E = k_BPGE.shape[1:]
-    step = k_BPGE.stride(0)
+    (G, E), step = k_BPGE.shape[2:], k_BPGE.stride(0)
     if k_BPGE.stride() == v_BPGE.stride() == (step, G * E, E, 1) and step % (G * E) == 0:
         return k_BPGE, v_BPGE
-    return k_BPGE.contiguous(), v_BPGE.contiguous()
+    return dense(k_BPGE, v_BPGE)
 
 
 @lru_cache(maxsize=1024)
 def _sqsk_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, K):
-    """Programs, splits, whether tiles come through descriptors, and constants, for K query slots per row."""
+    """Programs, parts of the keys worked on at once (1 to 64), whether tiles come through descriptors, constants."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
-    (B, _, H, E), (P, G) = q_shape, k_shape[1:3]
-    r_rows = power_of_2(H // G)
-    few = K * r_rows <= 64
-    config = sqsk_attention_config(element_size, r_rows, K, capability(device))
-    programs = cdiv(K, config["BLOCK_Q"]) * G * B
-    sizes = {"H": H, "G": G, "E": E, "SCALE": E**-0.5 * LOG2E.value, "R_ROWS": r_rows, **config}
-    return programs, _splits(programs, P, few, device), not few and has_descriptors(device, element_size), sizes
+    (B, _, H, _), (P, G) = q_shape, k_shape[1:3]
+    few, fill = K * power_of_2(H // G) <= 64, processors(device)
+    # H200, 16/4 heads, E=128, bf16, TFLOP/s of 64 rows with 32 keys against 128 with 64: 339 and 298 at 64x820, 464
+    # and 521 at 8x6554, 435 and 540 at 1x67175. Elsewhere 8 warps, so that 128 rows do not spill
+    if element_size == 4:
+        options = (16 if few else 32, 32, 4, 1)
+    elif few:
+        options = (16, 64, 4, 2)
+    else:
+        options = (64, 32, 4, 3) if K <= 2048 else (128, 64, 4 if capability(device) in (90, 100) else 8, 2)
+    sizes = _tile_sizes(q_shape, k_shape, *options)
+    programs, splits = cdiv(K, sizes["BLOCK_Q"]) * G * B, 1
+    if few and 0 < programs < fill:  # else the queries fill the chip
+        splits = 1 << (min(64, power_of_2(cdiv(2 * fill, programs)), max(1, P // 256)).bit_length() - 1)
+    return programs, splits, not few and has_descriptors(device, element_size), sizes
 
 
 def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
     """Launch over [B, K] slots; `gate` given: merge into `out`, which has tokens as rows; `lse` may be None."""
     (B, T, H, E), G = q.shape, k.shape[2]
-    programs, splits, tiled, sizes = _sqsk_plan(
-        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), K
-    )
-    if not (B and K):
+    programs, splits, tiled, sizes = _sqsk_plan(*heads_of(q, k, v), K)
+    if not programs:
         return
-    maps = (_descriptor(k, sizes["BLOCK_N"]), _descriptor(v, sizes["BLOCK_N"])) if tiled else (None, None)
-    part, part_lse, merge = out, lse, gate is not None
+    first = None if first is None else first.expand(B, K).contiguous()
+    part, part_lse = out, lse
     if splits > 1:
         part = q.new_empty(B, splits, K, H, E, dtype=torch.float32)
         part_lse = q.new_empty(B, splits, K, H, dtype=torch.float32)
+    block = (1, sizes["BLOCK_N"], 1, E)
+    maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
     sqsk_attention_kernel[(programs * splits,)](
-        q, k, v, *maps, index, first, held, count, gate, part, part_lse, T, K, k.stride(0) // (G * E),
-        SPLITS=splits, GATHER=index is not None, HAS_FIRST=first is not None, HAS_CACHED=held is not None,
-        MERGE=merge and splits == 1, WITH_LSE=part_lse is not None, **sizes,
+        q, k, v, *maps, index, first, held, count, gate if splits == 1 else None, part, part_lse, T, K,
+        k.stride(0) // (G * E), SPLITS=splits, **sizes,
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel[(B * K * H,)](
-            part, part_lse, index, count, gate, out, lse, T, K,
-            H=H, E=E, SPLITS=splits, MERGE=merge, WITH_LSE=lse is not None, num_warps=1,
-        )  # fmt: skip
+            part, part_lse, index, count, gate, out, lse, T, K, H=H, E=E, SPLITS=splits, num_warps=1
+        )
 
 
 @sqsk_attention.kernel
 def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     """Slots past `count_B` are never read as keys and give zeros; work is done for the count alone."""
     B, K, H, _ = q_BKHE.shape
-    q, (k, v) = q_BKHE.contiguous(), _store_rows(k_BPGE, v_BPGE)
+    q, held, count = dense(q_BKHE, held_B, count_B)
     out_BKHE, lse_BKH = torch.empty_like(q), q.new_empty(B, K, H, dtype=torch.float32)
-    first = None if first_BK is None else first_BK.expand(B, K).contiguous()
-    _launch_sqsk(q, k, v, None, first, dense(held_B), count_B.contiguous(), None, out_BKHE, lse_BKH, K)
+    _launch_sqsk(q, *_store_rows(k_BPGE, v_BPGE), None, first_BK, held, count, None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
 
 
@@ -632,16 +498,14 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     layout = f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, contiguous="
     if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
         raise ValueError(f"{layout}{reflexive_BTHE.is_contiguous()}")
-    B, K = index_BK.shape
-    q, gate, index, count = q_BTHE.contiguous(), gate_BT.contiguous(), index_BK.contiguous(), count_B.contiguous()
-    if held_B is None:
+    gate, q, index, held, count = dense(gate_BT, q_BTHE, index_BK, held_B, count_B)
+    if held is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
         k, v = _gather(k_BPGE, v_BPGE, index, count)
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
-    first = None if first_BK is None else first_BK.expand(B, K).contiguous()
-    _launch_sqsk(q, k, v, index, first, dense(held_B), count, gate, reflexive_BTHE, None, K)
+    _launch_sqsk(q, k, v, index, first_BK, held, count, gate, reflexive_BTHE, None, index.shape[1])
 
 
 @extend.kernel
@@ -651,23 +515,20 @@ def _extend(
 ):  # fmt: skip
     """One launch for ring and store; documents' first slots come from a bisection of the routed tokens."""
     (B, T, G, E), W, P = k_BTGE.shape, ring_k_BWGE.shape[1], keys_BPGE.shape[1] - 1
-    for name, x in (("ring_k", ring_k_BWGE), ("ring_v", ring_v_BWGE), ("keys", keys_BPGE), ("values", values_BPGE)):
+    written = {"ring_k": ring_k_BWGE, "ring_v": ring_v_BWGE, "keys": keys_BPGE, "values": values_BPGE}
+    for name, x in written.items():
         if not x.is_contiguous() or x.shape[2:] != k_BTGE.shape[2:]:
             raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {E}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
-    first_BK = held_B.new_empty(B, K) if routes else held_B.new_empty(0)
-    numbers_4B = held_B.new_empty(4, B) if routes else held_B.new_empty(0)
-    programs = (cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)) * G
-    if not (B and T and programs):
+    blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)
+    first_BK, numbers_4B = held_B.new_empty((B, K) if routes else 0), held_B.new_empty((4, B) if routes else 0)
+    if not (B and T and blocks * G):
         return first_BK, numbers_4B
-    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
-    step = T if position_BT.shape[0] > 1 else 0
-    extend_kernel[(programs, B)](
-        k_BTGE.contiguous(), v_BTGE.contiguous(), position_BT.contiguous(), start, dense(length_B),
-        seen_B.contiguous(), dense(index_BK), dense(count_B), ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE,
-        positions_BP,
-        held_B.contiguous(), document_slot_B.contiguous(), key_scales_BPG, value_scales_BPG, first_BK, numbers_4B,
-        B, T, K, P, step, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK, ROUTES=routes,
-        START=mode, HAS_LENGTH=length_B is not None, QUANTIZED=keys_BPGE.dtype == torch.int8, num_warps=4,
+    start, mode = starts(start_BT, B)
+    extend_kernel[(blocks * G, B)](
+        *dense(k_BTGE, v_BTGE, position_BT), start, *dense(length_B, seen_B, index_BK, count_B), *written.values(),
+        positions_BP, *dense(held_B, document_slot_B), key_scales_BPG, value_scales_BPG, first_BK, numbers_4B,
+        B, T, K, P, T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
+        START=mode, num_warps=4,
     )  # fmt: skip
     return first_BK, numbers_4B

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operations_hspmn import SCORE_GAIN
+from .operations_hspmn import LEAST_PEAK, SCORE_GAIN
 
 try:
     import triton
@@ -24,10 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 GAIN = tl.constexpr(SCORE_GAIN)
+LEAST = tl.constexpr(LEAST_PEAK)
 # Finite, so that rows that see no key need no special case: exp2(-inf - FLOOR) is 0 and exp2(FLOOR - FLOOR) is 1
 FLOOR = tl.constexpr(-1.0e30)
-# How `start_BT` is read, min(2, its width): one number per row, for its only document, or one per token; 0: not at all
-ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)
+ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)  # how `starts` are read
 
 
 def interpreted():
@@ -37,9 +37,8 @@ def interpreted():
 
 class Tiles(NamedTuple):
     """What a kernel reads and writes in tiles through TMA: the fields of Triton's descriptor, whose checks take 8 us.
-
     base must begin at a multiple of 16 bytes, and so must its rows (`strides` are counted in elements, the last is 1).
-    """
+    Made by `of`, which gives Triton's own in the interpreter."""
 
     base: torch.Tensor
     shape: tuple
@@ -54,16 +53,14 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, *fields):
-        """`Tiles` of base, shape, strides and block_shape, in the interpreter Triton's own."""
+        """Of base, shape, strides and block_shape."""
         return cls(*fields).checked() if interpreted() else cls(*fields)
 
 
 class Kernel:
-    """A Triton kernel whose launches find their build by what decides it, in a third of Triton's own search.
-
-    Called as Triton's are, `kernel[grid](*tensors and sizes, **constants and options)`. H200 machine, host time of a
-    launch with 10 tensors and 10 constants: 28 us through `triton.jit`, of which the driver takes 8.
-    """
+    """A Triton kernel whose launches find their build by what decides it, in a third of Triton's own search. Called as
+    Triton's are, `kernel[grid](*tensors and sizes, **constants and options)`. H200 machine, host time of a launch with
+    10 tensors and 10 constants: 28 us through `triton.jit`, of which the driver takes 8."""
 
     def __init__(self, function, integers):
         self.jit = triton.jit(function, do_not_specialize=integers)
@@ -74,22 +71,22 @@ class Kernel:
 
     def launch(self, grid, *args, **constants):
         """Launch the build for these arguments; the first of its kind makes it."""
-        kinds, passed, device = [], [], None
+        kinds, passed = [], []
         for x in args:
-            if isinstance(x, torch.Tensor):
+            kind = type(x)
+            if x is None:
+                kind = None
+            elif isinstance(x, torch.Tensor):
                 # as a number: for a tensor the driver would look up its address and whose memory that is again
-                address, device = x.data_ptr(), x.device
-                passed.append(address)
-                kinds.append((x.dtype,) if address & 15 else x.dtype)
-                continue
+                tensor, kind, x = x, x.dtype, x.data_ptr()
+                kind = (kind,) if x & 15 else kind
+            elif kind is int:
+                kind = x.bit_length() > 31
+            elif kind is Tiles:
+                kind, tensor = (x.base.dtype, x.block_shape), x.base
             passed.append(x)
-            if type(x) is int:
-                kinds.append(x.bit_length() > 31)
-            elif type(x) is Tiles:
-                device = x.base.device
-                kinds.append((x.base.dtype, x.block_shape))
-            else:
-                kinds.append(type(x))
+            kinds.append(kind)
+        device = tensor.device
         if several_devices() and device.index != torch.cuda.current_device():  # a model spread over several GPUs
             with torch.cuda.device(device):
                 return self.launch(grid, *args, **constants)
@@ -134,9 +131,14 @@ def power_of_2(n):
 
 
 @triton.jit
-def router_score(products, D: tl.constexpr):
-    """Scores [rows] from products [rows, BLOCK_D] of float32, the parts of `router_score`'s sum over D."""
-    return tl.sum(products, 1) * (GAIN * D**-0.5)
+def from_start(first, start, b, at, real, least, START: tl.constexpr):
+    """`first` or, where it is later, the start of each token (`at`, of row b), `least` for one before that."""
+    if START == TOKEN_START:
+        begin = tl.load(start + at, mask=real, other=0)
+        first = tl.maximum(first, tl.maximum(begin, least).to(tl.int32))
+    elif START == ROW_START:
+        first = tl.maximum(first, tl.maximum(tl.load(start + b), least).to(tl.int32))
+    return first
 
 
 @cache
@@ -148,9 +150,7 @@ def processors(device):
 @cache
 def capability(device):
     """Compute capability of a CUDA device as major * 10 + minor; 90 in the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return major * 10 + minor
 
 
@@ -198,15 +198,34 @@ def check_heads(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype):
     )
 
 
-def check_in_place(name, x, shape, dtypes):
-    """Raise ValueError unless `x` is contiguous, of that shape and one of those dtypes."""
-    if tuple(x.shape) != tuple(shape) or x.dtype not in dtypes or not x.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} {tuple(shape)} to be updated in "
-            f"place, got {x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
-        )
+def check_in_place(name, x, shape, dtype):
+    """Raise ValueError unless `x` is contiguous, of that shape and dtype."""
+    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+        got = f"{x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
+        raise ValueError(f"{name} must be contiguous {dtype} {tuple(shape)} to be updated in place, got {got}")
 
 
-def dense(x):
-    """`x` contiguous; None stays None."""
-    return None if x is None else x.contiguous()
+def dense(*tensors):
+    """Each of them contiguous; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def shape_of(x):
+    """Shape of a tensor, None of None; `tuple` of it is left to plans, which seldom run."""
+    return None if x is None else x.shape
+
+
+def heads_of(q, k, v):
+    """What a plan depends on of queries, keys and values: shapes, dtypes, device and size of an element."""
+    return q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size()
+
+
+def starts(start_BT, B):
+    """`start_BT` for a kernel, and how it is read: 0 not at all, ROW_START as a row's only one, TOKEN_START."""
+    return (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+
+
+def tile_maps(*fields):
+    """`Tiles` of several tensors, each given as its fields; None for all if one is not aligned."""
+    aligned = not any(each[0].data_ptr() % 16 for each in fields)
+    return [Tiles.of(*each) if aligned else None for each in fields]

@@ -1,35 +1,21 @@
 """One decoded token: its products, and all its attentions in two launches, which also extend the cache.
 
-Meaning and shapes: `attend_token`, `project_token`, `swiglu_token`, `linear_add_token` in `operations_hspmn`; legend
-in `kernels_common_hspmn`. A step is bound by launches and by the bytes of weights, states and cached keys. So it
-advances the cache in place, one launch has programs of two roles, parts of the softmax attentions and columns of the
-linear states, and a norm in front of a product is computed in every program from the rows themselves: they are few,
-and a launch costs more. A product is weights times rows, so that the rows, few as they are, fill its narrow side; M
-rows, K features before a product.
+Meaning and shapes in `operations_hspmn`; legend in `kernels_common_hspmn`. A step is bound by launches and by the
+bytes of weights, states and cached keys. So it advances the cache in place, one launch has programs of two roles,
+parts of the softmax attentions and columns of the linear states, and a norm in front of a product is computed in every
+program from the rows themselves: they are few, and a launch costs more. A product is weights times rows, so that the
+rows, few as they are, fill its narrow side; M rows, K features before a product.
 """
 
 from functools import lru_cache
 
 import torch
 
+from .kernels_common_hspmn import (  # isort: skip
+    DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, check_in_place, dense, dependent, kernel, power_of_2,
+    processors, shape_of, tl, triton,
+)  # fmt: skip
 from .kernels_attention_hspmn import finish, fold_block, quantize
-from .kernels_common_hspmn import (
-    DTYPES,
-    FLOOR,
-    LOG2E,
-    cdiv,
-    check,
-    check_heads,
-    check_in_place,
-    dense,
-    dependent,
-    kernel,
-    power_of_2,
-    processors,
-    router_score,
-    tl,
-    triton,
-)
 from .kernels_mlp_hspmn import gated
 from .kernels_projection_hspmn import softplus
 from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
@@ -38,34 +24,10 @@ MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 
 
 @triton.jit
-def advance_state(
-    q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, b, h, column,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, HAS_LENGTH: tl.constexpr,
-):  # fmt: skip
-    """COLUMNS columns from `column` of the state of row b and head h, and of what the linear attention gives."""
-    g = h // (H // G)
-    e = tl.arange(0, E)
-    f = column + tl.arange(0, COLUMNS)
-    at = (b * H + h) * E * E + e[:, None] * E + f[None, :]
-    held = tl.load(state + at)
-    opens = tl.load(start + b) >= 0  # a document
-    decay = softplus(tl.load(head + b * 2 * H + h).to(tl.float32) + tl.load(rate_bias + h).to(tl.float32))
-    decay = tl.exp(-tl.exp(tl.load(log_rate + h).to(tl.float32)) * decay - least_decay)
-    k_feature = tl.load(k_linear + (b * G + g) * E + e).to(tl.float32)
-    v_part = tl.load(v + (b * G + g) * E + f).to(tl.float32)
-    q_feature = tl.load(q_linear + (b * H + h) * E + e).to(tl.float32)
-    advanced = held * tl.where(opens, 0.0, decay) + k_feature[:, None] * v_part[None, :]
-    if HAS_LENGTH:
-        advanced = tl.where(tl.load(length + b) > 0, advanced, held)
-    tl.store(state + at, advanced)
-    tl.store(linear + (b * H + h) * E + f, tl.sum(advanced * q_feature[:, None], 0))
-
-
-@triton.jit
-def load_slots(slots, scales, at, slot, shown, G: tl.constexpr, QUANTIZED: tl.constexpr):
+def load_slots(slots, scales, at, slot, shown, G: tl.constexpr):
     """The rows `at` of a store or ring, zeros where not shown; of int8 what they stand for, float32."""
     tile = tl.load(slots + at, mask=shown[:, None], other=0)
-    if QUANTIZED:
+    if slots.dtype.element_ty == tl.int8:
         tile = tile.to(tl.float32) * tl.load(scales + slot * G, mask=shown, other=0.0)[:, None]
     return tile
 
@@ -74,23 +36,18 @@ def load_slots(slots, scales, at, slot, shown, G: tl.constexpr, QUANTIZED: tl.co
 def attend_range(
     q, k, v, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place, past,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, QUANTIZED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of row b and key head g over its slots low .. high - 1, as part `split`.
-
-    k_slots, v_slots: slot 0 of row and head, in the sparse store or, with RING slots, in the window, of which the last
-    `past` tokens before slot `place` are shown. own: over the token's own key and value too. pushed: these go to slot
-    `place`. QUANTIZED: the slots are int8, the scales from k_scales and v_scales on.
-    """
+    """Attention of row b and key head g over its slots low .. high - 1, as part `split`. k_slots, v_slots: slot 0 of
+    row and head, in the sparse store or, with RING slots, in the window, of which the last `past` tokens before slot
+    `place` are shown. own: over the token's own key and value too. pushed: these go to slot `place`. Slots of int8
+    have scales, from k_scales and v_scales on."""
     R: tl.constexpr = H // G
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, E)
-    m = tl.arange(0, ROWS)
+    n, e, m = tl.arange(0, BLOCK_N), tl.arange(0, E), tl.arange(0, ROWS)
     query = g * R + m
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
-    k_row = tl.load(k + (b * G + g) * E + e)[None, :]
-    v_row = tl.load(v + (b * G + g) * E + e)[None, :]
-    if QUANTIZED:
+    k_row, v_row = tl.load(k + (b * G + g) * E + e)[None, :], tl.load(v + (b * G + g) * E + e)[None, :]
+    if k_slots.dtype.element_ty == tl.int8:
         k_whole, k_scale = quantize(k_row)
         v_whole, v_scale = quantize(v_row)
         k_row = (k_whole * k_scale[:, None]).to(k_row.dtype)  # also the token's own are read as they are stored
@@ -107,13 +64,12 @@ def attend_range(
             shown = shown & (age > 0) & (age <= past)
         first = b * 0 + s  # 64 bits
         at, slot = first * (G * E) + kv_at, first + n
-        k_tile = load_slots(k_slots, k_scales, at, slot, shown, G, QUANTIZED).to(q_tile.dtype)
-        v_tile = load_slots(v_slots, v_scales, at, slot, shown, G, QUANTIZED).to(q_tile.dtype)
+        k_tile = load_slots(k_slots, k_scales, at, slot, shown, G).to(q_tile.dtype)
+        v_tile = load_slots(v_slots, v_scales, at, slot, shown, G).to(q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-        scores = tl.where(shown[None, :], scores, float("-inf"))
-        acc, peak, total = fold_block(scores, v_tile, acc, peak, total, SCALE)
+        acc, peak, total = fold_block(scores, v_tile, shown[None, :], acc, peak, total, SCALE)
     at = place.to(tl.int64) * (G * E) + e[None, :]
-    if QUANTIZED:
+    if k_slots.dtype.element_ty == tl.int8:
         slot = place.to(tl.int64) * G + tl.arange(0, 1)
         tl.store(k_scales + slot, k_scale, mask=pushed & (slot >= 0))
         tl.store(v_scales + slot, v_scale, mask=pushed & (slot >= 0))
@@ -126,129 +82,114 @@ def attend_range(
     tl.store(part_lse + at, row_lse, mask=m < R)
 
 
-@triton.jit
-def attend_store(
-    q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
-    value_scales, part, part_lse, plan, token_slot, B, P, g, split,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, INITIAL: tl.constexpr,
-    HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    QUANTIZED: tl.constexpr,
-):  # fmt: skip
-    """Part `split` of the sparse attentions of key head g, see `attend_token_kernel`."""
-    r = tl.arange(0, BATCH)
-    inside = r < B
-    wanted = inside
-    if HAS_LENGTH:
-        wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
-    begun = tl.load(start + r, mask=inside, other=0)
-    score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
-    wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
-    used = tl.load(held + r, mask=inside, other=0)
-    opened = tl.load(document_slot + r, mask=inside, other=0)
-    first = tl.where(begun < 0, opened, used)
-    last = tl.minimum(used, P)
-    works = wanted & (last < P)
-    if (split == 0) & (g == 0):
-        tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
-        tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
-        tl.store(plan + r * 2 + 1, first, mask=inside)
-        at = positions + r.to(tl.int64) * (P + 1) + last
-        tl.store(at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
-    # The token itself counts as a block where there is none before it: it needs a part too
-    blocks = tl.where(works, tl.maximum(tl.cdiv(last - first, BLOCK_N), 1), 0)
-    ends = tl.cumsum(blocks, 0)
-    share = tl.cdiv(tl.sum(blocks, 0), SPLITS)
-    for row in range(B):
-        chosen = r == row
-        own_blocks = tl.sum(tl.where(chosen, blocks, 0), 0)
-        before = tl.sum(tl.where(chosen, ends, 0), 0) - own_blocks
-        begin = tl.maximum(split * share - before, 0)
-        end = tl.minimum((split + 1) * share - before, own_blocks)
-        b = (g * 0 + row).to(tl.int64)
-        if begin < end:
-            low = tl.sum(tl.where(chosen, first, 0), 0)
-            place = tl.sum(tl.where(chosen, last, 0), 0)
-            base = b * (P + 1) * G + g
-            attend_range(
-                q, k, v, keys + base * E, values + base * E, key_scales + base, value_scales + base, part, part_lse,
-                b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0, begin == 0,
-                place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, QUANTIZED,
-            )  # fmt: skip
-        elif own_blocks > 0:
-            m = tl.arange(0, ROWS)
-            at = (b * (SPLITS + 1) + split) * H + g * (H // G) + m
-            tl.store(part_lse + at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
-
-
 @kernel("B", "P")
 def attend_token_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
     state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
-    part_lse, plan, token_slot, B, P,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    INITIAL: tl.constexpr, HAS_LENGTH: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, QUANTIZED: tl.constexpr, PDL: tl.constexpr,
+    part_lse, plan, token_slot, B, P, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
+    SCALE: tl.constexpr, INITIAL: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
-
     The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
     rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
     token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
     and are read from `k` and `v`; the slot of the ring that is written is not read. INITIAL: tokens of a document that
     are routed whatever their score. token_slot: per row, 0 if the token has a slot, else -1. plan: per row, for the
     kernel after this one, tokens held and the document's first slot after it. P: slots per row, the spare one not
-    counted. BATCH: a power of two, at least B.
-    """
+    counted. BATCH: a power of two, at least B."""
     program = tl.program_id(0)
     windows = program - G * SPLITS
     states = windows - B * G
-    row = tl.maximum(windows // G, 0).to(tl.int64)
-    g = program % G
-    column = states % (E // COLUMNS) * COLUMNS
-    h = states // (E // COLUMNS) % H
-    state_row = (states // (E // COLUMNS * H)).to(tl.int64)
+    split, g = program // G, program % G
     if PDL:
         tl.extra.cuda.gdc_wait()
     if states >= 0:
-        advance_state(
-            q_linear, k_linear, v, head, log_rate, rate_bias, least_decay, start, length, state, linear, state_row, h,
-            column, H, G, E, COLUMNS, HAS_LENGTH,
-        )  # fmt: skip
+        f = states % (E // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+        h = states // (E // COLUMNS) % H
+        row = (states // (E // COLUMNS * H)).to(tl.int64)
+        e = tl.arange(0, E)
+        state_at = (row * H + h) * E * E + e[:, None] * E + f[None, :]
+        held_state = tl.load(state + state_at)
+        opens = tl.load(start + row) >= 0  # a document
+        decay = softplus(tl.load(head + row * 2 * H + h).to(tl.float32) + tl.load(rate_bias + h).to(tl.float32))
+        decay = tl.exp(-tl.exp(tl.load(log_rate + h).to(tl.float32)) * decay - least_decay)
+        k_feature = tl.load(k_linear + (row * G + h // (H // G)) * E + e).to(tl.float32)
+        v_part = tl.load(v + (row * G + h // (H // G)) * E + f).to(tl.float32)
+        q_feature = tl.load(q_linear + (row * H + h) * E + e).to(tl.float32)
+        advanced = held_state * tl.where(opens, 0.0, decay) + k_feature[:, None] * v_part[None, :]
+        if length is not None:
+            advanced = tl.where(tl.load(length + row) > 0, advanced, held_state)
+        tl.store(state + state_at, advanced)
+        tl.store(linear + (row * H + h) * E + f, tl.sum(advanced * q_feature[:, None], 0))
     elif windows >= 0:
-        real = row >= 0
-        if HAS_LENGTH:
-            real = tl.load(length + row) > 0
+        row = (windows // G).to(tl.int64)
+        real = row >= 0 if length is None else tl.load(length + row) > 0
         past = tl.minimum(-tl.load(start + row), WINDOW).to(tl.int32)
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
         attend_range(
             q, k, v, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0, WINDOW,
-            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, False,
+            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS,
         )  # fmt: skip
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
     elif SPLITS > 0:
-        attend_store(
-            q, k, v, position, start, length, score, bias, keys, values, positions, held, document_slot, key_scales,
-            value_scales, part, part_lse, plan, token_slot, B, P, g, program // G, H, G, E, SCALE, INITIAL, HAS_LENGTH,
-            BATCH, ROWS, BLOCK_N, SPLITS, QUANTIZED,
-        )  # fmt: skip
+        r = tl.arange(0, BATCH)
+        inside = r < B
+        wanted = inside
+        if length is not None:
+            wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
+        begun = tl.load(start + r, mask=inside, other=0)
+        score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
+        wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
+        used = tl.load(held + r, mask=inside, other=0)
+        opened = tl.load(document_slot + r, mask=inside, other=0)
+        first = tl.where(begun < 0, opened, used)
+        last = tl.minimum(used, P)
+        works = wanted & (last < P)
+        if (split == 0) & (g == 0):
+            tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
+            tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
+            tl.store(plan + r * 2 + 1, first, mask=inside)
+            position_at = positions + r.to(tl.int64) * (P + 1) + last
+            tl.store(position_at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
+        # The token itself counts as a block where there is none before it: it needs a part too
+        blocks = tl.where(works, tl.maximum(tl.cdiv(last - first, BLOCK_N), 1), 0)
+        ends = tl.cumsum(blocks, 0)
+        share = tl.cdiv(tl.sum(blocks, 0), SPLITS)
+        for i in range(B):
+            chosen = r == i
+            own_blocks = tl.sum(tl.where(chosen, blocks, 0), 0)
+            before = tl.sum(tl.where(chosen, ends, 0), 0) - own_blocks
+            begin = tl.maximum(split * share - before, 0)
+            end = tl.minimum((split + 1) * share - before, own_blocks)
+            b = (g * 0 + i).to(tl.int64)
+            if begin < end:
+                low = tl.sum(tl.where(chosen, first, 0), 0)
+                place = tl.sum(tl.where(chosen, last, 0), 0)
+                store = b * (P + 1) * G + g
+                attend_range(
+                    q, k, v, keys + store * E, values + store * E, key_scales + store, value_scales + store, part,
+                    part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0,
+                    begin == 0, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
+                )  # fmt: skip
+            elif own_blocks > 0:
+                m = tl.arange(0, ROWS)
+                lse_at = (b * (SPLITS + 1) + split) * H + g * (H // G) + m
+                tl.store(part_lse + lse_at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @kernel()
 def merge_token_kernel(
-    linear, head, norm, part, part_lse, plan, token_slot, score, held, document_slot, out,
-    H: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
+    linear, head, norm, part, part_lse, plan, token_slot, score, held, document_slot, out, H: tl.constexpr,
+    E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row and head: the normed and gated linear attention, the window, and of a routed token the parts as one.
-
-    The counts of the sparse store move on here, because programs of the kernel before read them.
-    """
-    b = tl.program_id(0).to(tl.int64) // H
-    h = tl.program_id(0).to(tl.int64) % H
+    The counts of the sparse store move on here, because programs of the kernel before read them."""
+    b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     if PDL:
         tl.extra.cuda.gdc_wait()
     e = tl.arange(0, E)
@@ -277,13 +218,11 @@ def merge_token_kernel(
 
 
 def attend_token_config(element_size, E, r_rows, G, P, multiprocessors):
-    """Block sizes and launch options of `attend_token_kernel`; P None: no token is routed.
-
-    The parts of the store fill the chip with two programs per processor, each of which has 32 KiB or more in flight.
-    H200, bf16, 128k tokens of context, 16/4 heads, one row and eight, with `merge_token_kernel`: 10.0 and 33.6 us;
-    32 parts 9.9 and 36.0, two stages 10.9 and 35.3, four 10.6 and 34.4, 32 slots at once and five stages 11.2 and
-    35.6, 128 slots and 8 warps 12.0 and 44.8; 16 or 64 columns differ by less than 4 %.
-    """
+    """Block sizes and launch options of `attend_token_kernel`; P None: no token is routed. The parts of the store fill
+    the chip with two programs per processor, each of which has 32 KiB or more in flight. H200, bf16, 128k tokens of
+    context, 16/4 heads, one row and eight, with `merge_token_kernel`: 10.0 and 33.6 us; 32 parts 9.9 and 36.0, two
+    stages 10.9 and 35.3, four 10.6 and 34.4, 32 slots at once and five stages 11.2 and 35.6, 128 slots and 8 warps
+    12.0 and 44.8; 16 or 64 columns differ by less than 4 %."""
     splits = 0
     if P is not None:
         wanted = power_of_2(cdiv(2 * multiprocessors, G))
@@ -295,7 +234,7 @@ def attend_token_config(element_size, E, r_rows, G, P, multiprocessors):
 @lru_cache(maxsize=1024)
 def _attend_plan(shapes, dtypes, device, ring_size, slots, routes):
     """Splits, size of the scratch, grids and constants; ValueError for what the kernel does not take."""
-    q, k, v, q_linear, k_linear, head, score = shapes
+    q, k, v, q_linear, k_linear, head, score = (None if x is None else tuple(x) for x in shapes)
     check_heads(q, k, v, *dtypes[:3])
     check_heads(q_linear, k_linear, v, *dtypes[3:], dtypes[2])
     (B, T, H, E), G = q, k[2]
@@ -320,53 +259,49 @@ def _attend_token(
 ):  # fmt: skip
     """Cached keys are read for routed rows alone; all arithmetic is float32."""
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
-    shapes = [tuple(x.shape) for x in (q_BTHE, k_BTGE, v_BTGE, q_linear_BTHE, k_linear_BTGE, head_BTX)]
     parts, grid, constants, merge_grid, merge = _attend_plan(
-        (*shapes, None if score_BT is None else tuple(score_BT.shape)),
+        tuple(map(shape_of, (q_BTHE, k_BTGE, v_BTGE, q_linear_BTHE, k_linear_BTGE, head_BTX, score_BT))),
         (q_BTHE.dtype, k_BTGE.dtype, v_BTGE.dtype, q_linear_BTHE.dtype, k_linear_BTGE.dtype), q_BTHE.device,
         ring_k_BWGE.element_size(), P, score_BT is not None,
     )  # fmt: skip
-    quantized, store = keys_BPGE.dtype == torch.int8, (B, P + 1, G, E)
+    quantized, kept, kind = keys_BPGE.dtype == torch.int8, (B, P + 1, G, E), ring_k_BWGE.dtype
+    ring, scales, counts = (B, max(1, W), G, E), (B, P + 1, G) if quantized else None, (B,)
     for name, x, shape, dtype in (
-        ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, (B, max(1, W), G, E), None),
-        ("ring_v", ring_v_BWGE, (B, max(1, W), G, E), ring_k_BWGE.dtype), ("values", values_BPGE, store, None),
-        ("keys", keys_BPGE, store, torch.int8 if quantized else ring_k_BWGE.dtype),
-        ("positions", positions_BP, store[:2], torch.int32), ("held", held_B, (B,), torch.int32),
-        ("document_slot", document_slot_B, (B,), torch.int32),
-        ("key_scales", key_scales_BPG, store[:3] if quantized else None, torch.float32),
-        ("value_scales", value_scales_BPG, store[:3] if quantized else None, torch.float32),
+        ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, ring, kind), ("ring_v",
+        ring_v_BWGE, ring, kind), ("keys", keys_BPGE, kept, torch.int8 if quantized else kind), ("values", values_BPGE,
+        kept, values_BPGE.dtype), ("positions", positions_BP, kept[:2], torch.int32), ("held", held_B, counts,
+        torch.int32), ("document_slot", document_slot_B, counts, torch.int32), ("key_scales", key_scales_BPG, scales,
+        torch.float32), ("value_scales", value_scales_BPG, scales, torch.float32),
     ):  # fmt: skip
-        if shape is not None and (x.shape != shape or not x.is_contiguous() or (dtype or x.dtype) != x.dtype):
-            check_in_place(name, x, shape, (dtype or x.dtype,))
+        if shape is not None:
+            check_in_place(name, x, shape, dtype)
     out_BTHE, slot_BT = torch.empty_like(q_BTHE, memory_format=torch.contiguous_format), start_BT.new_empty(B, 1)
     if B == 0:
         return out_BTHE, slot_BT
-    head, score = head_BTX.contiguous(), dense(score_BT)
+    head, score, norm = dense(head_BTX, score_BT, norm_E)
     linear_BHE = q_BTHE.new_empty(B, H, E, dtype=torch.float32)
     part = q_BTHE.new_empty(B, parts, H, E, dtype=torch.float32)
     part_lse = q_BTHE.new_empty(B, parts, H, dtype=torch.float32)
     plan_B2 = held_B.new_empty(B, 2)
     attend_token_kernel[grid](
-        q_linear_BTHE.contiguous(), k_linear_BTGE.contiguous(), q_BTHE.contiguous(), k_BTGE.contiguous(),
-        v_BTGE.contiguous(), head, log_rate_H.contiguous(), rate_bias_H.contiguous(), least,
-        position_BT.expand(B, 1).contiguous(), start_BT.expand(B, 1).contiguous(), dense(length_B),
-        seen_B.contiguous(), score, bias, state_BHEE, ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP,
-        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P,
-        WINDOW=W, INITIAL=initial, HAS_LENGTH=length_B is not None, QUANTIZED=quantized, **constants,
+        *dense(q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE), head, *dense(log_rate_H, rate_bias_H), least,
+        *dense(position_BT.expand(B, 1), start_BT.expand(B, 1), length_B, seen_B), score, bias, state_BHEE,
+        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG,
+        value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
-        linear_BHE, head, norm_E.contiguous(), part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B,
-        out_BTHE, EPS=eps, NOISE_FLOOR=noise_floor, **merge,
+        linear_BHE, head, norm, part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B, out_BTHE, EPS=eps,
+        NOISE_FLOOR=noise_floor, **merge,
     )  # fmt: skip
     return out_BTHE, slot_BT
 
 
 @triton.jit
-def load_rows(x, begin, end, M, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K columns from `begin` of the M rows of x [M, K], zeros outside and from column `end`."""
+def load_rows(x, row, M, begin, end, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K columns from `begin` of ROWS rows, of which x is the one numbered `row` of M; zeros from `end` and M."""
     m = tl.arange(0, ROWS)
     k = begin + tl.arange(0, BLOCK_K)
-    return tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
+    return tl.load(x + m[:, None] * K + k[None, :], mask=(row + m < M)[:, None] & (k < end)[None, :], other=0.0)
 
 
 @triton.jit
@@ -377,49 +312,33 @@ def load_factor(norm, begin, end, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight, row, begin, end, rows, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tile [BLOCK_N, BLOCK_K] of weight [rows, K], zeros outside and from column `end`."""
-    n = tl.arange(0, BLOCK_N)
-    k = begin + tl.arange(0, BLOCK_K)
-    inside = (row + n < rows)[:, None] & (k < end)[None, :]
-    return tl.load(weight + row.to(tl.int64) * K + n[:, None] * K + k[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def as_tile(rows, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """ROWS rows as the TILE rows of a product, repeated; what they sum to is not stored."""
+def as_tile(rows, TILE: tl.constexpr):
+    """Rows as the TILE rows of a product, repeated; what they sum to is not stored."""
+    ROWS: tl.constexpr = rows.shape[0]
     if ROWS == TILE:
         return rows
-    return tl.reshape(tl.broadcast_to(rows[None, :, :], (TILE // ROWS, ROWS, BLOCK_K)), (TILE, BLOCK_K))
+    return tl.reshape(tl.broadcast_to(rows[None, :, :], (TILE // ROWS, ROWS, rows.shape[1])), (TILE, rows.shape[1]))
 
 
 @triton.jit
-def norm_scale(squares, K: tl.constexpr, EPS: tl.constexpr):
-    """What RMSNorm multiplies rows by, float32 [ROWS], given sums of their squares [ROWS, N] by columns."""
-    return tl.rsqrt(tl.sum(squares, 1) / K + EPS)
+def load_normed(x, norm, squares, begin, end, M, K: tl.constexpr, TILE: tl.constexpr):
+    """Columns of the M rows as a TILE, and their squares: as they are, or under RMSNorm except for the division by
+    their lengths, which can follow the product; that waits for no sum over the rows then. Float16 might not hold such
+    rows: they are float32 there."""
+    rows = load_rows(x, 0, M, begin, end, K, squares.shape[0], squares.shape[1])
+    if norm is not None:
+        wide = rows.to(tl.float32)
+        squares += wide * wide
+        if rows.dtype == tl.float16:
+            rows = wide
+        rows = (rows * load_factor(norm, begin, end, squares.shape[1])[None, :]).to(rows.dtype)
+    return as_tile(rows, TILE), squares
 
 
 @triton.jit
-def load_normed(
-    x, norm, squares, begin, end, M,
-    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_K columns of the M rows under RMSNorm as a TILE, not yet divided by the rows' lengths, and their squares.
-
-    The division can follow the product, which then waits for no sum over the rows. Float16 might not hold such rows:
-    they are float32 there.
-    """
-    rows = load_rows(x, begin, end, M, K, ROWS, BLOCK_K)
-    wide = rows.to(tl.float32)
-    if rows.dtype == tl.float16:
-        rows = wide
-    rows = (rows * load_factor(norm, begin, end, BLOCK_K)[None, :]).to(rows.dtype)
-    return as_tile(rows, ROWS, TILE, BLOCK_K), squares + wide * wide
-
-
-@triton.jit
-def fold_product(total, weight_tile, rows):
-    """total [N, TILE] + weight_tile [N, K] @ rows [TILE, K]^T; TF32 holds float16 values as they are."""
+def fold_product(total, weight, column, N, begin, end, rows, K: tl.constexpr):
+    """total [BLOCK_N, TILE] + weight tile, of `load_rows`, @ rows [TILE, BLOCK_K]^T; TF32 holds float16 as it is."""
+    weight_tile = load_rows(weight, column, N, begin, end, K, total.shape[0], rows.shape[1])
     if rows.dtype == weight_tile.dtype:
         total = tl.dot(weight_tile, tl.trans(rows), total, input_precision="tf32x3")
     else:
@@ -428,17 +347,35 @@ def fold_product(total, weight_tile, rows):
 
 
 @triton.jit
-def scaled(total, squares, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Products [N, TILE] of the ROWS rows repeated, as if RMSNorm had divided the rows before them."""
-    scale = as_tile(tl.reshape(norm_scale(squares, K, EPS), (ROWS, 1)), ROWS, TILE, 1)
-    return total * tl.trans(scale)
+def two_sums(
+    low, x, norm, weight, other, column, N, M, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_N, TILE] of the channels from `column` of weight [N, K] with rows of x, in two sums, and the
+    scale [1, TILE] that RMSNorm still multiplies them by. Of the first HALF features, added to `low`, and of the
+    others, because a sum of products is a chain, and two of them overlap; with a weight `other` of all HALF = K
+    features with each of both weights, which share the rows."""
+    TILE: tl.constexpr = low.shape[1]
+    at = column.to(tl.int64) * K
+    high, squares = tl.zeros(low.shape, tl.float32), tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for k in range(0, HALF, BLOCK_K):
+        rows, squares = load_normed(x, norm, squares, k, HALF, M, K, TILE)
+        low = fold_product(low, weight + at, column, N, k, HALF, rows, K)
+        if other is None:
+            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, TILE)
+            high = fold_product(high, weight + at, column, N, HALF + k, K, rows, K)
+        else:
+            high = fold_product(high, other + at, column, N, k, K, rows, K)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
+    return low, high, tl.trans(as_tile(tl.reshape(scale, (ROWS, 1)), TILE))
 
 
 @triton.jit
-def store_columns(out, tile, column, M, N, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_columns(out, tile, column, M, N):
     """A tile [BLOCK_N, TILE] as BLOCK_N columns from `column` of out [M, N], in the dtype of `out`."""
-    m = tl.arange(0, TILE)
-    n = column + tl.arange(0, BLOCK_N)
+    m, n = tl.arange(0, tile.shape[1]), column + tl.arange(0, tile.shape[0])
     inside = (n < N)[:, None] & (m < M)[None, :]
     tl.store(out + m[None, :] * N + n[:, None], tile.to(out.dtype.element_ty), mask=inside)
 
@@ -450,191 +387,125 @@ def store_scores(
     """Scores of the M rows. The decision must be that of `router_score`: rows rounded by the norm, no tensor cores."""
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_D):
-        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D).to(tl.float32)
+        rows = load_rows(x, 0, M, begin, K, K, ROWS, BLOCK_D).to(tl.float32)
         squares += rows * rows
-    scale = norm_scale(squares, K, EPS)
+    scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
     products = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_D):
-        rows = load_rows(x, begin, K, M, K, ROWS, BLOCK_D)
+        rows = load_rows(x, 0, M, begin, K, K, ROWS, BLOCK_D)
         factor = load_factor(norm, begin, K, BLOCK_D).to(tl.float32)
         normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype).to(tl.float32)
         products += normed * load_factor(weight, begin, K, BLOCK_D).to(tl.float32)[None, :]
     m = tl.arange(0, ROWS)
-    tl.store(score + m, router_score(products, K), mask=m < M)
+    tl.store(score + m, tl.sum(products, 1) * (GAIN * K**-0.5), mask=m < M)
 
 
 @kernel("M")
-def project_token_kernel(
-    x, norm, qkv_weight, head_weight, score_weight, qkv, head, score, M,
-    C: tl.constexpr, X: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+def product_kernel(
+    x, norm, weight, other, second, score_weight, residual, out, second_out, score, M, N: tl.constexpr,
+    X: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N channels of qkv [M, C] or of head [M, X]; a last program, if launched, makes the scores [M]."""
-    TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = TILES_C + (X + BLOCK_N - 1) // BLOCK_N
+    """BLOCK_N columns of out [M, N], the product of `weight` with the rows, added to `residual` or, given `other`, of
+    their SwiGLU; or of second_out [M, X], that of `second`; a last program, if launched, makes the scores [M]."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = TILES_N + (X + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
-    weight, column, channels = qkv_weight, tile * BLOCK_N, tl.where(tile < TILES_C, C, X)
-    if tile >= TILES_C:
-        weight, column = head_weight, (tile - TILES_C) * BLOCK_N
+    column, columns, works = tile * BLOCK_N, N, True
+    if second is not None:
+        columns, works = tl.where(tile < TILES_N, N, X), tile < TILES
+        if tile >= TILES_N:
+            weight, column = second, (tile - TILES_N) * BLOCK_N
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if tile < TILES:
+    if works:
         low = tl.zeros([BLOCK_N, TILE], tl.float32)
-        high = tl.zeros([BLOCK_N, TILE], tl.float32)
-        squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
-        for k in range(0, HALF, BLOCK_K):
-            rows, squares = load_normed(x, norm, squares, k, HALF, M, K, ROWS, TILE, BLOCK_K)
-            low = fold_product(low, load_weight(weight, column, k, HALF, channels, K, BLOCK_N, BLOCK_K), rows)
-            rows, squares = load_normed(x, norm, squares, HALF + k, K, M, K, ROWS, TILE, BLOCK_K)
-            high = fold_product(high, load_weight(weight, column, HALF + k, K, channels, K, BLOCK_N, BLOCK_K), rows)
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        total = scaled(low + high, squares, K, EPS, ROWS, TILE)
-        if tile < TILES_C:
-            store_columns(qkv, total, column, M, C, TILE, BLOCK_N)
+        if residual is not None:
+            m, n = tl.arange(0, TILE), column + tl.arange(0, BLOCK_N)
+            inside = (n < N)[:, None] & (m < M)[None, :]
+            low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
+        low, high, scale = two_sums(low, x, norm, weight, other, column, columns, M, K, HALF, EPS, ROWS, BLOCK_K, PDL)
+        if other is not None:
+            store_columns(out, gated(low * scale, high * scale), column, M, N)
+        elif second is None:
+            store_columns(out, low + high, column, M, N)
         else:
-            store_columns(head, total, column, M, X, TILE, BLOCK_N)
+            total = (low + high) * scale
+            if tile < TILES_N:
+                store_columns(out, total, column, M, N)
+            else:
+                store_columns(second_out, total, column, M, X)
     elif score_weight is not None:
         store_scores(x, norm, score_weight, score, M, K, EPS, ROWS, BLOCK_D)
 
 
-@kernel("M")
-def swiglu_token_kernel(
-    x, norm, gate_weight, up_weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N columns of out [M, N], from two sums over K that share the rows."""
-    column = tl.program_id(0) * BLOCK_N
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    gate = tl.zeros([BLOCK_N, TILE], tl.float32)
-    up = tl.zeros([BLOCK_N, TILE], tl.float32)
-    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        rows, squares = load_normed(x, norm, squares, k, K, M, K, ROWS, TILE, BLOCK_K)
-        gate = fold_product(gate, load_weight(gate_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
-        up = fold_product(up, load_weight(up_weight, column, k, K, N, K, BLOCK_N, BLOCK_K), rows)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    gate, up = scaled(gate, squares, K, EPS, ROWS, TILE), scaled(up, squares, K, EPS, ROWS, TILE)
-    store_columns(out, gated(gate, up), column, M, N, TILE, BLOCK_N)
-
-
-@kernel("M")
-def linear_add_token_kernel(
-    residual, x, weight, out, M,
-    N: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N columns of out [M, N]."""
-    column = tl.program_id(0) * BLOCK_N
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    m = tl.arange(0, TILE)
-    n = column + tl.arange(0, BLOCK_N)
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
-    high = tl.zeros([BLOCK_N, TILE], tl.float32)
-    for k in range(0, HALF, BLOCK_K):
-        rows = load_rows(x, k, HALF, M, K, TILE, BLOCK_K)
-        low = fold_product(low, load_weight(weight, column, k, HALF, N, K, BLOCK_N, BLOCK_K), rows)
-        rows = load_rows(x, HALF + k, K, M, K, TILE, BLOCK_K)
-        high = fold_product(high, load_weight(weight, column, HALF + k, K, N, K, BLOCK_N, BLOCK_K), rows)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    store_columns(out, low + high, column, M, N, TILE, BLOCK_N)
-
-
-def project_token_config(element_size):
-    """Block sizes and launch options of `project_token_kernel`.
-
-    H200, bf16, K=2048, 3104 channels, beside launches of its kind, one row and eight: 5.8 and 7.6 us; 16 channels and
-    one warp 5.5 and 16; four warps 9.3 and 12. Before rows took the narrow side of the product 5.8 and 10.
-    """
-    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 4}
-
-
-def _columns(element_size):
-    """BLOCK_K: float32 products on tensor cores take three times the registers."""
-    return 128 if element_size == 2 else 32
-
-
-def swiglu_token_config(element_size):
-    """Block sizes and launch options of `swiglu_token_kernel`.
-
-    H200, bf16, K=2048, N=6912, one row and eight: 15.4 and 16.7 us, 3.7 and 3.4 TB/s; one warp of 16 columns 15.7 and
-    19; four warps of 64 columns 26 and 23.
-    """
-    return {"BLOCK_N": 32, "BLOCK_K": _columns(element_size), "num_warps": 2, "num_stages": 5}
-
-
-def linear_add_token_config(element_size):
-    """Block sizes and launch options of `linear_add_token_kernel`.
-
-    H200, bf16, N=2048, one row and eight: K=6912 9.6 us, K=2048 4.7; 32 columns and two warps 12.0 and 4.9; 512
-    values of K at once 11.5. One sum over all of K instead of two, on the wide side of the product: 11.9 and 5.1.
-    """
-    return {"BLOCK_N": 16, "BLOCK_K": 2 * _columns(element_size), "num_warps": 1, "num_stages": 4}
-
-
-CONFIGS = {
-    "project_token": project_token_config, "swiglu_token": swiglu_token_config,
-    "linear_add_token": linear_add_token_config,
-}  # fmt: skip
-
-
-def _half(K):
-    """Where the columns are cut into two sums: a sum of products is a chain, and two of them overlap."""
-    return cdiv(cdiv(K, 2), 16) * 16
+# Block sizes and launch options of the products; in float32 BLOCK_K is a quarter, as products on tensor cores take
+# three times the registers. H200, bf16, K=2048, one row and eight, beside launches of its kind
+PRODUCTS = {
+    # 3104 channels 5.8 and 7.6 us; 16 channels and one warp 5.5 and 16; four warps 9.3 and 12. Before rows took the
+    # narrow side of the product 5.8 and 10
+    "project_token": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 2, "num_stages": 4},
+    # N=6912: 15.4 and 16.7 us, 3.7 and 3.4 TB/s; one warp of 16 columns 15.7 and 19; four warps of 64 columns 26, 23
+    "swiglu_token": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5},
+    # N=2048, K=6912 9.6 us, K=2048 4.7; 32 columns and two warps 12.0 and 4.9; 512 values of K at once 11.5. One sum
+    # over all of K instead of two, on the wide side of the product: 11.9 and 5.1
+    "linear_add_token": {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 1, "num_stages": 4},
+}
 
 
 @lru_cache(maxsize=1024)
-def _rows_plan(name, x_shape, dtype, element_size, weights, vectors, device):
-    """Block sizes and options of a product of few rows; ValueError for what its kernel does not take.
-
-    weights, vectors: names with shapes and, for weights, dtypes; None for one that is not there.
-    """
-    (B, T, K), config = x_shape, CONFIGS[name](element_size)
+def _product_plan(operation, names, x_shape, dtype, device, *others):
+    """Grid and constants of a product of few rows, given names, shapes and dtypes of its weights and of the vectors as
+    wide as x; ValueError for what its kernel does not take."""
+    (B, T, K), options = x_shape, PRODUCTS[operation]
+    others = [(name, tuple(x[0]), x[1]) for name, x in zip(names, others, strict=True) if x is not None]
     check(
-        (T == 1, f"x of {name} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
-        (dtype in DTYPES, f"x of {name} must be float32, bfloat16 or float16, got {dtype}; cast it"),
+        (T == 1, f"x of {operation} must be one token, [B, 1, D], got {tuple(x_shape)}; call the layers one by one"),
+        (dtype in DTYPES, f"x of {operation} must be float32, bfloat16 or float16, got {dtype}; cast it"),
     )
-    for weight, shape, kind in weights:
-        wanted = f"{weight} must be [N, {K}] in {dtype}, as x of {name} has it, got {tuple(shape)} in {kind}; cast it"
+    vectors = [(name, shape) for name, shape, _ in others if name in ("norm", "score_weight")]
+    weights = [other for other in others if other[:2] not in vectors]
+    for name, shape, kind in weights:
+        wanted = f"{name} must be [N, {K}] in {dtype}, as x of {operation} has it, got {shape} in {kind}; cast it"
         check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
-    for vector, shape in vectors:
-        check((shape is None or shape == (K,), f"{vector} must be [{K}], the width of x, got {shape}"))
-    rows = power_of_2(max(1, B))
-    # Rows as powers of two: those that are loaded, and those of a product, whose tiles have 8 columns or more
-    return config | {"K": K, "TILE": max(8, rows)} | dependent(device), rows
+    for name, shape in vectors:
+        check((shape == (K,), f"{name} must be [{K}], the width of x, got {shape}"))
+    gates, half = operation == "swiglu_token", dtype.itemsize == 2  # gates: two weights that share tiles
+    N, X = weights[0][1][0], 0 if gates or len(weights) == 1 else weights[1][1][0]
+    programs = cdiv(N, options["BLOCK_N"]) + cdiv(X, options["BLOCK_N"]) + (len(vectors) == 2)
+    # Rows as powers of two: those of a product, whose tiles have 8 columns or more, and those that are loaded
+    tile = max(8, power_of_2(max(1, B)))
+    rows = power_of_2(max(1, B)) if vectors else tile
+    sizes = {
+        "N": N, "X": X, "K": K, "HALF": K if gates else cdiv(cdiv(K, 2), 16) * 16, "ROWS": rows, "TILE": tile,
+        "BLOCK_D": min(4096 // rows, power_of_2(K)), "BLOCK_K": options["BLOCK_K"] // (1 if half else 4),
+    }  # fmt: skip
+    return (programs,), options | sizes | dependent(device)
+
+
+def _product(operation, names, x_BTD, *others):
+    """`_product_plan` of tensors."""
+    described = [None if x is None else (x.shape, x.dtype) for x in others]
+    return _product_plan(operation, names, x_BTD.shape, x_BTD.dtype, x_BTD.device, *described)
 
 
 @project_token.kernel
 def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
     """One launch for at most 16 rows; sums are float32."""
-    B, C, X = x_BTD.shape[0], qkv_weight_CD.shape[0], head_weight_XD.shape[0]
+    B = x_BTD.shape[0]
     if B > MOST_ROWS:
         return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-    score_shape = None if score_weight_D is None else tuple(score_weight_D.shape)
-    weights = (
-        ("qkv_weight", qkv_weight_CD.shape, qkv_weight_CD.dtype),
-        ("head_weight", head_weight_XD.shape, head_weight_XD.dtype),
-    )
-    vectors = (("norm", tuple(norm_D.shape)), ("score_weight", score_shape))
-    constants, rows = _rows_plan(
-        "project_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), weights, vectors, x_BTD.device
-    )
-    qkv_BTC, head_BTX = x_BTD.new_empty(B, 1, C), x_BTD.new_empty(B, 1, X, dtype=torch.float32)
-    score_BT = x_BTD.new_empty(B, 1 if score_shape else 0, dtype=torch.float32)
+    names = ("norm", "qkv_weight", "head_weight", "score_weight")
+    inputs = (x_BTD, norm_D, qkv_weight_CD, head_weight_XD, score_weight_D)
+    grid, constants = _product("project_token", names, *inputs)
+    qkv_BTC = x_BTD.new_empty(B, 1, constants["N"])
+    head_BTX = x_BTD.new_empty(B, 1, constants["X"], dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else 1, dtype=torch.float32)
     if B:
-        K, block = constants["K"], constants["BLOCK_N"]
-        tiles = cdiv(C, block) + cdiv(X, block) + (score_shape is not None)
-        project_token_kernel[(tiles,)](
-            x_BTD.contiguous(), norm_D.contiguous(), qkv_weight_CD.contiguous(), head_weight_XD.contiguous(),
-            dense(score_weight_D), qkv_BTC, head_BTX, score_BT, B, C=C, X=X,
-            EPS=eps, ROWS=rows, HALF=_half(K), BLOCK_D=min(4096 // rows, power_of_2(K)), **constants,
-        )  # fmt: skip
+        x, norm, qkv_weight, *others = dense(*inputs)
+        product_kernel[grid](
+            x, norm, qkv_weight, None, *others, None, qkv_BTC, head_BTX, score_BT, B, EPS=eps, **constants
+        )
     return qkv_BTC, head_BTX, score_BT
 
 
@@ -644,21 +515,15 @@ def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     B, N = x_BTD.shape[0], gate_weight_ND.shape[0]
     if B > MOST_ROWS:
         return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
-    weights = (
-        ("gate_weight", gate_weight_ND.shape, gate_weight_ND.dtype),
-        ("up_weight", up_weight_ND.shape, up_weight_ND.dtype),
-    )
-    vectors = (("norm", tuple(norm_D.shape)),)
-    constants, rows = _rows_plan(
-        "swiglu_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(), weights, vectors, x_BTD.device
-    )
+    names = ("norm", "gate_weight", "up_weight")
+    grid, constants = _product("swiglu_token", names, x_BTD, norm_D, gate_weight_ND, up_weight_ND)
     if up_weight_ND.shape[0] != N:
         raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
-        swiglu_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
-            x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), out_BTN,
-            B, N=N, EPS=eps, ROWS=rows, **constants,
+        product_kernel[grid](
+            x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), None,
+            None, None, out_BTN, None, None, B, EPS=eps, **constants,
         )  # fmt: skip
     return out_BTN
 
@@ -669,17 +534,14 @@ def _linear_add_token(residual_BTN, x_BTD, weight_ND):
     B, N = x_BTD.shape[0], weight_ND.shape[0]
     if B > MOST_ROWS:
         return linear_add_token.reference(residual_BTN, x_BTD, weight_ND)
-    constants, _ = _rows_plan(
-        "linear_add_token", x_BTD.shape, x_BTD.dtype, x_BTD.element_size(),
-        (("weight", weight_ND.shape, weight_ND.dtype),), (), x_BTD.device,
-    )  # fmt: skip
+    grid, constants = _product("linear_add_token", ("weight",), x_BTD, weight_ND)
     if residual_BTN.shape != (B, 1, N) or residual_BTN.dtype != x_BTD.dtype:
         got = f"{tuple(residual_BTN.shape)} in {residual_BTN.dtype}"
         raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
-        linear_add_token_kernel[(cdiv(N, constants["BLOCK_N"]),)](
-            residual_BTN.contiguous(), x_BTD.contiguous(), weight_ND.contiguous(), out_BTN, B, N=N,
-            HALF=_half(constants["K"]), **constants,
+        product_kernel[grid](  # nothing is normed
+            x_BTD.contiguous(), None, weight_ND.contiguous(), None, None, None, residual_BTN.contiguous(), out_BTN,
+            None, None, B, EPS=1.0, **constants,
         )  # fmt: skip
     return out_BTN

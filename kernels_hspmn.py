@@ -10,20 +10,10 @@ from functools import lru_cache
 
 import torch
 
+from .kernels_common_hspmn import (  # isort: skip
+    HEAD_WIDTHS, ROW_START, TOKEN_START, cdiv, check, dense, interpreted, kernel, power_of_2, starts, tl, triton,
+)  # fmt: skip
 from .kernels_attention_hspmn import take_rows
-from .kernels_common_hspmn import (
-    HEAD_WIDTHS,
-    ROW_START,
-    TOKEN_START,
-    cdiv,
-    check,
-    dense,
-    interpreted,
-    kernel,
-    power_of_2,
-    tl,
-    triton,
-)
 from .kernels_decode_hspmn import attend_token
 from .kernels_linear_hspmn import linear_attention
 from .kernels_mlp_hspmn import swiglu_fits
@@ -35,38 +25,34 @@ ROUTE_WHOLE = 4096  # tokens up to which one program and one launch decide and p
 
 
 @triton.jit
-def place_tokens(chosen, before, total, index, slot, count, b, t, T, K, begin, end, BLOCK_T: tl.constexpr):
-    """Slots of a block of tokens, `before` of the row's `total` being earlier ones, and their indices; -1 in those of
-    the slots begin .. end that stay empty. Returns how many slots the row uses."""
+def place_tokens(
+    chosen, before, total, entropy, gates, index, slot, count, totals, b, block, fill, t, T, K, BLOCK_T: tl.constexpr
+):
+    """Slots of a block of tokens, `before` of the row's `total` being earlier ones, and their indices; -1 in its share
+    (`fill`) of the row's unused slots. All blocks of a row store its count, and the first its four sums."""
     place = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
     kept = chosen & (place < K)
     tl.store(slot + b * T + t, tl.where(kept, place, -1).to(tl.int64), mask=t < T)
     tl.store(index + b * K + place, t.to(tl.int64), mask=kept)
     used = tl.minimum(total, K)
-    end = tl.minimum(end, K)
-    for first in range(begin, end, BLOCK_T):
+    end = tl.minimum(block * fill + fill, K)
+    for first in range(block * fill, end, BLOCK_T):
         k = first + tl.arange(0, BLOCK_T)
         tl.store(index + b * K + k, tl.full([BLOCK_T], -1, tl.int64), mask=(k >= used) & (k < end))
     tl.store(count + b, used)
-    return used
-
-
-@triton.jit
-def store_totals(totals, b, total, used, entropy, gates):
-    """The four sums of a row."""
-    tl.store(totals + b * 4, total.to(tl.float32))
-    tl.store(totals + b * 4 + 1, (total - used).to(tl.float32))
-    tl.store(totals + b * 4 + 2, entropy)
-    tl.store(totals + b * 4 + 3, gates)
+    if block == 0:
+        tl.store(totals + b * 4, total.to(tl.float32))
+        tl.store(totals + b * 4 + 1, (total - used).to(tl.float32))
+        tl.store(totals + b * 4 + 2, entropy)
+        tl.store(totals + b * 4 + 3, gates)
 
 
 @kernel("T", "K", "N")
 def decide_kernel(
     score, bias, start, length, gate, index, slot, count, sums, T, K, N, noise_floor,
-    INITIAL: tl.constexpr, START: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
+    INITIAL: tl.constexpr, START: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gates of BLOCK_T tokens of a row, -1 as `slot` of those not wanted, their number, sums of entropy and gates.
-
     WHOLE: the block is the whole row, and all of `route` is done."""
     b = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -82,15 +68,14 @@ def decide_kernel(
         elif START == ROW_START:
             place -= tl.load(start + b)
         wanted = wanted | (place < INITIAL)
-    if HAS_LENGTH:
+    if length is not None:
         real = real & (t < tl.load(length + b))
     wanted = wanted & real
     total = tl.sum(wanted.to(tl.int32), 0)
     entropy = tl.sum(tl.where(real, softplus(z) - value * z, 0.0), 0)
     gates = tl.sum(tl.where(real, value, 0.0), 0)
     if WHOLE:
-        used = place_tokens(wanted, 0, total, index, slot, count, b, t, T, K, 0, K, BLOCK_T)
-        store_totals(sums, b, total, used, entropy, gates)
+        place_tokens(wanted, 0, total, entropy, gates, index, slot, count, sums, b, 0, K, t, T, K, BLOCK_T)
     else:
         tl.store(slot + b * T + t, wanted.to(tl.int64) - 1, mask=t < T)
         at = sums + (b * N + tl.program_id(0)) * 3
@@ -103,8 +88,7 @@ def decide_kernel(
 def compact_kernel(
     sums, index, slot, count, totals, T, K, N, fill, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Slots of one block of tokens, their indices, and -1 in this block's share (`fill`) of the unused slots.
-    All blocks of a row store its count, and the first the sums of what they counted."""
+    """What `place_tokens` does, with the sums of what all blocks of the row counted."""
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     before, total, entropy, gates = 0, 0, 0.0, 0.0
@@ -119,10 +103,7 @@ def compact_kernel(
             gates += tl.sum(tl.load(at + 2, mask=n < N, other=0.0), 0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     chosen = tl.load(slot + b * T + t, mask=t < T, other=-1) >= 0
-    begin = block * fill
-    used = place_tokens(chosen, before, total, index, slot, count, b, t, T, K, begin, begin + fill, BLOCK_T)
-    if block == 0:
-        store_totals(totals, b, total, used, entropy, gates)
+    place_tokens(chosen, before, total, entropy, gates, index, slot, count, totals, b, block, fill, t, T, K, BLOCK_T)
 
 
 @lru_cache(maxsize=1024)
@@ -145,11 +126,10 @@ def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
     count_B, sums_B4 = score_BT.new_empty(B, dtype=torch.int32), score_BT.new_empty(B, 4, dtype=torch.float32)
     if B and T:
         sums = sums_B4 if N == 1 else gate_BT.new_empty(B, N, 3)
-        start = None if start_BT is None else start_BT.expand(B, -1).contiguous()
+        (score, length), (start, mode) = dense(score_BT, length_B), starts(start_BT, B)
         decide_kernel[(N, B)](
-            score_BT.contiguous(), bias, start, dense(length_B), gate_BT, index_BK, slot_BT, count_B, sums, T,
-            capacity, N, noise_floor, INITIAL=initial, START=0 if start is None else min(2, start.shape[1]),
-            HAS_LENGTH=length_B is not None, WHOLE=N == 1, **options,
+            score, bias, start, length, gate_BT, index_BK, slot_BT, count_B, sums, T, capacity, N, noise_floor,
+            INITIAL=initial, START=mode, WHOLE=N == 1, **options,
         )  # fmt: skip
         if N > 1:
             compact_kernel[(N, B)](

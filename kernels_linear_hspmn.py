@@ -7,42 +7,22 @@ from functools import lru_cache
 
 import torch
 
-from .kernels_common_hspmn import (
-    LOG2E,
-    ROW_START,
-    TOKEN_START,
-    Tiles,
-    capability,
-    cdiv,
-    check,
-    check_heads,
-    check_in_place,
-    dense,
-    has_descriptors,
-    kernel,
-    power_of_2,
-    processors,
-    tl,
-    triton,
-)
+from .kernels_common_hspmn import (  # isort: skip
+    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, check_in_place, dense, has_descriptors,
+    heads_of, kernel, power_of_2, processors, shape_of, starts, tile_maps, tl, triton,
+)  # fmt: skip
 from .operations_hspmn import linear_attention
 
 
 @kernel("T")
 def decay_kernel(
-    log_decay, length, decays, T,
-    H: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    log_decay, length, decays, T, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
     """decays[b, h, t]: log2 of the decay from the begin of its block of BLOCK_T tokens through token t.
-
-    Done ahead, for all heads at once: inside the scan it costs each step two exchanges between warps.
-    """
+    Done ahead, for all heads at once: inside the scan it costs each step two exchanges between warps."""
     b = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.arange(0, HEADS)
-    stop = T
-    if HAS_LENGTH:
-        stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+    t, h = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, HEADS)
+    stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
     at = (b * T + t)[:, None] * H + h[None, :]
     logs = tl.load(log_decay + at, mask=(t < stop)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32) * LOG2E
     at = (b * H + h)[None, :] * T + t[:, None]
@@ -70,29 +50,20 @@ def block_output(held, q_tile, k_tile, v_tile, decay, from_begin, visible):
 def linear_attention_kernel(
     q, k, v, q_map, k_map, v_map, decays, start, length, state_in, out, state_out, carry, T, span, S,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-    START: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_STATE: tl.constexpr, KEPT: tl.constexpr,
-    STATE_ONLY: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    START: tl.constexpr, KEPT: tl.constexpr, STATE_ONLY: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program walks `span` tokens of one head and one block of value columns; the state [E, F] stays in registers.
-
     q_map, k_map, v_map: tensor descriptors of q, k, v as [B * T, heads * width], or None; they carry the whole blocks.
     STATE_ONLY leaves out the outputs and stores, for segment s, the state that its tokens alone give (state_out) and
-    the log2 of the decay over all of them (carry, -inf where a document starts inside).
-    """
+    the log2 of the decay over all of them (carry, -inf where a document starts inside)."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     program = tl.program_id(0).to(tl.int64)
     column = (program % blocks).to(tl.int32) * BLOCK_F
-    h = program // blocks % H
-    s = program // (blocks * H) % S
-    b = program // (blocks * H) // S
+    h, s, b = program // blocks % H, program // (blocks * H) % S, program // (blocks * H) // S
     g = h // (H // G)
-    t = tl.arange(0, BLOCK_T)
-    e = tl.arange(0, E)
-    f = column + tl.arange(0, BLOCK_F)
+    t, e, f = tl.arange(0, BLOCK_T), tl.arange(0, E), column + tl.arange(0, BLOCK_F)
     in_f = f[None, :] < F
-    stop = T
-    if HAS_LENGTH:
-        stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+    stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
     begin = (s * span).to(tl.int32)
     end = tl.minimum(begin + span, T)
     stop = tl.minimum(stop, end)
@@ -101,7 +72,7 @@ def linear_attention_kernel(
     state_at = e[None, :] * F + f[:, None]
     segment = ((b * H + h) * S + s) * E * F
     state = tl.zeros([BLOCK_F, E], tl.float32)
-    if HAS_STATE:
+    if state_in is not None:
         state = tl.load(state_in + segment + state_at, mask=(f < F)[:, None], other=0.0).to(tl.float32)
         if START == ROW_START and KEPT:  # of an earlier call, which a document that begins here does not see
             state = tl.where(tl.load(start + b) < 0, state, 0.0)
@@ -187,15 +158,14 @@ def linear_attention_kernel(
 
 @kernel("S")
 def segment_states_kernel(
-    state_in, start, states, carry, S,
-    H: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr, HAS_STATE: tl.constexpr, START: tl.constexpr,
+    state_in, start, states, carry, S, H: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr, START: tl.constexpr
 ):  # fmt: skip
     """Replace, in place, what each segment adds to the state by the state before that segment; X = E * F."""
     row = tl.program_id(0).to(tl.int64)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     in_x = x < X
     state = tl.zeros([BLOCK_X], tl.float32)
-    if HAS_STATE:
+    if state_in is not None:
         state = tl.load(state_in + row * X + x, mask=in_x, other=0.0).to(tl.float32)
         if START == ROW_START:
             state = tl.where(tl.load(start + row // H) < 0, state, 0.0)
@@ -207,26 +177,9 @@ def segment_states_kernel(
         state = state * keep + added
 
 
-def linear_attention_config(element_size, E, F, compute_capability):
-    """Block sizes and launch options of `linear_attention_kernel`.
-
-    H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors and 1.73 without;
-    three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99.
-    On sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
-    than 16 tokens (compiler's report, not timed).
-    """
-    columns = power_of_2(F)
-    if element_size == 4:
-        return {"BLOCK_T": 16, "BLOCK_F": max(16, min(64, columns)), "num_warps": 8, "num_stages": 1}
-    warps = 4 if compute_capability in (90, 100) or E * columns <= 64 * 64 else 8
-    return {"BLOCK_T": 64, "BLOCK_F": max(16, min(64, columns)), "num_warps": warps, "num_stages": 2}
-
-
 def _segments(programs, T, device):
     """Into how many segments a row is cut: one where whole rows fill the chip, else about eight programs each.
-
-    H200, B=1, T=335,872, 16/4 heads, E=128: 33 segments (the result) 2.49 ms, 16 segments 2.62, 8 segments 2.60.
-    """
+    H200, B=1, T=335,872, 16/4 heads, E=128: 33 segments (the result) 2.49 ms, 16 segments 2.62, 8 segments 2.60."""
     fill = processors(device)
     if programs >= 1.5 * fill or T <= 1024:
         return 1
@@ -234,81 +187,69 @@ def _segments(programs, T, device):
 
 
 @lru_cache(maxsize=1024)
-def _plan(q_shape, k_shape, v_shape, state, dtypes, device, element_size, segments):
-    """Segments, tokens of each, value blocks, whether tiles come through descriptors, and constants.
-
-    state: shape and dtype of the state that is written in place, or None.
-    """
+def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
+    """Segments, tokens of each, value blocks, whether tiles come through descriptors, and constants; `state`: shape
+    and dtype of the state that is written in place, or None."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, T, H, E), (G, F) = q_shape, v_shape[2:]
     wanted = ((B, H, E, F), torch.float32)
-    check((state in (None, wanted), f"state must be {wanted} to be updated in place, got {state}"))
-    config = linear_attention_config(element_size, E, F, capability(device))
-    blocks = cdiv(F, config["BLOCK_F"])
-    segments = segments or _segments(B * H * blocks, T, device)
-    span = cdiv(cdiv(T, segments), config["BLOCK_T"]) * config["BLOCK_T"]
+    if state not in (None, wanted):
+        raise ValueError(f"state must be {wanted} to be updated in place, got {(tuple(state[0]), state[1])}")
+    # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
+    # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
+    # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
+    # than 16 tokens (compiler's report, not timed)
+    half, columns = element_size == 2, power_of_2(F)
+    block_t, block_f, stages = 64 if half else 16, max(16, min(64, columns)), 2 if half else 1
+    few_warps = half and (capability(device) in (90, 100) or E * columns <= 64 * 64)
+    blocks = cdiv(F, block_f)
+    span = cdiv(cdiv(T, _segments(B * H * blocks, T, device)), block_t) * block_t
     # A tile of columns must not reach into the next head
-    tiled = has_descriptors(device, element_size) and F % config["BLOCK_F"] == 0 and B * T >= config["BLOCK_T"]
-    sizes = {"H": H, "G": G, "E": E, "F": F, "TAIL_STAGES": 1 if tiled else config["num_stages"], **config}
+    tiled = has_descriptors(device, element_size) and F % block_f == 0 and B * T >= block_t
+    sizes = {
+        "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_F": block_f, "TAIL_STAGES": 1 if tiled else stages,
+        "num_warps": 4 if few_warps else 8, "num_stages": stages,
+    }  # fmt: skip
     return cdiv(T, span), span, blocks, tiled, sizes
-
-
-def linear_attention_cut(
-    q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF, segments=0
-):  # fmt: skip
-    """`linear_attention` in one pass over the tokens; those past `length_B` give zeros.
-
-    Products are of q's dtype, sums and states float32. segments: cuts of a row that are worked on at once, 0 to choose
-    by the size of the chip; more than one reads k and v twice.
-    """
-    (B, T, H, E), F = q_BTHE.shape, v_BTGF.shape[-1]
-    dtypes = (q_BTHE.dtype, k_BTGE.dtype, v_BTGF.dtype)
-    state = None if state_BHEF is None else (tuple(state_BHEF.shape), state_BHEF.dtype)
-    S, span, blocks, tiled, sizes = _plan(
-        q_BTHE.shape, k_BTGE.shape, v_BTGF.shape, state, dtypes, q_BTHE.device, q_BTHE.element_size(), segments
-    )
-    if state_BHEF is not None and not state_BHEF.is_contiguous():
-        check_in_place("state", state_BHEF, (B, H, E, F), (torch.float32,))
-    out_BTHF = q_BTHE.new_empty(B, T, H, F)
-    if not out_BTHF.numel():
-        return out_BTHF
-    q, k, v, log_decay = q_BTHE.contiguous(), k_BTGE.contiguous(), v_BTGF.contiguous(), log_decay_BTH.contiguous()
-    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
-    maps = (None, None, None)
-    if tiled and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        rows, QE, KE, VF = B * T, H * E, k.shape[2] * E, k.shape[2] * F
-        maps = (
-            Tiles.of(q, (rows, QE), (QE, 1), (sizes["BLOCK_T"], E)),
-            Tiles.of(k, (rows, KE), (KE, 1), (sizes["BLOCK_T"], E)),
-            Tiles.of(v, (rows, VF), (VF, 1), (sizes["BLOCK_T"], sizes["BLOCK_F"])),
-        )
-    decays, length_B = q.new_empty(B, H, T, dtype=torch.float32), dense(length_B)
-    options = {"START": mode, "HAS_LENGTH": length_B is not None, **sizes}
-    decay_kernel[(cdiv(T, sizes["BLOCK_T"]), B)](
-        log_decay, length_B, decays, T, H=H, HEADS=power_of_2(H), BLOCK_T=sizes["BLOCK_T"],
-        HAS_LENGTH=length_B is not None, num_warps=4,
-    )  # fmt: skip
-    before, grid, kept = state_BHEF, (B * H * S * blocks,), True
-    last = q.new_empty(B, H, E, F, dtype=torch.float32) if state_BHEF is None else state_BHEF
-    if S > 1:
-        states, kept = q.new_empty(B, H, S, E, F, dtype=torch.float32), False
-        carry = q.new_empty(B, H, S, dtype=torch.float32)
-        linear_attention_kernel[grid](
-            q, k, v, *maps, decays, start, length_B, None, None, states, carry, T, span, S,
-            HAS_STATE=False, KEPT=False, STATE_ONLY=True, **options,
-        )  # fmt: skip
-        segment_states_kernel[(B * H, cdiv(E * F, 1024))](
-            before, start, states, carry, S, H=H, X=E * F, BLOCK_X=1024, HAS_STATE=before is not None, START=mode,
-            num_warps=4,
-        )  # fmt: skip
-        before = states
-    linear_attention_kernel[grid](
-        q, k, v, *maps, decays, start, length_B, before, out_BTHF, last, None, T, span, S,
-        HAS_STATE=before is not None, KEPT=kept, STATE_ONLY=False, **options,
-    )  # fmt: skip
-    return out_BTHF
 
 
 @linear_attention.kernel
 def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF):
-    return linear_attention_cut(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B, state_BHEF)
+    """One pass over the tokens, over k and v two if a row is cut; tokens past `length_B` give zeros. Products are of
+    q's dtype, sums and states float32."""
+    (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
+    state = None if state_BHEF is None else (shape_of(state_BHEF), state_BHEF.dtype)
+    S, span, blocks, tiled, sizes = _plan(*heads_of(q_BTHE, k_BTGE, v_BTGF), state)
+    if state_BHEF is not None:
+        check_in_place("state", state_BHEF, (B, H, E, F), torch.float32)
+    out_BTHF = q_BTHE.new_empty(B, T, H, F)
+    if not out_BTHF.numel():
+        return out_BTHF
+    q, k, v, log_decay, length = dense(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, length_B)
+    start, mode = starts(start_BT, B)
+    block_t, block_f = sizes["BLOCK_T"], sizes["BLOCK_F"]
+    maps = (None, None, None)
+    if tiled:
+        maps = tile_maps(
+            (q, (B * T, H * E), (H * E, 1), (block_t, E)), (k, (B * T, G * E), (G * E, 1), (block_t, E)),
+            (v, (B * T, G * F), (G * F, 1), (block_t, block_f)),
+        )  # fmt: skip
+    decays = q.new_empty(B, H, T, dtype=torch.float32)
+    decay_kernel[(cdiv(T, block_t), B)](
+        log_decay, length, decays, T, H=H, HEADS=power_of_2(H), BLOCK_T=block_t, num_warps=4
+    )
+    before, inputs, grid = state_BHEF, (q, k, v, *maps, decays, start, length), (B * H * S * blocks,)
+    last = q.new_empty(B, H, E, F, dtype=torch.float32) if state_BHEF is None else state_BHEF
+    if S > 1:
+        before = q.new_empty(B, H, S, E, F, dtype=torch.float32)
+        carry = q.new_empty(B, H, S, dtype=torch.float32)
+        linear_attention_kernel[grid](
+            *inputs, None, None, before, carry, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
+        )
+        segment_states_kernel[(B * H, cdiv(E * F, 1024))](
+            state_BHEF, start, before, carry, S, H=H, X=E * F, BLOCK_X=1024, START=mode, num_warps=4
+        )
+    linear_attention_kernel[grid](
+        *inputs, before, out_BTHF, last, None, T, span, S, START=mode, KEPT=S == 1, STATE_ONLY=False, **sizes
+    )
+    return out_BTHF

@@ -1,7 +1,6 @@
 """SwiGLU with few passes over memory: two products in one with SiLU between them, and one added to the residual.
 
-Meaning and shapes: `swiglu` and `linear_add` in `operations_hspmn`. M tokens (all leading dimensions), K
-features of a token before a product, N after it.
+Meaning and shapes in `operations_hspmn`. M tokens (all leading dimensions), K features before a product, N after it.
 """
 
 import torch
@@ -14,9 +13,9 @@ FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
 
 
 @triton.jit
-def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(tile):
     """Left and right half of a tile's columns; of a product's result both are registers of the same thread."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -32,11 +31,9 @@ def swiglu_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BLOCK_M, BLOCK_N] of out, one after the other, GROUP blocks of rows sharing the weights in L2.
-
     weight_map: both weights [2, N, K], the up weight first if UP_FIRST. One product of twice the width makes both
     sums, so that a block of x is read once for them. Tiles and K are one loop, so that a tile's first loads run under
-    the end of the one before; half a tile is written at a time, through half the shared memory.
-    """
+    the end of the one before; half a tile is written at a time, through half the shared memory."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         first = tile // (GROUP * tiles_n) * GROUP
@@ -49,10 +46,10 @@ def swiglu_kernel(
             weights = tl.reshape(weight_map.load([0, column, k]), (2 * BLOCK_N, BLOCK_K))
             both = tl.dot(x_tile, tl.trans(weights), both)
         if UP_FIRST:
-            up, gate = halves(both, BLOCK_M, 2 * BLOCK_N)
+            up, gate = halves(both)
         else:
-            gate, up = halves(both, BLOCK_M, 2 * BLOCK_N)
-        left, right = halves(gated(gate, up).to(out_map.dtype), BLOCK_M, BLOCK_N)
+            gate, up = halves(both)
+        left, right = halves(gated(gate, up).to(out_map.dtype))
         out_map.store([row, column], left)
         out_map.store([row, column + BLOCK_N // 2], right)
 
@@ -81,26 +78,11 @@ def _aligned(x):
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _weight_map(gate_weight_NK, up_weight_NK):
-    """`Tiles` of both weights, [2, N, K], and whether the up weight comes first.
-
-    A descriptor is a base, sizes and strides: the first stride is the distance between the two allocations.
-    """
-    gate, up = _aligned(gate_weight_NK), _aligned(up_weight_NK)
-    low, high = sorted((gate, up), key=torch.Tensor.data_ptr)
-    step = high.data_ptr() - low.data_ptr()
-    if not 0 < step < FARTHEST:  # one matrix given twice, or memory that no descriptor spans
-        stacked = torch.stack((gate, up))
-        low, high = stacked
-        gate, step = low, stacked.stride(0) * stacked.element_size()
-    (N, K), block = low.shape, (2, SWIGLU_CONFIG["BLOCK_N"], SWIGLU_CONFIG["BLOCK_K"])
-    return Tiles.of(low, (2, N, K), (step // low.element_size(), K, 1), block), low is not gate
-
-
 @swiglu.kernel
 def _swiglu(x, gate_weight_NK, up_weight_NK):
     """Sums, SiLU and product are float32 and rounded once; what `swiglu_fits` refuses goes to the reference."""
     (N, K), config = gate_weight_NK.shape, SWIGLU_CONFIG
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     alike = gate_weight_NK.dtype == up_weight_NK.dtype == x.dtype and x.shape[-1] == K
     if not (alike and up_weight_NK.shape == gate_weight_NK.shape):
         raise ValueError(
@@ -111,28 +93,30 @@ def _swiglu(x, gate_weight_NK, up_weight_NK):
     if not swiglu_fits(x, gate_weight_NK):
         return swiglu.reference(x, gate_weight_NK, up_weight_NK)
     out = x.new_empty(*x.shape[:-1], N)
-    x_MK, out_MN = _aligned(x.reshape(-1, K)), out.view(-1, N)
-    M, half = len(x_MK), config["BLOCK_N"] // 2
-    x_map = Tiles.of(x_MK, (M, K), (K, 1), (config["BLOCK_M"], config["BLOCK_K"]))
-    out_map = Tiles.of(out_MN, (M, N), (N, 1), (config["BLOCK_M"], half))
-    weight_map, up_first = _weight_map(gate_weight_NK, up_weight_NK)
-    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
-    swiglu_kernel[(min(tiles, processors(x.device)),)](
-        x_map, weight_map, out_map, M, N=N, K=K, UP_FIRST=up_first, **config
-    )
+    x_MK, gate, up = _aligned(x.reshape(-1, K)), _aligned(gate_weight_NK), _aligned(up_weight_NK)
+    # A descriptor is a base, sizes and strides: the first stride is the distance between the weights' two allocations
+    low, high = sorted((gate, up), key=torch.Tensor.data_ptr)
+    step = high.data_ptr() - low.data_ptr()
+    if not 0 < step < FARTHEST:  # one matrix given twice, or memory that no descriptor spans
+        stacked = torch.stack((gate, up))
+        low = gate = stacked[0]
+        step = stacked.stride(0) * stacked.element_size()
+    M = len(x_MK)
+    x_map = Tiles.of(x_MK, (M, K), (K, 1), (block_m, block_k))
+    weight_map = Tiles.of(low, (2, N, K), (step // low.element_size(), K, 1), (2, block_n, block_k))
+    out_map = Tiles.of(out.view(-1, N), (M, N), (N, 1), (block_m, block_n // 2))
+    programs = min(cdiv(M, block_m) * cdiv(N, block_n), processors(x.device))
+    swiglu_kernel[(programs,)](x_map, weight_map, out_map, M, N=N, K=K, UP_FIRST=low is not gate, **config)
     return out
 
 
 @linear_add.kernel
 def _linear_add(residual, x, weight_NK):
-    """cuBLAS adds what is there as it writes, which saves a pass over the product.
-
-    It is an operator of its own because the compiler would copy the residual first.
-    """
+    """cuBLAS adds what is there as it writes, which saves a pass over the product. It is an operator of its own as the
+    compiler would copy the residual first."""
     N, K = weight_NK.shape
     if weight_NK.dtype != x.dtype or K != x.shape[-1]:
         got = f"{tuple(weight_NK.shape)} in {weight_NK.dtype}"
         raise ValueError(f"weight must be [N, {x.shape[-1]}] in {x.dtype}, as x has it, got {got}; cast it")
-    if residual.shape != (*x.shape[:-1], N) or residual.dtype != x.dtype or not residual.is_contiguous():
-        check_in_place("residual", residual, (*x.shape[:-1], N), (x.dtype,))
+    check_in_place("residual", residual, (*x.shape[:-1], N), x.dtype)
     residual.view(-1, N).addmm_(x.reshape(-1, K), weight_NK.t())

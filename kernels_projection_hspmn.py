@@ -7,23 +7,10 @@ from functools import cache
 
 import torch
 
-from .kernels_common_hspmn import (
-    DTYPES,
-    HEAD_WIDTHS,
-    ROW_START,
-    TOKEN_START,
-    cdiv,
-    check,
-    check_in_place,
-    dense,
-    dependent,
-    kernel,
-    power_of_2,
-    processors,
-    router_score,
-    tl,
-    triton,
-)
+from .kernels_common_hspmn import (  # isort: skip
+    DTYPES, GAIN, HEAD_WIDTHS, cdiv, check, check_in_place, dense, dependent, from_start, kernel, power_of_2,
+    processors, shape_of, starts, tl, triton,
+)  # fmt: skip
 from .operations_hspmn import add_norm, norm_heads, place, split_heads
 
 FEATURES = ("gated", "elu")
@@ -33,13 +20,11 @@ COPIED_TAPS = 65536  # tokens from which on the taps of the convolution are laid
 
 @triton.jit
 def convolve(
-    x, history, weight, i, t, first, channel, t_begin, T,
-    C: tl.constexpr, TAPS: tl.constexpr, CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, HAS_HISTORY: tl.constexpr,
+    x, history, weight, i, t, first, channel, t_begin, T, C: tl.constexpr, TAPS: tl.constexpr,
+    CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr,
 ):  # fmt: skip
     """Causal convolution of tokens `t` [M] and channels `channel` [N] in float32; nothing before `first` is read.
-
-    x points at token t_begin of the row, i = t - t_begin; history points at the token TAPS - 1 before the row's first.
-    """
+    x is token t_begin of the row, i = t - t_begin; history is the token TAPS - 1 before the row's first."""
     in_t = t < T
     tile = tl.load(x + i[:, None] * C + channel[None, :], mask=in_t[:, None], other=0.0).to(tl.float32)
     if TAPS > 1:
@@ -49,7 +34,7 @@ def convolve(
             seen = in_t & (t - lag >= tl.maximum(first, 0))
             past = tl.load(x + (i - lag)[:, None] * C + channel[None, :], mask=seen[:, None], other=0.0)
             tile += past.to(tl.float32) * tl.load(weight + (TAPS - 1 - lag) * TAP_STEP).to(tl.float32)[None, :]
-        if HAS_HISTORY:
+        if history is not None:
             if t_begin < TAPS - 1:
                 for lag in tl.static_range(1, TAPS):
                     held = in_t & (t < lag) & (t - lag >= first)
@@ -60,35 +45,23 @@ def convolve(
 
 
 @triton.jit
-def feature_map(low, high, ELU: tl.constexpr):
-    """What the linear attention reads, of both halves of a head: elu + 1, or SiLU divided by its length."""
-    if ELU:
-        low = tl.where(low > 0, low + 1.0, tl.exp(tl.minimum(low, 0.0)))
-        high = tl.where(high > 0, high + 1.0, tl.exp(tl.minimum(high, 0.0)))
-    else:
-        low, high = low / (1.0 + tl.exp(-low)), high / (1.0 + tl.exp(-high))
-        # A length below 1e-12 counts as 1e-12, as in F.normalize
-        scale = tl.rsqrt(tl.maximum(tl.sum(low * low + high * high, 1), 1e-24))[:, None]
-        low, high = low * scale, high * scale
-    return low, high
-
-
-@triton.jit
-def store_halves(out, at, low, high, in_t, HALF: tl.constexpr):
-    """Both halves of a head's rows, in the dtype of `out`."""
-    tl.store(out + at, low.to(out.dtype.element_ty), mask=in_t[:, None])
-    tl.store(out + at + HALF, high.to(out.dtype.element_ty), mask=in_t[:, None])
-
-
-@triton.jit
 def store_query_or_key(
-    low, high, norm, cos, sin, linear, rotated, at, i, e, in_t,
-    E: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
-):  # fmt: skip
-    """The two forms of one query or key head, given as halves: for the linear attention, and normalised with RoPE."""
+    low, high, norm, cos, sin, linear, rotated, at, i, e, in_t, E: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr
+):
+    """The two forms of one query or key head, given as halves: for the linear attention (elu + 1, or SiLU divided by
+    its length), and normalised with RoPE."""
     HALF: tl.constexpr = E // 2
-    feature_low, feature_high = feature_map(low, high, ELU)
-    store_halves(linear, at, feature_low, feature_high, in_t, HALF)
+    if ELU:
+        feature_low = tl.where(low > 0, low + 1.0, tl.exp(tl.minimum(low, 0.0)))
+        feature_high = tl.where(high > 0, high + 1.0, tl.exp(tl.minimum(high, 0.0)))
+    else:
+        feature_low, feature_high = low / (1.0 + tl.exp(-low)), high / (1.0 + tl.exp(-high))
+        # A length below 1e-12 counts as 1e-12, as in F.normalize
+        squares = tl.sum(feature_low * feature_low + feature_high * feature_high, 1)
+        scale = tl.rsqrt(tl.maximum(squares, 1e-24))[:, None]
+        feature_low, feature_high = feature_low * scale, feature_high * scale
+    tl.store(linear + at, feature_low.to(linear.dtype.element_ty), mask=in_t[:, None])
+    tl.store(linear + at + HALF, feature_high.to(linear.dtype.element_ty), mask=in_t[:, None])
     scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / E + EPS)[:, None]
     low = low * scale * tl.load(norm + e).to(tl.float32)[None, :]
     high = high * scale * tl.load(norm + HALF + e).to(tl.float32)[None, :]
@@ -97,7 +70,9 @@ def store_query_or_key(
     sin_low = tl.load(sin + table_at, mask=in_table, other=0.0).to(tl.float32)
     cos_high = tl.load(cos + table_at + HALF, mask=in_table, other=0.0).to(tl.float32)
     sin_high = tl.load(sin + table_at + HALF, mask=in_table, other=0.0).to(tl.float32)
-    store_halves(rotated, at, low * cos_low - high * sin_low, high * cos_high + low * sin_high, in_t, HALF)
+    low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    tl.store(rotated + at, low.to(rotated.dtype.element_ty), mask=in_table)
+    tl.store(rotated + at + HALF, high.to(rotated.dtype.element_ty), mask=in_table)
 
 
 @triton.jit
@@ -105,11 +80,9 @@ def push_history(x, history, channel, stop, C: tl.constexpr, TAPS: tl.constexpr)
     """Move a row's history of TAPS - 1 tokens on by the `stop` tokens (at least 1) from x on, for some channels."""
     for i in tl.static_range(0, TAPS - 1):
         token = stop + i - (TAPS - 1)
-        new = tl.load(x + token * C + channel, mask=(channel < C) & (token >= 0), other=0.0).to(
-            history.dtype.element_ty
-        )
+        new = tl.load(x + token * C + channel, mask=(channel < C) & (token >= 0), other=0.0)
         old = tl.load(history + (stop + i) * C + channel, mask=(channel < C) & (token < 0), other=0.0)
-        tl.store(history + i * C + channel, tl.where(token >= 0, new, old))
+        tl.store(history + i * C + channel, tl.where(token >= 0, new.to(old.dtype), old))
 
 
 @kernel("T")
@@ -117,16 +90,14 @@ def split_heads_kernel(
     x, weight, history, start, length, cos, sin, q_norm, k_norm, q_linear, k_linear, q_rotated, k_rotated, v, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     CHANNEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
-    ONE_TABLE: tl.constexpr, START: tl.constexpr, HAS_HISTORY: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    ONE_TABLE: tl.constexpr, START: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other.
-
-    A head is held as two halves, so that RoPE pairs registers of one thread and the norms stay inside a warp. Programs
-    that follow each other take the heads of the same tokens, so together they read and write whole rows.
-    The programs of a row's first tokens, which alone read the history of their channels, move it on at their end.
-    """
+    """BLOCK_T tokens of HEADS heads out of the H + 2 G of the projection, one head after the other. A head is held as
+    two halves, so that RoPE pairs registers of one thread and the norms stay inside a warp. Programs that follow each
+    other take the heads of the same tokens, so together they read and write whole rows. The programs of a row's first
+    tokens, which alone read the history of their channels, move it on at their end."""
     ALL: tl.constexpr = H + 2 * G
+    C: tl.constexpr = ALL * E
     HALF: tl.constexpr = E // 2
     units: tl.constexpr = (ALL + HEADS - 1) // HEADS
     tiles = tl.cdiv(T, BLOCK_T)
@@ -136,102 +107,82 @@ def split_heads_kernel(
     b = (program // (units * tiles)).to(tl.int64)
     if PDL:  # of a single token
         tl.extra.cuda.gdc_wait()
-    i = tl.arange(0, BLOCK_T)
-    e = tl.arange(0, HALF)
+    i, e = tl.arange(0, BLOCK_T), tl.arange(0, HALF)
     t = t_begin + i
     in_t = t < T
     row = b * T + t_begin
-    first = tl.full([BLOCK_T], 1 - TAPS if HAS_HISTORY else 0, tl.int32)
-    if START == TOKEN_START:
-        begin = tl.load(start + row + i, mask=in_t, other=0)
-        first = tl.maximum(first, tl.maximum(begin, 1 - TAPS).to(tl.int32))
-    elif START == ROW_START:
-        first = tl.maximum(first, tl.maximum(tl.load(start + b), 1 - TAPS).to(tl.int32))
+    first = tl.full([BLOCK_T], 0 if history is None else 1 - TAPS, tl.int32)
+    first = from_start(first, start, b, row + i, in_t, 1 - TAPS, START)
     # What is left for the tiles fits 32 bits, which halves the registers that addresses take
-    x += row * (ALL * E)
+    x += row * C
     table = (t_begin.to(tl.int64) if ONE_TABLE else row) * E
     cos, sin = cos + table, sin + table
-    if HAS_HISTORY:
-        history += b * ((TAPS - 1) * ALL * E)
+    if history is not None:
+        history += b * ((TAPS - 1) * C)
     q_linear, q_rotated = q_linear + row * (H * E), q_rotated + row * (H * E)
     k_linear, k_rotated, v = k_linear + row * (G * E), k_rotated + row * (G * E), v + row * (G * E)
     q_at = i[:, None] * (H * E) + e[None, :]
     k_at = i[:, None] * (G * E) + e[None, :]
     for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
-        low = convolve(
-            x, history, weight, i, t, first, head * E + e, t_begin, T,
-            ALL * E, TAPS, CHANNEL_STEP, TAP_STEP, HAS_HISTORY,
-        )  # fmt: skip
-        high = convolve(
-            x, history, weight, i, t, first, head * E + HALF + e, t_begin, T,
-            ALL * E, TAPS, CHANNEL_STEP, TAP_STEP, HAS_HISTORY,
-        )  # fmt: skip
+        channel, upper = head * E + e, head * E + HALF + e
+        low = convolve(x, history, weight, i, t, first, channel, t_begin, T, C, TAPS, CHANNEL_STEP, TAP_STEP)
+        high = convolve(x, history, weight, i, t, first, upper, t_begin, T, C, TAPS, CHANNEL_STEP, TAP_STEP)
         if head < H:
-            store_query_or_key(
-                low, high, q_norm, cos, sin, q_linear, q_rotated, q_at + head * E, i, e, in_t, E, EPS, ELU
-            )  # fmt: skip
+            at = q_at + head * E
+            store_query_or_key(low, high, q_norm, cos, sin, q_linear, q_rotated, at, i, e, in_t, E, EPS, ELU)
         elif head < H + G:
-            store_query_or_key(
-                low, high, k_norm, cos, sin, k_linear, k_rotated, k_at + (head - H) * E, i, e, in_t, E, EPS, ELU
-            )  # fmt: skip
+            at = k_at + (head - H) * E
+            store_query_or_key(low, high, k_norm, cos, sin, k_linear, k_rotated, at, i, e, in_t, E, EPS, ELU)
         else:
-            store_halves(v, k_at + (head - H - G) * E, low, high, in_t, HALF)
+            at = k_at + (head - H - G) * E
+            tl.store(v + at, low.to(v.dtype.element_ty), mask=in_t[:, None])
+            tl.store(v + at + HALF, high.to(v.dtype.element_ty), mask=in_t[:, None])
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if HAS_HISTORY:
+    if history is not None:
         if t_begin == 0:
             tl.debug_barrier()  # every thread has read the history
-            stop = T
-            if HAS_LENGTH:
-                stop = tl.minimum(tl.load(length + b).to(tl.int32), T)
+            stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
             if stop > 0:
                 for head in range(head_begin, tl.minimum(head_begin + HEADS, ALL)):
                     push_history(x, history, head * E + tl.arange(0, E), stop, ALL * E, TAPS)
 
 
-def split_heads_config(B, T, heads, E, multiprocessors):
-    """Block sizes and launch options of `split_heads_kernel` for `heads` = H + 2 G heads in all.
-
-    32 tokens: the taps reach for 3 rows more, under a tenth, which neighbours have in L2. H200, B=64, T=4096, 16/4
-    heads, E=128, bf16: 8 heads per program, so that cos and sin come from L2 once and from L1 7 times, and 32 values
-    of a head per thread (128 registers) 1.60 ms; 16 values per thread 1.88, held to 64 registers 1.64; 1, 3, 4, 12 or
-    24 heads 1.64 to 2.0. While 8 programs per processor are left; else one head per program, the shortest way for one
-    token.
-    """
-    block_t = min(32, power_of_2(T))
-    enough = B * cdiv(T, block_t) * heads >= 64 * multiprocessors
-    warps = min(8, max(1, block_t * E // (1024 if enough else 512)))
-    return {"BLOCK_T": block_t, "HEADS": 8 if enough else 1, "num_warps": warps, "num_stages": 1}
-
-
 @cache
-def _split_plan(
-    x_shape, weight_shape, weight_stride, history_shape, tables, norms, dtype, kv_heads, eps, feature, device
-):
+def _split_plan(shapes, weight_stride, dtype, kv_heads, eps, feature, device):
     """Shapes of query-like and key-like outputs, grid and constants; ValueError for what the kernel does not take."""
-    (B, T, C), E, (H_rows, taps) = x_shape, norms[0][-1], weight_shape
+    (B, T, C), weight, history, cos, sin, q_norm, k_norm = (None if x is None else tuple(x) for x in shapes)
+    E, taps = q_norm[-1], weight[1]
     check((E in HEAD_WIDTHS, f"head width must be one of {HEAD_WIDTHS}, got {E}; set backend='reference' for others"))
-    H, lags = C // E - 2 * kv_heads, taps - 1
-    heads = f"x must have (H + 2 * kv_heads) * {E} channels with H a multiple of kv_heads ({kv_heads}), got {C}"
-    past = f"history must hold the {lags} tokens before, {(B, lags, C)}, got {history_shape}"
+    H, lags, heads = C // E - 2 * kv_heads, taps - 1, C // E
+    multiple = f"x must have (H + 2 * kv_heads) * {E} channels with H a multiple of kv_heads ({kv_heads}), got {C}"
+    past = f"history must hold the {lags} tokens before, {(B, lags, C)}, got {history}"
     check(
-        (C % E == 0 and kv_heads >= 1 and H >= 1 and H % max(1, kv_heads) == 0, heads),
+        (C % E == 0 and kv_heads >= 1 and H >= 1 and H % max(1, kv_heads) == 0, multiple),
         (dtype in DTYPES, f"x must be float32, bfloat16 or float16, got {dtype}; cast it"),
         (feature in FEATURES, f"feature must be one of {FEATURES}, got {feature!r}"),
-        (H_rows == C and taps >= 1, f"weight must be [{C}, taps], got {tuple(weight_shape)}"),
-        (history_shape is None or history_shape == (B, lags, C), past),
-        (norms[1] == norms[0] and len(norms[0]) == 1, f"norm weights must be [{E}], got {norms[0]} and {norms[1]}"),
+        (weight[0] == C and taps >= 1, f"weight must be [{C}, taps], got {weight}"),
+        (history is None or history == (B, lags, C), past),
+        (k_norm == q_norm == (E,), f"norm weights must be [{E}], got {q_norm} and {k_norm}"),
     )
-    for name, (rows, *rest) in zip(("cos", "sin"), tables, strict=True):
+    for name, (rows, *rest) in (("cos", cos), ("sin", sin)):
         check((rows in (1, B) and rest == [T, E], f"{name} must be [1 or {B}, {T}, {E}], got {(rows, *rest)}"))
-    config = split_heads_config(B, T, H + 2 * kv_heads, E, processors(device))
-    programs = B * cdiv(T, config["BLOCK_T"]) * cdiv(H + 2 * kv_heads, config["HEADS"])
+    # 32 tokens: the taps reach for 3 rows more, under a tenth, which neighbours have in L2. H200, B=64, T=4096, 16/4
+    # heads, E=128, bf16: 8 heads per program, so that cos and sin come from L2 once and from L1 7 times, and 32 values
+    # of a head per thread (128 registers) 1.60 ms; 16 values per thread 1.88, held to 64 registers 1.64; 1, 3, 4, 12
+    # or 24 heads 1.64 to 2.0. While 8 programs per processor are left; else one head per program, the shortest way
+    # for one token
+    block_t = min(32, power_of_2(T))
+    tiles = B * cdiv(T, block_t)
+    enough = tiles * heads >= 64 * processors(device)
+    together = 8 if enough else 1
     constants = {
         "H": H, "G": kv_heads, "E": E, "TAPS": taps, "CHANNEL_STEP": weight_stride[0], "TAP_STEP": weight_stride[1],
-        "EPS": eps, "ELU": feature == "elu", "HAS_HISTORY": history_shape is not None and lags > 0, **config,
-        **(dependent(device) if T == 1 and history_shape is not None else {"PDL": False}),
+        "EPS": eps, "ELU": feature == "elu", "BLOCK_T": block_t, "HEADS": together, "num_stages": 1,
+        "num_warps": min(8, max(1, block_t * E // (1024 if enough else 512))),
+        **(dependent(device) if T == 1 and history is not None else {"PDL": False}),
     }  # fmt: skip
-    return (B, T, H, E), (B, T, kv_heads, E), (programs,), constants
+    return (B, T, H, E), (B, T, kv_heads, E), (tiles * cdiv(heads, together),), constants
 
 
 @split_heads.kernel
@@ -244,27 +195,22 @@ def _split_heads(
     if B * T >= COPIED_TAPS:
         # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
         weight_CL = weight_CL.t().contiguous().t()
-    history_shape = None if history_BLC is None else tuple(history_BLC.shape)
-    tables, norms = (tuple(cos_BTE.shape), tuple(sin_BTE.shape)), (tuple(q_norm_E.shape), tuple(k_norm_E.shape))
     q_shape, k_shape, grid, constants = _split_plan(
-        x_BTC.shape, weight_CL.shape, weight_CL.stride(), history_shape, tables, norms, x_BTC.dtype, kv_heads, eps,
-        feature, x_BTC.device,
+        (x_BTC.shape, weight_CL.shape, shape_of(history_BLC), cos_BTE.shape, sin_BTE.shape, q_norm_E.shape,
+         k_norm_E.shape), weight_CL.stride(), x_BTC.dtype, kv_heads, eps, feature, x_BTC.device,
     )  # fmt: skip
     if history_BLC is not None and not history_BLC.is_contiguous():
-        check_in_place("history", history_BLC, history_shape, (history_BLC.dtype,))
+        check_in_place("history", history_BLC, history_BLC.shape, history_BLC.dtype)
     q_linear, k_linear, q = x_BTC.new_empty(q_shape), x_BTC.new_empty(k_shape), x_BTC.new_empty(q_shape)
     outputs = q_linear, k_linear, q, x_BTC.new_empty(k_shape), x_BTC.new_empty(k_shape)
     if x_BTC.numel() == 0:
         return outputs
     one_table = cos_BTE.shape[0] == sin_BTE.shape[0] == 1 or cos_BTE.stride(0) == sin_BTE.stride(0) == 0
-    if one_table:
-        cos, sin = cos_BTE[:1].contiguous(), sin_BTE[:1].contiguous()
-    else:
-        cos, sin = cos_BTE.expand(B, -1, -1).contiguous(), sin_BTE.expand(B, -1, -1).contiguous()
-    start, mode = (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+    cos, sin = (table[:1] if one_table else table.expand(B, -1, -1) for table in (cos_BTE, sin_BTE))
+    x, cos, sin, length, q_norm, k_norm = dense(x_BTC, cos, sin, length_B, q_norm_E, k_norm_E)
+    (start, mode), history = starts(start_BT, B), history_BLC if constants["TAPS"] > 1 else None
     split_heads_kernel[grid](
-        x_BTC.contiguous(), weight_CL, history_BLC, start, dense(length_B), cos, sin, q_norm_E.contiguous(),
-        k_norm_E.contiguous(), *outputs, T, ONE_TABLE=one_table, START=mode, HAS_LENGTH=length_B is not None,
+        x, weight_CL, history, start, length, cos, sin, q_norm, k_norm, *outputs, T, ONE_TABLE=one_table, START=mode,
         **constants,
     )  # fmt: skip
     return outputs
@@ -281,9 +227,8 @@ def softplus(x):
 
 @kernel("M")
 def norm_heads_kernel(
-    x, norm, head_weight, log_rate, rate_bias, score_weight, h, decay, gate, score, M, least,
-    H: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, head_weight, norm, log_rate, rate_bias, score_weight, h, decay, gate, score, M, least, H: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """h [M, D], decay and gate [M, H], score [M] of BLOCK_M rows, which are read twice: the second time from L2."""
     X: tl.constexpr = 2 * H
@@ -296,8 +241,7 @@ def norm_heads_kernel(
         rows = tl.load(x + m[:, None] * D + d[None, :], mask=real & (d < D)[None, :], other=0.0).to(tl.float32)
         squares += rows * rows
     scale = tl.rsqrt(tl.sum(squares, 1) / D + EPS)
-    total = tl.zeros([BLOCK_M, BLOCK_X], tl.float32)
-    products = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total, products = tl.zeros([BLOCK_M, BLOCK_X], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
         in_d = (d < D)[None, :]
@@ -316,7 +260,7 @@ def norm_heads_kernel(
     tl.store(decay + at, -rate[None, :] * softplus(rate_input) - least, mask=real & (n < H)[None, :])
     tl.store(gate + at - H, total.to(gate.dtype.element_ty), mask=real & ((n >= H) & (n < X))[None, :])
     if score_weight is not None:
-        tl.store(score + m, router_score(products, D), mask=m < M)
+        tl.store(score + m, tl.sum(products, 1) * (GAIN * D**-0.5), mask=m < M)
 
 
 @kernel("M")
@@ -327,10 +271,9 @@ def add_norm_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     at, inside = m[:, None] * D + d[None, :], (m < M)[:, None] & (d < D)[None, :]
-    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    rounded = rows.to(total.dtype.element_ty)
+    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = (rows + added).to(total.dtype.element_ty)
     tl.store(total + at, rounded, mask=inside)
     rows = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(rows * rows, 1) / D + EPS)
@@ -338,29 +281,22 @@ def add_norm_kernel(
     tl.store(h + at, (rows * scale[:, None] * factor[None, :]).to(h.dtype.element_ty), mask=inside)
 
 
-def norm_heads_config(element_size):
-    """Block sizes and launch options of `norm_heads_kernel`; 32 rows of 2048 values on all processors are 17 MB."""
-    return {"BLOCK_M": 32, "BLOCK_D": 128 if element_size == 2 else 32, "num_warps": 4, "num_stages": 3}
-
-
 @cache
-def _norm_plan(x_shape, head_shape, vectors, dtype, head_dtype, element_size):
+def _norm_plan(shapes, dtype, head_dtype):
     """Grid and constants of `norm_heads`; ValueError for what the kernel does not take."""
-    (B, T, D), X = x_shape, head_shape[0]
-    alike = (
-        f"x and head_weight must share a dtype of float32, bfloat16, float16; got {dtype} and {head_dtype}; cast them"
-    )
-    rows = f"head_weight must be [2 to {MOST_HEAD_ROWS}, {D}], an even number of rows, got {tuple(head_shape)}"
+    (B, T, D), head, *vectors = (None if x is None else tuple(x) for x in shapes)
+    H, kinds = head[0] // 2, "x and head_weight must share a dtype of float32, bfloat16, float16"
+    rows = f"head_weight must be [2 to {MOST_HEAD_ROWS}, {D}], an even number of rows, got {head}"
     check(
-        (dtype in DTYPES and head_dtype == dtype, alike),
-        (len(head_shape) == 2 and head_shape[1] == D and X % 2 == 0 and 2 <= X, rows),
+        (dtype in DTYPES and head_dtype == dtype, f"{kinds}; got {dtype} and {head_dtype}; cast them"),
+        (head[1:] == (D,) and head[0] % 2 == 0 and head[0] >= 2, rows),
     )
-    for (name, width), shape in vectors:
-        wanted = (D,) if width else (X // 2,)
+    widths = {"norm": (D,), "log_rate": (H,), "rate_bias": (H,), "score_weight": (D,)}
+    for (name, wanted), shape in zip(widths.items(), vectors, strict=True):
         check((shape is None or shape == wanted, f"{name} must be {wanted}, got {shape}"))
-    config = norm_heads_config(element_size)
-    sizes = {"H": X // 2, "D": D, "BLOCK_X": max(16, power_of_2(X))}
-    return (cdiv(B * T, config["BLOCK_M"]),), sizes | config
+    # 32 rows of 2048 values on all processors are 17 MB, so that the second reading is from L2
+    options = {"BLOCK_M": 32, "BLOCK_D": 128 if dtype.itemsize == 2 else 32, "num_warps": 4, "num_stages": 3}
+    return (cdiv(B * T, 32),), {"H": H, "D": D, "BLOCK_X": max(16, power_of_2(2 * H)), **options}
 
 
 @norm_heads.kernel
@@ -369,66 +305,57 @@ def _norm_heads(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, lea
     (B, T, _), X = x_BTD.shape, head_weight_XD.shape[0]
     if X > MOST_HEAD_ROWS:
         return norm_heads.reference(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, least, score_weight_D)
-    score_shape = None if score_weight_D is None else tuple(score_weight_D.shape)
-    vectors = (
-        (("norm", True), tuple(norm_D.shape)), (("log_rate", False), tuple(log_rate_H.shape)),
-        (("rate_bias", False), tuple(rate_bias_H.shape)), (("score_weight", True), score_shape),
-    )  # fmt: skip
     grid, constants = _norm_plan(
-        x_BTD.shape, head_weight_XD.shape, vectors, x_BTD.dtype, head_weight_XD.dtype, x_BTD.element_size()
-    )
+        (x_BTD.shape, head_weight_XD.shape, norm_D.shape, log_rate_H.shape, rate_bias_H.shape,
+         shape_of(score_weight_D)), x_BTD.dtype, head_weight_XD.dtype,
+    )  # fmt: skip
     h_BTD, gate_BTH = torch.empty_like(x_BTD, memory_format=torch.contiguous_format), x_BTD.new_empty(B, T, X // 2)
     decay_BTH = x_BTD.new_empty(B, T, X // 2, dtype=torch.float32)
-    score_BT = x_BTD.new_empty(B, T if score_shape else 0, dtype=torch.float32)
+    score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else T, dtype=torch.float32)
     if B * T:
         norm_heads_kernel[grid](
-            x_BTD.contiguous(), norm_D.contiguous(), head_weight_XD.contiguous(), log_rate_H.contiguous(),
-            rate_bias_H.contiguous(), dense(score_weight_D), h_BTD,
-            decay_BTH, gate_BTH, score_BT, B * T, least, EPS=eps, **constants,
+            *dense(x_BTD, head_weight_XD, norm_D, log_rate_H, rate_bias_H, score_weight_D), h_BTD, decay_BTH, gate_BTH,
+            score_BT, B * T, least, EPS=eps, **constants,
         )  # fmt: skip
     return h_BTD, decay_BTH, gate_BTH, score_BT
 
 
 @cache
 def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
-    """Grid and constants of `add_norm`: rows of 4096 values per program, which stay in registers."""
+    """Grid, rows and constants of `add_norm`: rows of 4096 values per program, which stay in registers."""
     D = x_shape[-1]
     alike = f"y must be {tuple(x_shape)} in {dtype}, as x is, got {tuple(y_shape)} in {y_dtype}"
     check(
         (y_shape == x_shape and y_dtype == dtype, alike),
-        (norm_shape == (D,), f"norm must be [{D}], the width of x, got {norm_shape}"),
+        (norm_shape == (D,), f"norm must be [{D}], the width of x, got {tuple(norm_shape)}"),
     )
-    block_d = power_of_2(D)
+    rows, block_d = x_shape.numel() // max(D, 1), power_of_2(D)
     block_m = max(1, 4096 // block_d)
-    options = {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(32, block_d // 1024))}
-    return (cdiv(x_shape.numel() // max(D, 1), block_m),), {"D": D} | options
+    sizes = {"D": D, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(32, block_d // 1024))}
+    return (cdiv(rows, block_m),), rows, sizes
 
 
 @add_norm.kernel
 def _add_norm(x_BTD, y_BTD, norm_D, eps):
     total_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     h_BTD = torch.empty_like(total_BTD)
-    grid, constants = _add_plan(x_BTD.shape, y_BTD.shape, tuple(norm_D.shape), x_BTD.dtype, y_BTD.dtype)
-    if grid[0]:
-        rows = x_BTD.numel() // x_BTD.shape[-1]
-        add_norm_kernel[grid](
-            x_BTD.contiguous(), y_BTD.contiguous(), norm_D.contiguous(), total_BTD, h_BTD, rows, EPS=eps, **constants
-        )
+    grid, rows, constants = _add_plan(x_BTD.shape, y_BTD.shape, norm_D.shape, x_BTD.dtype, y_BTD.dtype)
+    if rows:
+        add_norm_kernel[grid](*dense(x_BTD, y_BTD, norm_D), total_BTD, h_BTD, rows, EPS=eps, **constants)
     return total_BTD, h_BTD
 
 
 @kernel("T", "POSITION_STEP")
 def place_kernel(
     position, document_seen, last_position, frequency, cos, sin, start, places, T, POSITION_STEP, scaling,
-    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, HAS_POSITION: tl.constexpr,
+    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Positions of BLOCK_T tokens of a row and their rows of RoPE's tables; the row's start by its first program."""
     b = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = tl.arange(0, BLOCK_F)
+    t, f = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F)
     seen = tl.load(document_seen + b)
     at, begun = seen + t, -seen
-    if HAS_POSITION:
+    if position is not None:
         own = tl.load(position + b * POSITION_STEP)
         at, begun = own + t, tl.where(own == tl.load(last_position + b) + 1, begun, 0)
     if tl.program_id(0) == 0:
@@ -448,14 +375,13 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
     B, E = document_seen_B.shape[0], 2 * frequency_F.shape[0]
     check((position_BT is None or tokens == 1, f"position is of a single token, got {tokens}; pass None"))
     cos_BTE = frequency_F.new_empty(B, tokens, E, dtype=dtype)
-    sin_BTE = frequency_F.new_empty(B, tokens, E, dtype=dtype)
+    sin_BTE = torch.empty_like(cos_BTE)
     start_BT, place_BT = document_seen_B.new_empty(B, 1), document_seen_B.new_empty(B, tokens)
     if B and tokens:
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
         block = min(32, power_of_2(tokens))
         place_kernel[(cdiv(tokens, block), B)](
-            dense(position_BT), document_seen_B.contiguous(), last_position_B.contiguous(), frequency_F.contiguous(),
-            cos_BTE, sin_BTE, start_BT, place_BT, tokens, step, scaling, E=E, BLOCK_T=block,
-            BLOCK_F=power_of_2(E // 2), HAS_POSITION=position_BT is not None, num_warps=4,
+            *dense(position_BT, document_seen_B, last_position_B, frequency_F), cos_BTE, sin_BTE, start_BT, place_BT,
+            tokens, step, scaling, E=E, BLOCK_T=block, BLOCK_F=power_of_2(E // 2), num_warps=4,
         )  # fmt: skip
     return cos_BTE, sin_BTE, start_BT, place_BT
