@@ -99,14 +99,16 @@ def router_statistics(routes, real, routers, config):
     (token entropy), and each layer's mean gate to its final share while the target still falls: a price on gates sorts
     the tokens before any is dropped, where a term towards the target would push all scores up first.
     """
-    device = routes[0].sums_B4.device  # of a model spread over several, the first
-    means_L4 = torch.stack([route.sums_B4.to(device) for route in routes]).sum(1) / real
-    share_L = torch.stack([router.share.to(means_L4) for router in routers])
+    sums, shares, own = [], [], 0.0
+    for route, router in zip(routes, routers, strict=True):
+        sums.append(route.sums_B4.to(routes[0].sums_B4.device))  # of a model spread over several devices, the first
+        shares.append(router.share.to(sums[0]))
+        for share in (router.sparsity_k, 1 - router.sparsity_k):
+            own += share * math.log(share) if share else 0.0
+    means_L4, share_L = torch.stack(sums).sum(1) / real, torch.stack(shares)
     gate_L = means_L4[:, 3].clamp(1e-6, 1 - 1e-6)
     # divergence of the mean gates from the shares: their cross entropy, less the entropy of the shares
     cross_L = torch.lerp(torch.log1p(-gate_L), gate_L.log(), share_L)
-    shares = [share for router in routers for share in (router.sparsity_k, 1 - router.sparsity_k) if share]
-    own = sum(share * math.log(share) for share in shares)
     token, load = config.router_token_entropy_coef, config.router_load_entropy_coef
     loss = torch.sub(token * means_L4[:, 2], cross_L, alpha=load).sum() + load * own
     return means_L4[:, :3].detach(), loss
@@ -446,8 +448,11 @@ class HSPMNBlock(GradientCheckpointingLayer):
             hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
             if type(module) is not kind or hooked:
                 return "modules", f"a {type(module).__name__} is adapted, replaced or hooked (offloading does too)"
-            if weighs and (type(module.weight) is not nn.Parameter or module.weight.dtype != x_BTD.dtype):
+            weight = module.weight if weighs else None
+            if weighs and (type(weight) is not nn.Parameter or weight.dtype != x_BTD.dtype):
                 return "modules", f"a {kind.__name__} is quantised or not in the dtype of the hidden states"
+            if weighs and not weight.is_contiguous():
+                return "modules", f"the weight of a {kind.__name__} is not contiguous"
             if kind is nn.Linear and module.bias is not None:
                 return "modules", "a linear layer has a bias"
         single = cached and x_BTD.shape[1] == 1
@@ -481,6 +486,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
+        x_BTD = x_BTD.contiguous()
         history = state = ring_k = ring_v = route = stored = None
         if layer_cache is not None:
             if not layer_cache.is_initialized:
@@ -528,6 +534,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
+        x_BTD = x_BTD.contiguous()
         if not layer_cache.is_initialized:
             layer_cache.lazy_initialization(x_BTD)
         score_weight = decision = score_BT = None
@@ -565,7 +572,7 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
     position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
     length_B: real tokens per row, or None if all are. backend: see `pick_backend`.
     """
-    B, T = x_BTD.shape[:2]
+    (B, T), position_BT = x_BTD.shape[:2], None if position_BT is None else position_BT.contiguous()
     seen_B = start_BT = None
     if cache is not None:
         cache.start_call(B, T, x_BTD.device)
@@ -584,13 +591,13 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         position_BT = (token_T + document_seen).expand(B if cache is not None else 1, T)
         start_BT = None if cache is None else -document_seen
     else:
-        position_BT = position_BT if cache is None else position_BT.expand(B, T)
+        position_BT = position_BT if cache is None else position_BT.expand(B, T).contiguous()
         last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
         jumps_BT = position_BT != torch.cat([last, position_BT[:, :-1]], 1) + 1
         if length_B is not None:  # padding starts no document
             jumps_BT = jumps_BT & (token_T < length_B[:, None])
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
-        start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T)
+        start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T).contiguous()
     return Stream(position_BT, *rotary(x_BTD, position_BT), start_BT, length_B, seen_B, backend)
 
 

@@ -113,13 +113,17 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         }  # fmt: skip
         # What stays in one launch, and in another what is replaced as the store grows
         replaced = self.slot_tensors if self.routes else ()
-        for names in filter(None, ([name for name in shapes if name not in replaced], replaced)):
-            sizes = [math.prod((batch_size, *shapes[name][1:])) * shapes[name][0].itemsize for name in names]
-            whole = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-            pieces = torch.zeros(sum(whole), dtype=torch.uint8, device=device).split(whole)
-            for name, size, piece in zip(names, sizes, pieces, strict=True):
+        for group in ([name for name in shapes if name not in replaced], replaced):
+            begin, places = 0, {}
+            for name in group:
                 kind, *shape = shapes[name]
-                self.keep(name, piece[:size].view(kind).view(batch_size, *shape))
+                places[name] = begin, math.prod((batch_size, *shape)) * kind.itemsize
+                begin += -(-places[name][1] // ALIGNMENT) * ALIGNMENT
+            whole = torch.zeros(begin, dtype=torch.uint8, device=device) if group else None
+            for name, (place, size) in places.items():
+                kind, *shape = shapes[name]
+                tensor = whole[place : place + size].view(kind).view(batch_size, *shape)
+                setattr(self, name, mark_static(tensor) if self.static else tensor)
         self.most_used = 0  # upper bound of `count` over the rows, known without reading the device
         self.is_initialized = True
 

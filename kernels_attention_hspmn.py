@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    FLOOR, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, dense, from_start,
-    has_descriptors, heads_of, kernel, power_of_2, processors, shape_of, starts, tile_maps, tl, triton,
+    FLOOR, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start, has_descriptors,
+    kernel, power_of_2, processors, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
 
@@ -340,8 +340,8 @@ def _gather(x_BTX, y_BTX, index_BK, count_B=None):
     out_y = None if y_BTX is None else torch.empty_like(out)
     if out.numel():
         X = out.stride(1)
-        take_rows_kernel[(cdiv(K, 8), B, 1 if y_BTX is None else 2)](
-            *dense(x_BTX, y_BTX, index_BK), count_B, out, out_y, T, K, X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)),
+        take_rows_kernel[(-(-K // 8), B, 1 if y_BTX is None else 2)](
+            x_BTX, y_BTX, index_BK, count_B, out, out_y, T, K, X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)),
             num_warps=4,
         )  # fmt: skip
     return out, out_y
@@ -400,31 +400,33 @@ def _local_attention(
     norm_E=None, eps=0.0,
 ):  # fmt: skip
     """The attention and its log-sum-exp or, with `linear_BTHE` and what follows, `reflexive_merge` and None."""
-    B, T, H, E = q_BTHE.shape
-    q, k, v, linear, norm = dense(q_BTHE, k_BTGE, v_BTGE, linear_BTHE, norm_E)
-    merged = None if linear is None else (shape_of(linear), shape_of(head_gate_BTH), shape_of(norm))
-    grid, tiled, sizes = _local_plan(*heads_of(q, k, v), window, shape_of(ring_k_BWGE), merged)
-    start, mode = starts(start_BT, B)
-    out, step = torch.empty_like(q), 0
-    lse = q.new_empty(B, T, H, dtype=torch.float32) if linear is None else None
-    if linear is not None:
+    (B, T, H, E), q, k, v = q_BTHE.shape, q_BTHE, k_BTGE, v_BTGE
+    grid, tiled, sizes = _local_plan(
+        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), window,
+        None if ring_k_BWGE is None else ring_k_BWGE.shape,
+        None if linear_BTHE is None else (linear_BTHE.shape, head_gate_BTH.shape, norm_E.shape),
+    )  # fmt: skip
+    out, step, lse = torch.empty_like(q), 0, None
+    if linear_BTHE is None:
+        lse = q.new_empty(B, T, H, dtype=torch.float32)
+    else:
         # Half of the columns of one projection, as the model has them, need no copy
         if head_gate_BTH.stride(2) != 1 or (B > 1 and head_gate_BTH.stride(0) != T * head_gate_BTH.stride(1)):
             head_gate_BTH = head_gate_BTH.contiguous()
         step = head_gate_BTH.stride(1)
     # Without a start every token sees only this call, so a ring changes nothing
-    ring = dense(ring_k_BWGE, ring_v_BWGE, seen_B) if mode else (None, None, None)
+    ring = (None, None, None) if start_BT is None else (ring_k_BWGE, ring_v_BWGE, seen_B)
     if out.numel():
         block = (1, sizes["BLOCK_N"], 1, E)
         maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
         local_attention_kernel[grid](
-            q, k, v, *maps, start, *ring, linear, head_gate_BTH, norm, out, lse, T, START=mode, GATE_STEP=step,
-            EPS=eps, **sizes,
+            q, k, v, *maps, start_BT, *ring, linear_BTHE, head_gate_BTH, norm_E, out, lse, T,
+            START=0 if start_BT is None else min(2, start_BT.shape[1]), GATE_STEP=step, EPS=eps, **sizes,
         )  # fmt: skip
     return out, lse
 
 
-@reflexive_merge.kernel
+@reflexive_merge.kernel(strided=("head_gate_BTH",))
 def _reflexive_merge(*inputs):
     """`local_attention` that adds the other part before its one write; all but the products is float32."""
     return _local_attention(*inputs)[0]
@@ -435,7 +437,7 @@ def _store_rows(k_BPGE, v_BPGE):
     (G, E), step = k_BPGE.shape[2:], k_BPGE.stride(0)
     if k_BPGE.stride() == v_BPGE.stride() == (step, G * E, E, 1) and step % (G * E) == 0:
         return k_BPGE, v_BPGE
-    return dense(k_BPGE, v_BPGE)
+    return k_BPGE.contiguous(), v_BPGE.contiguous()
 
 
 @lru_cache(maxsize=1024)
@@ -462,7 +464,9 @@ def _sqsk_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, K):
 def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
     """Launch over [B, K] slots; `gate` given: merge into `out`, which has tokens as rows; `lse` may be None."""
     (B, T, H, E), G = q.shape, k.shape[2]
-    programs, splits, tiled, sizes = _sqsk_plan(*heads_of(q, k, v), K)
+    programs, splits, tiled, sizes = _sqsk_plan(
+        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), K
+    )
     if not programs:
         return
     first = None if first is None else first.expand(B, K).contiguous()
@@ -482,30 +486,28 @@ def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
         )
 
 
-@sqsk_attention.kernel
+@sqsk_attention.kernel(strided=("k_BPGE", "v_BPGE"))
 def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     """Slots past `count_B` are never read as keys and give zeros; work is done for the count alone."""
-    B, K, H, _ = q_BKHE.shape
-    q, held, count = dense(q_BKHE, held_B, count_B)
-    out_BKHE, lse_BKH = torch.empty_like(q), q.new_empty(B, K, H, dtype=torch.float32)
-    _launch_sqsk(q, *_store_rows(k_BPGE, v_BPGE), None, first_BK, held, count, None, out_BKHE, lse_BKH, K)
+    (B, K, H, _), kv = q_BKHE.shape, _store_rows(k_BPGE, v_BPGE)
+    out_BKHE, lse_BKH = torch.empty_like(q_BKHE), q_BKHE.new_empty(B, K, H, dtype=torch.float32)
+    _launch_sqsk(q_BKHE, *kv, None, first_BK, held_B, count_B, None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
 
 
-@sqsk_merge.kernel
+@sqsk_merge.kernel(strided=("k_BPGE", "v_BPGE"))
 def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BK, held_B, count_B):
     """The sum is float32, and tokens that were not routed are not passed over."""
     layout = f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, contiguous="
     if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
         raise ValueError(f"{layout}{reflexive_BTHE.is_contiguous()}")
-    gate, q, index, held, count = dense(gate_BT, q_BTHE, index_BK, held_B, count_B)
-    if held is None:
+    k, v = _store_rows(k_BPGE, v_BPGE)
+    if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = _gather(k_BPGE, v_BPGE, index, count)
-    else:
-        k, v = _store_rows(k_BPGE, v_BPGE)
-    _launch_sqsk(q, k, v, index, first_BK, held, count, gate, reflexive_BTHE, None, index.shape[1])
+        k, v = _gather(k, v, index_BK, count_B)
+    K = index_BK.shape[1]
+    _launch_sqsk(q_BTHE, k, v, index_BK, first_BK, held_B, count_B, gate_BT, reflexive_BTHE, None, K)
 
 
 @extend.kernel
@@ -520,15 +522,14 @@ def _extend(
         if not x.is_contiguous() or x.shape[2:] != k_BTGE.shape[2:]:
             raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {E}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
-    blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)
+    blocks = -(-W // STORE_BLOCK) + (max(1, -(-K // STORE_BLOCK)) if routes else 0)
     first_BK, numbers_4B = held_B.new_empty((B, K) if routes else 0), held_B.new_empty((4, B) if routes else 0)
     if not (B and T and blocks * G):
         return first_BK, numbers_4B
-    start, mode = starts(start_BT, B)
     extend_kernel[(blocks * G, B)](
-        *dense(k_BTGE, v_BTGE, position_BT), start, *dense(length_B, seen_B, index_BK, count_B), *written.values(),
-        positions_BP, *dense(held_B, document_slot_B), key_scales_BPG, value_scales_BPG, first_BK, numbers_4B,
-        B, T, K, P, T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
-        START=mode, num_warps=4,
+        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, count_B, *written.values(), positions_BP,
+        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, first_BK, numbers_4B, B, T, K, P,
+        T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
+        START=0 if start_BT is None else min(2, start_BT.shape[1]), num_warps=4,
     )  # fmt: skip
     return first_BK, numbers_4B

@@ -198,31 +198,10 @@ def check_heads(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype):
     )
 
 
-def check_in_place(name, x, shape, dtype):
-    """Raise ValueError unless `x` is contiguous, of that shape and dtype."""
-    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
-        got = f"{x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
-        raise ValueError(f"{name} must be contiguous {dtype} {tuple(shape)} to be updated in place, got {got}")
-
-
-def dense(*tensors):
-    """Each of them contiguous; None stays None."""
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
-def shape_of(x):
-    """Shape of a tensor, None of None; `tuple` of it is left to plans, which seldom run."""
-    return None if x is None else x.shape
-
-
-def heads_of(q, k, v):
-    """What a plan depends on of queries, keys and values: shapes, dtypes, device and size of an element."""
-    return q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size()
-
-
-def starts(start_BT, B):
-    """`start_BT` for a kernel, and how it is read: 0 not at all, ROW_START as a row's only one, TOKEN_START."""
-    return (None, 0) if start_BT is None else (start_BT.expand(B, -1).contiguous(), min(2, start_BT.shape[1]))
+def refuse_in_place(name, x, shape, dtype):
+    """Raise ValueError for `x`, which is not contiguous, of that shape and dtype; asked for where it is launched."""
+    got = f"{x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"
+    raise ValueError(f"{name} must be contiguous {dtype} {tuple(shape)} to be updated in place, got {got}")
 
 
 def tile_maps(*fields):

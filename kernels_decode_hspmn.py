@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, check_in_place, dense, dependent, kernel, power_of_2,
-    processors, shape_of, tl, triton,
+    DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, dependent, kernel, power_of_2, processors,
+    refuse_in_place, tl, triton,
 )  # fmt: skip
 from .kernels_attention_hspmn import finish, fold_block, quantize
 from .kernels_mlp_hspmn import gated
@@ -260,7 +260,8 @@ def _attend_token(
     """Cached keys are read for routed rows alone; all arithmetic is float32."""
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
     parts, grid, constants, merge_grid, merge = _attend_plan(
-        tuple(map(shape_of, (q_BTHE, k_BTGE, v_BTGE, q_linear_BTHE, k_linear_BTGE, head_BTX, score_BT))),
+        (q_BTHE.shape, k_BTGE.shape, v_BTGE.shape, q_linear_BTHE.shape, k_linear_BTGE.shape, head_BTX.shape,
+         None if score_BT is None else score_BT.shape),
         (q_BTHE.dtype, k_BTGE.dtype, v_BTGE.dtype, q_linear_BTHE.dtype, k_linear_BTGE.dtype), q_BTHE.device,
         ring_k_BWGE.element_size(), P, score_BT is not None,
     )  # fmt: skip
@@ -273,25 +274,24 @@ def _attend_token(
         torch.int32), ("document_slot", document_slot_B, counts, torch.int32), ("key_scales", key_scales_BPG, scales,
         torch.float32), ("value_scales", value_scales_BPG, scales, torch.float32),
     ):  # fmt: skip
-        if shape is not None:
-            check_in_place(name, x, shape, dtype)
-    out_BTHE, slot_BT = torch.empty_like(q_BTHE, memory_format=torch.contiguous_format), start_BT.new_empty(B, 1)
+        if shape is not None and (x.shape != shape or x.dtype != dtype or not x.is_contiguous()):
+            refuse_in_place(name, x, shape, dtype)
+    out_BTHE, slot_BT = torch.empty_like(q_BTHE), start_BT.new_empty(B, 1)
     if B == 0:
         return out_BTHE, slot_BT
-    head, score, norm = dense(head_BTX, score_BT, norm_E)
     linear_BHE = q_BTHE.new_empty(B, H, E, dtype=torch.float32)
     part = q_BTHE.new_empty(B, parts, H, E, dtype=torch.float32)
     part_lse = q_BTHE.new_empty(B, parts, H, dtype=torch.float32)
     plan_B2 = held_B.new_empty(B, 2)
     attend_token_kernel[grid](
-        *dense(q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE), head, *dense(log_rate_H, rate_bias_H), least,
-        *dense(position_BT.expand(B, 1), start_BT.expand(B, 1), length_B, seen_B), score, bias, state_BHEE,
-        ring_k_BWGE, ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG,
-        value_scales_BPG, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **constants,
+        q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least,
+        position_BT.expand(B, 1).contiguous(), start_BT, length_B, seen_B, score_BT, bias, state_BHEE, ring_k_BWGE,
+        ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+        linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
-        linear_BHE, head, norm, part, part_lse, plan_B2, slot_BT, score, held_B, document_slot_B, out_BTHE, EPS=eps,
-        NOISE_FLOOR=noise_floor, **merge,
+        linear_BHE, head_BTX, norm_E, part, part_lse, plan_B2, slot_BT, score_BT, held_B, document_slot_B, out_BTHE,
+        EPS=eps, NOISE_FLOOR=noise_floor, **merge,
     )  # fmt: skip
     return out_BTHE, slot_BT
 
@@ -502,10 +502,10 @@ def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
     head_BTX = x_BTD.new_empty(B, 1, constants["X"], dtype=torch.float32)
     score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else 1, dtype=torch.float32)
     if B:
-        x, norm, qkv_weight, *others = dense(*inputs)
         product_kernel[grid](
-            x, norm, qkv_weight, None, *others, None, qkv_BTC, head_BTX, score_BT, B, EPS=eps, **constants
-        )
+            x_BTD, norm_D, qkv_weight_CD, None, head_weight_XD, score_weight_D, None, qkv_BTC, head_BTX, score_BT, B,
+            EPS=eps, **constants,
+        )  # fmt: skip
     return qkv_BTC, head_BTX, score_BT
 
 
@@ -522,8 +522,8 @@ def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
         product_kernel[grid](
-            x_BTD.contiguous(), norm_D.contiguous(), gate_weight_ND.contiguous(), up_weight_ND.contiguous(), None,
-            None, None, out_BTN, None, None, B, EPS=eps, **constants,
+            x_BTD, norm_D, gate_weight_ND, up_weight_ND, None, None, None, out_BTN, None, None, B, EPS=eps,
+            **constants,
         )  # fmt: skip
     return out_BTN
 
@@ -541,7 +541,6 @@ def _linear_add_token(residual_BTN, x_BTD, weight_ND):
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
         product_kernel[grid](  # nothing is normed
-            x_BTD.contiguous(), None, weight_ND.contiguous(), None, None, None, residual_BTN.contiguous(), out_BTN,
-            None, None, B, EPS=1.0, **constants,
+            x_BTD, None, weight_ND, None, None, None, residual_BTN, out_BTN, None, None, B, EPS=1.0, **constants
         )  # fmt: skip
     return out_BTN

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    HEAD_WIDTHS, ROW_START, TOKEN_START, cdiv, check, dense, interpreted, kernel, power_of_2, starts, tl, triton,
+    HEAD_WIDTHS, ROW_START, TOKEN_START, cdiv, check, interpreted, kernel, power_of_2, tl, triton,
 )  # fmt: skip
 from .kernels_attention_hspmn import take_rows
 from .kernels_decode_hspmn import attend_token
@@ -126,10 +126,9 @@ def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
     count_B, sums_B4 = score_BT.new_empty(B, dtype=torch.int32), score_BT.new_empty(B, 4, dtype=torch.float32)
     if B and T:
         sums = sums_B4 if N == 1 else gate_BT.new_empty(B, N, 3)
-        (score, length), (start, mode) = dense(score_BT, length_B), starts(start_BT, B)
         decide_kernel[(N, B)](
-            score, bias, start, length, gate_BT, index_BK, slot_BT, count_B, sums, T, capacity, N, noise_floor,
-            INITIAL=initial, START=mode, WHOLE=N == 1, **options,
+            score_BT, bias, start_BT, length_B, gate_BT, index_BK, slot_BT, count_B, sums, T, capacity, N, noise_floor,
+            INITIAL=initial, START=0 if start_BT is None else min(2, start_BT.shape[1]), WHOLE=N == 1, **options,
         )  # fmt: skip
         if N > 1:
             compact_kernel[(N, B)](

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, check_in_place, dense, has_descriptors,
-    heads_of, kernel, power_of_2, processors, shape_of, starts, tile_maps, tl, triton,
+    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, has_descriptors, kernel, power_of_2,
+    processors, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import linear_attention
 
@@ -188,13 +188,14 @@ def _segments(programs, T, device):
 
 @lru_cache(maxsize=1024)
 def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
-    """Segments, tokens of each, value blocks, whether tiles come through descriptors, and constants; `state`: shape
-    and dtype of the state that is written in place, or None."""
+    """Segments, tokens of each, grids and constants of the decays, whether tiles come through descriptors, and grid
+    and constants; `state`: shape, dtype and contiguity of the state that is written in place, or None."""
     check_heads(q_shape, k_shape, v_shape, *dtypes)
     (B, T, H, E), (G, F) = q_shape, v_shape[2:]
-    wanted = ((B, H, E, F), torch.float32)
+    wanted = ((B, H, E, F), torch.float32, True)
     if state not in (None, wanted):
-        raise ValueError(f"state must be {wanted} to be updated in place, got {(tuple(state[0]), state[1])}")
+        got = f"{state[1]} {tuple(state[0])}, contiguous={state[2]}"
+        raise ValueError(f"state must be contiguous float32 {wanted[0]} to be updated in place, got {got}")
     # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
     # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
     # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
@@ -210,7 +211,9 @@ def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
         "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_F": block_f, "TAIL_STAGES": 1 if tiled else stages,
         "num_warps": 4 if few_warps else 8, "num_stages": stages,
     }  # fmt: skip
-    return cdiv(T, span), span, blocks, tiled, sizes
+    decay = {"H": H, "HEADS": power_of_2(H), "BLOCK_T": block_t, "num_warps": 4}
+    S = cdiv(T, span)
+    return S, span, (cdiv(T, block_t), B), decay, tiled, (B * H * S * blocks,), sizes
 
 
 @linear_attention.kernel
@@ -218,36 +221,33 @@ def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B,
     """One pass over the tokens, over k and v two if a row is cut; tokens past `length_B` give zeros. Products are of
     q's dtype, sums and states float32."""
     (B, T, H, E), (G, F) = q_BTHE.shape, v_BTGF.shape[2:]
-    state = None if state_BHEF is None else (shape_of(state_BHEF), state_BHEF.dtype)
-    S, span, blocks, tiled, sizes = _plan(*heads_of(q_BTHE, k_BTGE, v_BTGF), state)
-    if state_BHEF is not None:
-        check_in_place("state", state_BHEF, (B, H, E, F), torch.float32)
-    out_BTHF = q_BTHE.new_empty(B, T, H, F)
+    q, k, v, state = q_BTHE, k_BTGE, v_BTGF, state_BHEF
+    S, span, decay_grid, decay, tiled, grid, sizes = _plan(
+        q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(),
+        None if state is None else (state.shape, state.dtype, state.is_contiguous()),
+    )  # fmt: skip
+    out_BTHF = q.new_empty(B, T, H, F)
     if not out_BTHF.numel():
         return out_BTHF
-    q, k, v, log_decay, length = dense(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, length_B)
-    start, mode = starts(start_BT, B)
-    block_t, block_f = sizes["BLOCK_T"], sizes["BLOCK_F"]
-    maps = (None, None, None)
+    mode, maps = 0 if start_BT is None else min(2, start_BT.shape[1]), (None, None, None)
     if tiled:
+        block_t, block_f = sizes["BLOCK_T"], sizes["BLOCK_F"]
         maps = tile_maps(
             (q, (B * T, H * E), (H * E, 1), (block_t, E)), (k, (B * T, G * E), (G * E, 1), (block_t, E)),
             (v, (B * T, G * F), (G * F, 1), (block_t, block_f)),
         )  # fmt: skip
     decays = q.new_empty(B, H, T, dtype=torch.float32)
-    decay_kernel[(cdiv(T, block_t), B)](
-        log_decay, length, decays, T, H=H, HEADS=power_of_2(H), BLOCK_T=block_t, num_warps=4
-    )
-    before, inputs, grid = state_BHEF, (q, k, v, *maps, decays, start, length), (B * H * S * blocks,)
-    last = q.new_empty(B, H, E, F, dtype=torch.float32) if state_BHEF is None else state_BHEF
+    decay_kernel[decay_grid](log_decay_BTH, length_B, decays, T, **decay)
+    before, inputs = state, (q, k, v, *maps, decays, start_BT, length_B)
+    last = q.new_empty(B, H, E, F, dtype=torch.float32) if state is None else state
     if S > 1:
         before = q.new_empty(B, H, S, E, F, dtype=torch.float32)
         carry = q.new_empty(B, H, S, dtype=torch.float32)
         linear_attention_kernel[grid](
             *inputs, None, None, before, carry, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
         )
-        segment_states_kernel[(B * H, cdiv(E * F, 1024))](
-            state_BHEF, start, before, carry, S, H=H, X=E * F, BLOCK_X=1024, START=mode, num_warps=4
+        segment_states_kernel[(B * H, -(-E * F // 1024))](
+            state, start_BT, before, carry, S, H=H, X=E * F, BLOCK_X=1024, START=mode, num_warps=4
         )
     linear_attention_kernel[grid](
         *inputs, before, out_BTHF, last, None, T, span, S, START=mode, KEPT=S == 1, STATE_ONLY=False, **sizes

@@ -5,7 +5,7 @@ Meaning and shapes in `operations_hspmn`. M tokens (all leading dimensions), K f
 
 import torch
 
-from .kernels_common_hspmn import Tiles, cdiv, check_in_place, has_descriptors, kernel, processors, tl, triton
+from .kernels_common_hspmn import Tiles, cdiv, has_descriptors, kernel, processors, refuse_in_place, tl, triton
 from .operations_hspmn import SILU_LIMIT, linear_add, swiglu
 
 LOWEST = tl.constexpr(-SILU_LIMIT)
@@ -73,8 +73,7 @@ def swiglu_fits(x, gate_weight):
 
 
 def _aligned(x):
-    """`x` contiguous from a multiple of 16 bytes, as descriptors want it; a copy only where it is not."""
-    x = x.contiguous()
+    """`x` from a multiple of 16 bytes, as descriptors want it; a copy only where it is not."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -118,5 +117,6 @@ def _linear_add(residual, x, weight_NK):
     if weight_NK.dtype != x.dtype or K != x.shape[-1]:
         got = f"{tuple(weight_NK.shape)} in {weight_NK.dtype}"
         raise ValueError(f"weight must be [N, {x.shape[-1]}] in {x.dtype}, as x has it, got {got}; cast it")
-    check_in_place("residual", residual, (*x.shape[:-1], N), x.dtype)
+    if residual.shape != (*x.shape[:-1], N) or residual.dtype != x.dtype or not residual.is_contiguous():
+        refuse_in_place("residual", residual, (*x.shape[:-1], N), x.dtype)
     residual.view(-1, N).addmm_(x.reshape(-1, K), weight_NK.t())

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    DTYPES, GAIN, HEAD_WIDTHS, cdiv, check, check_in_place, dense, dependent, from_start, kernel, power_of_2,
-    processors, shape_of, starts, tl, triton,
+    DTYPES, GAIN, HEAD_WIDTHS, cdiv, check, dependent, from_start, kernel, power_of_2, processors,
+    refuse_in_place, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import add_norm, norm_heads, place, split_heads
 
@@ -185,7 +185,7 @@ def _split_plan(shapes, weight_stride, dtype, kv_heads, eps, feature, device):
     return (B, T, H, E), (B, T, kv_heads, E), (tiles * cdiv(heads, together),), constants
 
 
-@split_heads.kernel
+@split_heads.kernel(strided=("weight_CL", "cos_BTE", "sin_BTE"))
 def _split_heads(
     x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, feature
 ):
@@ -196,21 +196,24 @@ def _split_heads(
         # Taps of neighbouring channels side by side, so that a thread loads 16 bytes of them; no copy if they are
         weight_CL = weight_CL.t().contiguous().t()
     q_shape, k_shape, grid, constants = _split_plan(
-        (x_BTC.shape, weight_CL.shape, shape_of(history_BLC), cos_BTE.shape, sin_BTE.shape, q_norm_E.shape,
-         k_norm_E.shape), weight_CL.stride(), x_BTC.dtype, kv_heads, eps, feature, x_BTC.device,
+        (x_BTC.shape, weight_CL.shape, None if history_BLC is None else history_BLC.shape, cos_BTE.shape,
+         sin_BTE.shape, q_norm_E.shape, k_norm_E.shape), weight_CL.stride(), x_BTC.dtype, kv_heads, eps, feature,
+        x_BTC.device,
     )  # fmt: skip
     if history_BLC is not None and not history_BLC.is_contiguous():
-        check_in_place("history", history_BLC, history_BLC.shape, history_BLC.dtype)
+        refuse_in_place("history", history_BLC, history_BLC.shape, history_BLC.dtype)
     q_linear, k_linear, q = x_BTC.new_empty(q_shape), x_BTC.new_empty(k_shape), x_BTC.new_empty(q_shape)
     outputs = q_linear, k_linear, q, x_BTC.new_empty(k_shape), x_BTC.new_empty(k_shape)
     if x_BTC.numel() == 0:
         return outputs
     one_table = cos_BTE.shape[0] == sin_BTE.shape[0] == 1 or cos_BTE.stride(0) == sin_BTE.stride(0) == 0
-    cos, sin = (table[:1] if one_table else table.expand(B, -1, -1) for table in (cos_BTE, sin_BTE))
-    x, cos, sin, length, q_norm, k_norm = dense(x_BTC, cos, sin, length_B, q_norm_E, k_norm_E)
-    (start, mode), history = starts(start_BT, B), history_BLC if constants["TAPS"] > 1 else None
+    if one_table:
+        cos, sin = cos_BTE[:1].contiguous(), sin_BTE[:1].contiguous()
+    else:
+        cos, sin = cos_BTE.expand(B, -1, -1).contiguous(), sin_BTE.expand(B, -1, -1).contiguous()
     split_heads_kernel[grid](
-        x, weight_CL, history, start, length, cos, sin, q_norm, k_norm, *outputs, T, ONE_TABLE=one_table, START=mode,
+        x_BTC, weight_CL, history_BLC if constants["TAPS"] > 1 else None, start_BT, length_B, cos, sin, q_norm_E,
+        k_norm_E, *outputs, T, ONE_TABLE=one_table, START=0 if start_BT is None else min(2, start_BT.shape[1]),
         **constants,
     )  # fmt: skip
     return outputs
@@ -307,14 +310,14 @@ def _norm_heads(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, lea
         return norm_heads.reference(x_BTD, norm_D, eps, head_weight_XD, log_rate_H, rate_bias_H, least, score_weight_D)
     grid, constants = _norm_plan(
         (x_BTD.shape, head_weight_XD.shape, norm_D.shape, log_rate_H.shape, rate_bias_H.shape,
-         shape_of(score_weight_D)), x_BTD.dtype, head_weight_XD.dtype,
+         None if score_weight_D is None else score_weight_D.shape), x_BTD.dtype, head_weight_XD.dtype,
     )  # fmt: skip
-    h_BTD, gate_BTH = torch.empty_like(x_BTD, memory_format=torch.contiguous_format), x_BTD.new_empty(B, T, X // 2)
+    h_BTD, gate_BTH = torch.empty_like(x_BTD), x_BTD.new_empty(B, T, X // 2)
     decay_BTH = x_BTD.new_empty(B, T, X // 2, dtype=torch.float32)
     score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else T, dtype=torch.float32)
     if B * T:
         norm_heads_kernel[grid](
-            *dense(x_BTD, head_weight_XD, norm_D, log_rate_H, rate_bias_H, score_weight_D), h_BTD, decay_BTH, gate_BTH,
+            x_BTD, head_weight_XD, norm_D, log_rate_H, rate_bias_H, score_weight_D, h_BTD, decay_BTH, gate_BTH,
             score_BT, B * T, least, EPS=eps, **constants,
         )  # fmt: skip
     return h_BTD, decay_BTH, gate_BTH, score_BT
@@ -337,11 +340,10 @@ def _add_plan(x_shape, y_shape, norm_shape, dtype, y_dtype):
 
 @add_norm.kernel
 def _add_norm(x_BTD, y_BTD, norm_D, eps):
-    total_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
-    h_BTD = torch.empty_like(total_BTD)
+    total_BTD, h_BTD = torch.empty_like(x_BTD), torch.empty_like(x_BTD)
     grid, rows, constants = _add_plan(x_BTD.shape, y_BTD.shape, norm_D.shape, x_BTD.dtype, y_BTD.dtype)
     if rows:
-        add_norm_kernel[grid](*dense(x_BTD, y_BTD, norm_D), total_BTD, h_BTD, rows, EPS=eps, **constants)
+        add_norm_kernel[grid](x_BTD, y_BTD, norm_D, total_BTD, h_BTD, rows, EPS=eps, **constants)
     return total_BTD, h_BTD
 
 
@@ -381,7 +383,7 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
         block = min(32, power_of_2(tokens))
         place_kernel[(cdiv(tokens, block), B)](
-            *dense(position_BT, document_seen_B, last_position_B, frequency_F), cos_BTE, sin_BTE, start_BT, place_BT,
+            position_BT, document_seen_B, last_position_B, frequency_F, cos_BTE, sin_BTE, start_BT, place_BT,
             tokens, step, scaling, E=E, BLOCK_T=block, BLOCK_F=power_of_2(E // 2), num_warps=4,
         )  # fmt: skip
     return cos_BTE, sin_BTE, start_BT, place_BT

@@ -253,26 +253,32 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
     def _router_outputs(self, routes, real, rows, x_BTD):
         """Router fields of `HSPMNOutput`, zeros for layers that route nothing; a step of the biases in training."""
-        routing = [layer for layer in self.layers if layer.router is not None]
-        found_L3, routed = None, [route for route in routes if route is not None]
-        summed = [route for route in routed if route.sums_B4 is not None]  # kernels make no sums of a single token
-        if routed and len(summed) == len(routed):
-            divisor = real.clamp(min=1) if isinstance(real, torch.Tensor) else real
-            found_L3, loss = router_statistics(routed, divisor, [layer.router for layer in routing], self.config)
-            if self.training and self.config.router_mode != "topk":
-                self._update_biases(routing, found_L3, real)
-        device, shape = x_BTD.device, x_BTD.shape[:2]
-        no_score = no_slot = None
+        device, shape, scores, slots, routed, routing = x_BTD.device, x_BTD.shape[:2], [], [], [], []
+        found_L3, summed = None, True
         if None in routes:
             no_score, no_slot = torch.zeros(shape, device=device), torch.full(shape, -1, device=device)
-        scores_BTL = torch.stack([no_score if route is None else route.score_BT.to(device) for route in routes], -1)
-        slots_BTL = torch.stack([no_slot if route is None else route.slot_BT.to(device) for route in routes], -1)
+        for layer, route in zip(self.layers, routes, strict=True):
+            scores.append(no_score if route is None else route.score_BT.to(device))
+            slots.append(no_slot if route is None else route.slot_BT.to(device))
+            if route is not None:
+                routed.append(route)
+                routing.append(layer)
+                summed = summed and route.sums_B4 is not None  # kernels make no sums of a single token
+        if routed and summed:
+            divisor = real.clamp(min=1) if isinstance(real, torch.Tensor) else real
+            routers = [layer.router for layer in routing]
+            found_L3, loss = router_statistics(routed, divisor, routers, self.config)
+            if self.training and self.config.router_mode != "topk":
+                self._update_biases(routing, found_L3, real)
+        scores_BTL, slots_BTL = torch.stack(scores, -1), torch.stack(slots, -1)
         outputs = {"router_scores": restore_rows(scores_BTL, rows).permute(2, 0, 1)}
         outputs |= {"router_mask": restore_rows(slots_BTL >= 0, rows).permute(2, 0, 1)}
         outputs["aux_loss"] = scores_BTL.new_zeros(()) if found_L3 is None else loss.to(device)
         if found_L3 is not None or not routed:
-            found, nothing = iter(found_L3.to(device) if routed else []), torch.zeros(3, device=device)
-            found_3L = torch.stack([nothing if route is None else next(found) for route in routes], 1)
+            found, nothing, columns = iter(found_L3.to(device) if routed else []), torch.zeros(3, device=device), []
+            for route in routes:
+                columns.append(nothing if route is None else next(found))
+            found_3L = torch.stack(columns, 1)
             outputs["router_load"], outputs["router_overflow"], outputs["router_entropy"] = found_3L
         return outputs
 

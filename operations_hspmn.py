@@ -22,6 +22,7 @@ Tensors of the cache are written IN PLACE by every form of an operation; None st
 import hashlib
 import math
 from functools import cache, partial, update_wrapper
+from inspect import signature
 from types import SimpleNamespace
 
 import torch
@@ -68,17 +69,26 @@ class Operation:
             backend = "triton"
         return self._forms.get(backend, self.reference)
 
-    def kernel(self, launch):
-        """Register the launcher of a Triton kernel as a custom operator, opaque to `torch.compile`.
+    def kernel(self, launch=None, strided=()):
+        """Register the launcher of a Triton kernel as a custom operator, opaque to `torch.compile`. It is given
+        contiguous tensors but for those `strided`, which it takes laid out in any way.
 
         Through `torch.library.Library`, since `custom_op` takes 317 us per call of 29 arguments on a CPU core where
         this takes 9. With `triton_op` inductor clones inputs that it takes for written where its analysis of a kernel
         fails (scans do that), and `wrap_triton` refuses the interpreter.
         """
-        name = self.__name__
+        if launch is None:
+            return partial(self.kernel, strided=strided)
+        name, as_is = self.__name__, {*self.mutates, *strided}
+        kept = [parameter in as_is for parameter in signature(self.reference).parameters]
+
+        def contiguous(*args):
+            pairs = zip(args, kept, strict=True)
+            return launch(*(x if keep or not isinstance(x, Tensor) else x.contiguous() for x, keep in pairs))
+
         LIBRARY.define(name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
         for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, launch, key)
+            LIBRARY.impl(name, contiguous, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=LIBRARY)
         self._forms["triton"] = getattr(getattr(torch.ops, NAMESPACE), name).default
         self._forms["launch"] = launch
@@ -198,7 +208,7 @@ def take_rows(x_BTX: Tensor, index_BK: Tensor, inverse_BT: Tensor) -> Tensor:
     """
     index = index_BK.reshape(*index_BK.shape, *[1] * (x_BTX.dim() - 2))
     rows = x_BTX.gather(1, index.clamp(min=0).expand(-1, -1, *x_BTX.shape[2:]))
-    return torch.where(index >= 0, rows, 0)
+    return rows.masked_fill(index < 0, 0)
 
 
 @operation()

@@ -268,7 +268,7 @@ def test_scores_of_real_tokens_decide_mask_and_load_and_carry_a_gradient_to_the_
     outputs = model(ids, attention_mask=mask, labels=ids)
     for layer in (0, 2):
         decided = (outputs.router_scores[layer] + model.model.layers[layer].router.bias > 0) & mask.bool()
-        assert torch.equal(outputs.router_mask[layer].bool(), decided) and decided.any() and not decided.all()
+        assert torch.equal(outputs.router_mask[layer], decided) and decided.any() and not decided.all()
     assert not outputs.router_mask[1].any()
     torch.testing.assert_close(outputs.router_load, outputs.router_mask.sum((1, 2)) / mask.sum())
     outputs.loss.backward()
@@ -282,7 +282,7 @@ def test_first_tokens_of_a_document_are_routed_whatever_their_score(tiny_model, 
     mask, positions = left_padded(3, 24, 3), pack([1, 1, 1, 21], [9, 15], [24])
     want = torch.zeros(3, 24, dtype=torch.bool)
     want[0, 3:7] = want[1, :4] = want[1, 9:13] = want[2, :4] = True
-    routed = feed_cached(model, ids, cuts, mask, positions)[1].bool()
+    routed = feed_cached(model, ids, cuts, mask, positions)[1]
     assert torch.equal(routed[0], want) and not routed[1].any() and torch.equal(routed[2], mask.bool())
 
 
@@ -380,7 +380,7 @@ def test_aux_loss_and_its_gradient_are_those_of_both_weighted_entropies_per_laye
 def test_topk_routes_the_k_highest_tokens_of_a_row_and_no_padding(tiny_model, training):
     model, mask = tiny_model(router_mode="topk", sparsity_k=0.2).train(training), left_padded(3, 50, 43)
     outputs = model(tokens(3, 50), attention_mask=mask)
-    routed = outputs.router_mask.bool()
+    routed = outputs.router_mask
     assert routed.sum(-1).tolist() == [[7, 10, 10]] * 3 and not routed[:, mask == 0].any()
     lowest = outputs.router_scores.masked_fill(~routed, math.inf).amin(-1)
     highest = outputs.router_scores.masked_fill(routed, -math.inf).amax(-1)
