@@ -386,12 +386,12 @@ def store_scores(
 ):
     """Scores of the M rows. The decision must be that of `router_score`: rows rounded by the norm, no tensor cores."""
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for begin in tl.static_range(0, K, BLOCK_D):
+    for begin in tl.range(0, K, BLOCK_D, num_stages=1):
         rows = load_rows(x, 0, M, begin, K, K, ROWS, BLOCK_D).to(tl.float32)
         squares += rows * rows
     scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
     products = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for begin in tl.static_range(0, K, BLOCK_D):
+    for begin in tl.range(0, K, BLOCK_D, num_stages=1):
         rows = load_rows(x, 0, M, begin, K, K, ROWS, BLOCK_D)
         factor = load_factor(norm, begin, K, BLOCK_D).to(tl.float32)
         normed = (rows.to(tl.float32) * scale[:, None] * factor[None, :]).to(rows.dtype).to(tl.float32)

@@ -72,7 +72,11 @@ def every_tensor(cache):
 
 
 def addresses(cache):
-    return {name: x.data_ptr() for name, x in every_tensor(cache).items() if x.numel()}
+    """Of every tensor that it holds by name; `columns` of a growing one is a number."""
+    held = every_tensor(cache)
+    if not isinstance(cache.columns, torch.Tensor):
+        del held["columns"]
+    return {name: x.data_ptr() for name, x in held.items() if x.numel()}
 
 
 def used(cache):
