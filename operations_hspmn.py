@@ -84,7 +84,7 @@ class Operation:
 
         def contiguous(*args):
             pairs = zip(args, kept, strict=True)
-            return launch(*(x if keep or not isinstance(x, Tensor) else x.contiguous() for x, keep in pairs))
+            return launch(*[x if keep or not isinstance(x, Tensor) else x.contiguous() for x, keep in pairs])
 
         LIBRARY.define(name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
         for key in ("CPU", "CUDA"):
