@@ -340,7 +340,7 @@ def _gather(x_BTX, y_BTX, index_BK, count_B=None):
     out_y = None if y_BTX is None else torch.empty_like(out)
     if out.numel():
         X = out.stride(1)
-        take_rows_kernel[(-(-K // 8), B, 1 if y_BTX is None else 2)](
+        take_rows_kernel[(cdiv(K, 8), B, 1 if y_BTX is None else 2)](
             x_BTX, y_BTX, index_BK, count_B, out, out_y, T, K, X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)),
             num_warps=4,
         )  # fmt: skip
@@ -501,11 +501,12 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     layout = f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, contiguous="
     if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
         raise ValueError(f"{layout}{reflexive_BTHE.is_contiguous()}")
-    k, v = _store_rows(k_BPGE, v_BPGE)
     if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = _gather(k, v, index_BK, count_B)
+        k, v = _gather(k_BPGE.contiguous(), v_BPGE.contiguous(), index_BK, count_B)
+    else:
+        k, v = _store_rows(k_BPGE, v_BPGE)
     K = index_BK.shape[1]
     _launch_sqsk(q_BTHE, k, v, index_BK, first_BK, held_B, count_B, gate_BT, reflexive_BTHE, None, K)
 
@@ -522,7 +523,7 @@ def _extend(
         if not x.is_contiguous() or x.shape[2:] != k_BTGE.shape[2:]:
             raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {E}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
-    blocks = -(-W // STORE_BLOCK) + (max(1, -(-K // STORE_BLOCK)) if routes else 0)
+    blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)
     first_BK, numbers_4B = held_B.new_empty((B, K) if routes else 0), held_B.new_empty((4, B) if routes else 0)
     if not (B and T and blocks * G):
         return first_BK, numbers_4B

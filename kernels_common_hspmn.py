@@ -27,7 +27,7 @@ GAIN = tl.constexpr(SCORE_GAIN)
 LEAST = tl.constexpr(LEAST_PEAK)
 # Finite, so that rows that see no key need no special case: exp2(-inf - FLOOR) is 0 and exp2(FLOOR - FLOOR) is 1
 FLOOR = tl.constexpr(-1.0e30)
-ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)  # how `starts` are read
+ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)  # how `start_BT` is read: min(2, its width)
 
 
 def interpreted():

@@ -496,8 +496,7 @@ def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weig
     if B > MOST_ROWS:
         return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
     names = ("norm", "qkv_weight", "head_weight", "score_weight")
-    inputs = (x_BTD, norm_D, qkv_weight_CD, head_weight_XD, score_weight_D)
-    grid, constants = _product("project_token", names, *inputs)
+    grid, constants = _product("project_token", names, x_BTD, norm_D, qkv_weight_CD, head_weight_XD, score_weight_D)
     qkv_BTC = x_BTD.new_empty(B, 1, constants["N"])
     head_BTX = x_BTD.new_empty(B, 1, constants["X"], dtype=torch.float32)
     score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else 1, dtype=torch.float32)

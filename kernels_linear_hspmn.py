@@ -246,7 +246,7 @@ def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B,
         linear_attention_kernel[grid](
             *inputs, None, None, before, carry, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
         )
-        segment_states_kernel[(B * H, -(-E * F // 1024))](
+        segment_states_kernel[(B * H, cdiv(E * F, 1024))](
             state, start_BT, before, carry, S, H=H, X=E * F, BLOCK_X=1024, START=mode, num_warps=4
         )
     linear_attention_kernel[grid](

@@ -123,7 +123,8 @@ def operation(*mutates):
 @cache
 def operations(backend):
     """The form of every operation on a backend, as attributes by name: "reference"; "flex", with gradients, on CUDA;
-    "triton", which a compiler may see; "launch", the same without the dispatcher, for eager calls without gradients.
+    "triton", which a compiler may see; "launch", the same without the dispatcher, for eager calls without gradients
+    whose tensors are contiguous.
     """
     return SimpleNamespace(**{name: op.form(backend) for name, op in REGISTRY.items()})
 

@@ -72,11 +72,8 @@ def every_tensor(cache):
 
 
 def addresses(cache):
-    """Of every tensor that it holds by name; `columns` of a growing one is a number."""
-    held = every_tensor(cache)
-    if not isinstance(cache.columns, torch.Tensor):
-        del held["columns"]
-    return {name: x.data_ptr() for name, x in held.items() if x.numel()}
+    held = every_tensor(cache).items()  # where `columns` of a growing one is a number made a tensor
+    return {name: x.data_ptr() for name, x in held if x.numel() and (name != "columns" or cache.static)}
 
 
 def used(cache):

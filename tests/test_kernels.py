@@ -14,7 +14,7 @@ import torch
 from caches import CUDA, DEVICE, needs_gpu
 from hspmn import kernels_attention_hspmn, kernels_decode_hspmn, kernels_hspmn  # noqa: F401  registers every kernel
 from hspmn.benchmarks.cases import CASES, Sizes, case, check
-from hspmn.operations_hspmn import REGISTRY, linear_add_token, split_heads, swiglu, swiglu_token, take_rows
+from hspmn.operations_hspmn import REGISTRY, linear_add_token, split_heads, sqsk_merge, swiglu, swiglu_token, take_rows
 
 FILES = [file for name, file in sys.modules.items() if name.startswith("hspmn.kernels_")]
 PLANS = [plan for file in FILES for plan in vars(file).values() if hasattr(plan, "cache_clear")]
@@ -156,6 +156,15 @@ def test_other_ways_to_launch_are_as_accurate(operation, variant, sizes, patches
             pytest.skip("the kernel takes 16 bits on sm_90 and sm_100")
     patch_kernels(**patches)
     assert_as_accurate(operation, variant, sizes, dtype)
+
+
+def test_sqsk_merge_gathers_from_views_with_spare_rows():
+    _, inputs = make("sqsk_merge", "tokens", SMALL, torch.float32)
+    views = {name: torch.nn.functional.pad(inputs[name], (0,) * 5 + (1,))[:, :-1] for name in ("k_BPGE", "v_BPGE")}
+    results = [inputs["reflexive_BTHE"].clone() for _ in range(2)]
+    for backend, result in zip(("triton", "reference"), results, strict=True):
+        sqsk_merge(*(inputs | views | {"reflexive_BTHE": result}).values(), backend=backend)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_swiglu_takes_weights_in_any_order_of_memory_and_survives_extreme_values(patch_kernels):
