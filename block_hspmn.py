@@ -308,10 +308,12 @@ class ReflexiveStream(nn.Module):
         else:
             v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
             decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
+        state = layer_cache.linear_state if cached else None
+        if state is None and stream.backend == "triton" and torch.compiler.is_compiling():
+            state = dropped_state(decay_BTH, heads.q_BTHE.shape[-1], v_BTGF.shape[-1])
         linear_BTHF = operations.linear_attention(
-            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, decay_BTH, stream.start_BT, stream.length_B,
-            layer_cache.linear_state if cached else None,
-        )  # fmt: skip
+            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, decay_BTH, stream.start_BT, stream.length_B, state
+        )
         if gated:
             kind = torch.promote_types(linear_BTHF.dtype, torch.float32)
             linear_BTHE = self.norm(linear_BTHF.to(kind)) * gate_BTH.to(kind).sigmoid()[..., None]
@@ -503,8 +505,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             config.rms_norm_eps, "gated",
         )  # fmt: skip
         if state is None and torch.compiler.is_compiling():
-            # torch 2.11's inductor lowers no single output beside an absent argument that is written in place
-            state = decay_BTH.new_zeros(len(x_BTD), config.num_attention_heads, config.head_dim, config.head_dim)
+            state = dropped_state(decay_BTH, config.head_dim, config.head_dim)
         linear_BTHE = operations.linear_attention(q_linear, k_linear, v_BTGE, decay_BTH, start_BT, length_B, state)
         merged_BTHE = operations.reflexive_merge(
             q_BTHE, k_BTGE, v_BTGE, start_BT, config.sliding_window, ring_k, ring_v, stream.seen_B, linear_BTHE,
@@ -599,6 +600,12 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
         start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T).contiguous()
     return Stream(position_BT, *rotary(x_BTD, position_BT), start_BT, length_B, seen_B, backend)
+
+
+def dropped_state(decay_BTH, E, F):
+    """A linear state [B, H, E, F] that nobody reads on: torch 2.11's inductor lowers no operation of a single output
+    beside an absent argument that is written in place."""
+    return decay_BTH.new_zeros(len(decay_BTH), decay_BTH.shape[-1], E, F)
 
 
 def restore_rows(y_BTX, rows):
