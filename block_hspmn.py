@@ -301,7 +301,7 @@ class SharedProjection(nn.Module):
         """`Heads` of every token [B, T, D]; moves the convolution's history on."""
         x_BTC, config, history_BLC = self.qkv_proj(h_BTD), self.config, None
         if layer_cache is not None:
-            if not layer_cache.is_initialized:
+            if layer_cache.dtype != x_BTC.dtype:
                 layer_cache.lazy_initialization(x_BTC)
             history_BLC = layer_cache.conv_state
         x_BTC = causal_conv(x_BTC, self.conv_weight, history_BLC, stream.start_BT, stream.length_B)
@@ -524,6 +524,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if layer_cache is not None:
             operations = OPERATIONS[stream.backend]
             stored = layer_cache.update(heads.k_BTGE, heads.v_BTGE, stream, route, operations)
+            if layer_cache.quantized and torch.is_grad_enabled():
+                stored = None  # whole numbers have no gradient; `start_call` saw that nothing was held before
         if route is not None:
             merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, stored, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
@@ -544,7 +546,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         x_BTD = x_BTD.contiguous()
         history = state = ring_k = ring_v = route = stored = None
         if layer_cache is not None:
-            if not layer_cache.is_initialized:
+            if layer_cache.dtype != x_BTD.dtype:
                 layer_cache.lazy_initialization(x_BTD)
             history, state = layer_cache.conv_state, layer_cache.linear_state
             ring_k, ring_v = layer_cache.window_keys, layer_cache.window_values
@@ -589,7 +591,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
         x_BTD = x_BTD.contiguous()
-        if not layer_cache.is_initialized:
+        if layer_cache.dtype != x_BTD.dtype:
             layer_cache.lazy_initialization(x_BTD)
         score_weight = decision = score_BT = None
         if router is not None:

@@ -5,7 +5,10 @@
 own number of real tokens, so every count is a tensor per row.
 """
 
+import copy
 import math
+import weakref
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -15,6 +18,11 @@ from .operations_hspmn import read_slots
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
 ALIGNMENT = 256  # bytes from which every tensor of an allocation begins
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
+# What the shapes of a cache follow from
+FIELDS = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+    *("conv_kernel_size", "linear_attention", "kv_cache_dtype"),
+)
 
 
 class Rows:
@@ -39,6 +47,24 @@ class Rows:
             if getattr(self, name) is not None:
                 self.keep(name, function(getattr(self, name)))
 
+    def thaw(self):
+        """Take tensors made in inference mode for normal ones of the same memory, which other modes may write."""
+        for name in self._batched:
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, mark_static(normal(held)) if self.static else normal(held))
+
+    def __getstate__(self):
+        return vars(self)
+
+    def __deepcopy__(self, memo):
+        """A copy that shares no memory, and no graph if this one was filled while gradients were recorded."""
+        memo[id(self)] = twin = self.__class__.__new__(self.__class__)
+        for name, value in self.__getstate__().items():
+            value = value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
     def reorder_cache(self, beam_idx):
         """Row i becomes old row beam_idx[i], as beam search needs."""
         self.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -52,11 +78,56 @@ class Rows:
         self.map_rows(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
 
 
+def shape_fields(config):
+    """By name, what the shapes of a cache follow from."""
+    routing = [i for i, share in enumerate(config.layer_sparsity) if share > 0]
+    return {field: getattr(config, field) for field in FIELDS} | {"routing layers": routing}
+
+
+def normal(tensor):
+    """A normal tensor of the memory of `tensor`, which may have been made in inference mode."""
+    place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
+
+
 def mark_static(tensor):
     """`tensor`, marked as one whose address stays: CUDA graphs then read and write it without a copy."""
     # unguarded: another cache of the same shapes re-records the CUDA graph and does not recompile
     torch._dynamo.mark_static_address(tensor, guard=False)
     return tensor
+
+
+class Piece(NamedTuple):
+    """Inputs of a call: embeddings [B, T, D], mask (bool) and position ids [B, T] or None."""
+
+    x_BTD: torch.Tensor
+    real_BT: torch.Tensor | None
+    position_BT: torch.Tensor | None
+
+    def map(self, function):
+        """`function` of every tensor."""
+        return Piece(*[None if x is None else function(x) for x in self])
+
+    @staticmethod
+    def join(pieces):
+        """One piece of several, of which all have position ids or none has."""
+        like, padded = pieces[-1].x_BTD, any(each.real_BT is not None for each in pieces)
+        xs, reals, positions = [], [], []
+        for x_BTD, real_BT, position_BT in pieces:
+            xs.append(x_BTD.to(like))
+            reals.append(torch.ones_like(x_BTD[..., 0], dtype=torch.bool) if real_BT is None else real_BT)
+            positions.append(position_BT)
+        placed = positions[0] is not None
+        real_BT, position_BT = torch.cat(reals, 1) if padded else None, torch.cat(positions, 1) if placed else None
+        return Piece(torch.cat(xs, 1), real_BT, position_BT)
+
+
+class Checkpoint(NamedTuple):
+    """What a cache held after so many columns, but for the sparse store, of which the counts say enough."""
+
+    columns: int
+    used: list  # upper bounds of the slots in use, one per layer
+    tensors: list | None  # see `HSPMNCache._states`; None: nothing was held
 
 
 class HSPMNCacheLayer(Rows, CacheLayerMixin):
@@ -75,6 +146,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
     """
 
     is_sliding, max_length = False, -1  # -1: grows without bound
+    states = ("linear_state", "conv_state", "window_keys", "window_values", "count", "document_slot")
     _batched = (
         *("linear_state", "conv_state", "window_keys", "window_values"),
         *("keys", "values", "key_scales", "value_scales", "positions", "count", "document_slot"),
@@ -89,15 +161,31 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
         self._head_shape, self.quantized = (G, E), config.kv_cache_dtype == "int8"
         self.slot_tensors = ("keys", "values", "positions") + self.quantized * ("key_scales", "value_scales")
-        self.columns = self.most_used = 0
+        self.columns, self.most_used, self.dtype = 0, 0, None
         for name in self._batched:
             setattr(self, name, None)
 
     def lazy_initialization(self, key_states, value_states=None):
-        """Allocate for the rows, dtype and device of `key_states` [B, T, ...], with slots for all of its tokens."""
+        """Allocate for the rows, dtype and device of `key_states` [B, T, ...], with slots for all of its tokens, or
+        take on its dtype: that of a call is what all of it is read in, and a cache may see autocast come and go."""
+        if self.is_initialized:
+            return self._cast(key_states.dtype)
         tokens = key_states.shape[1] if self.routes else 0
         self.allocate(key_states.shape[0], -(-tokens // SLOT_BLOCK) * SLOT_BLOCK, key_states.dtype, key_states.device)
         self.most_used = tokens
+
+    def _cast(self, dtype):
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"past_key_values holds {self.dtype} but the call computes in {dtype}; compiled code cannot convert "
+                "it: make the cache with that dtype, or make one eager call first"
+            )
+        wide, self.dtype = torch.promote_types(dtype, torch.float32), dtype
+        kept = ("conv_state", "window_keys", "window_values", *(() if self.quantized else ("keys", "values")))
+        for names, kind in ((kept, dtype), (("linear_state", "key_scales", "value_scales"), wide)):
+            for name in names:
+                held = getattr(self, name).to(kind)
+                setattr(self, name, mark_static(held) if self.static else held)
 
     def allocate(self, batch_size, slots, dtype, device):
         """Begin anew with `slots` empty sparse slots per row; keys, values and convolution inputs in `dtype`."""
@@ -181,7 +269,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         """Forget everything, in place if static; else the next call allocates anew."""
         self.most_used = 0
         if not self.static:
-            self.columns, self.is_initialized = 0, False
+            self.columns, self.dtype, self.is_initialized = 0, None, False
         for name in self._batched:
             if self.static:
                 getattr(self, name).zero_()
@@ -192,29 +280,49 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
 class HSPMNCache(Rows, Cache):
     """The cache of an HSPMN model, created by `forward(use_cache=True)` and by `generate()`.
 
+    rollback: how many of the last tokens `crop` can take back, at least 0. What they overwrite in the states of
+    constant size cannot be computed back, so the cache keeps two or more `Checkpoint`s of these and the inputs read
+    since the oldest; `crop` goes to the latest checkpoint before its aim, and the model reads the tokens between
+    again, in one pass with those of the next call. That is exact whatever a layer does, changes no kernel, and fits
+    drafts of a few tokens (arXiv 2211.17192), of which a GPU reads twice as many in the same time. Such a cache
+    records no gradients, and its calls are neither compiled nor captured.
+
     Attributes: `layers`, one `HSPMNCacheLayer` per block; `seen`, real tokens seen per row [B]; `document_seen`,
-    those of the row's current document [B]; `last_position`, the position id of the last real token per row [B].
+    those of the row's current document [B]; `last_position`, the position id of the last real token per row [B]:
+    after `crop` and until the next call, as at the checkpoint.
     """
 
     outlives_call = True  # the call of `generate` that decodes with it
     _batched = ("seen", "document_seen", "last_position")
 
-    def __init__(self, config):
+    def __init__(self, config, rollback=0):
+        if rollback < 0:
+            raise ValueError(f"rollback must be at least 0 tokens, got {rollback}")
         super().__init__(layers=[HSPMNCacheLayer(config, i, self.static) for i in range(config.num_hidden_layers)])
         self.columns = self.reserved = 0  # reserved: tokens for which there is room already, for the next call
         self.seen = self.document_seen = self.last_position = None
+        self.fields, self.owner = shape_fields(config), None  # owner: weak reference to the model that fills it
+        self.running = self.recorded = False  # a call began; the last one recorded gradients
+        self.rollback, self.record_past = rollback, False  # record_past: go back over the last call, whatever its size
+        self.checkpoints, self.pieces = [], []
+        self.unread = self.begun = 0  # columns to be read again before the next, and those held before the last call
+        self.notes = []  # counts of the last two calls, on their way to the host
+
+    def __getstate__(self):
+        return super().__getstate__() | {"owner": None, "notes": []}  # which are of this process
 
     def reserve(self, tokens, for_next_call=False):
         """Make room, before a call, for `tokens` more per row, whatever is routed of them. A static cache has it or
         raises ValueError and stays as it was; it can be used on, with fewer tokens, or be reset.
 
         for_next_call: they are those of the model's next call, which, if it is eager, does not reserve them again.
-        The host keeps an upper bound of the used slots, and waits for the device only where it no longer suffices.
+        The host keeps an upper bound of the used slots, and looks at the device's counts only where it no longer
+        suffices: between the pieces of a long prompt on CUDA at those before the piece that still runs.
         """
         layers = [layer for layer in self.layers if layer.routes and layer.is_initialized]
+        tokens += self.unread if for_next_call else 0
         if any(layer.most_used + tokens > layer.slots for layer in layers):
-            used = torch.stack([layer.count.max().to(self.seen.device) for layer in layers]) if self.batch_size else []
-            for layer, most in zip(layers, used.tolist() if len(used) else [0] * len(layers), strict=True):
+            for layer, most in zip(layers, self._used(layers), strict=True):
                 layer.most_used = most
             full = [layer for layer in layers if layer.most_used + tokens > layer.slots]
             if full and self.static:
@@ -230,19 +338,90 @@ class HSPMNCache(Rows, Cache):
                 layer.grow()
         self.reserved = tokens if for_next_call else 0
 
-    def start_call(self, batch_size, tokens, device):
-        """Before a call of `tokens` columns changes anything: begin the rows, make room, or refuse the call with a
-        ValueError, if the batch size changed or a static cache is too small."""
-        if self.seen is None:
-            self._start_rows(batch_size, device)
-        elif self.seen.shape[0] != batch_size:
+    def _used(self, layers):
+        """Upper bounds of the slots that `layers` use. Waits for the device, but for notes only if it is two calls
+        behind, and then one call is left to it; until there are two the bound stands."""
+        if not self.notes:
+            used = [layer.count.max().to(self.seen.device) for layer in layers] if self.batch_size else []
+            return torch.stack(used).tolist() if used else [0] * len(layers)
+        done = [note for note in self.notes if note[2].query()]
+        if not done and len(self.notes) < 2:
+            return [layer.most_used for layer in layers]
+        columns, used, event = done[-1] if done else self.notes[0]
+        event.synchronize()
+        return [most + self.columns - columns for most in used.tolist()]
+
+    def _note(self, tokens):
+        """Begin to copy the counts after a piece of a prompt to the host."""
+        layers = [layer for layer in self.layers if layer.routes]
+        if tokens == 1 or self.static or not (layers and self.batch_size) or torch.cuda.is_current_stream_capturing():
+            self.notes = []
+            return
+        count_LB = torch.stack([layer.count.to(self.seen.device, non_blocking=True) for layer in layers])
+        used, event = torch.empty(len(layers), dtype=count_LB.dtype, pin_memory=True), torch.cuda.Event()
+        used.copy_(count_LB.amax(1), non_blocking=True)
+        event.record(torch.cuda.current_stream(self.seen.device))
+        self.notes = [*self.notes[-1:], (self.columns, used, event)]
+
+    def check_model(self, model):
+        """Raise ValueError for a cache that another model has filled, or whose shapes are not those of `model`."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.owner is not None and self.owner() is model:
+            return
+        for field, value in shape_fields(model.config).items():
+            if self.fields[field] != value:
+                raise ValueError(
+                    f"past_key_values was made for {field}={self.fields[field]!r} but this model has {value!r}; pass "
+                    "a cache made with this model's config, or None"
+                )
+        if compiling:
+            return
+        if self.owner is not None and self.owner() is not None and self.get_seq_length():
+            raise ValueError(
+                "past_key_values holds the states of another model of the same shapes; pass the cache that this "
+                "model returned, or None"
+            )
+        self.owner = weakref.ref(model)
+
+    def check_rows(self, batch_size):
+        """Raise ValueError for a call of another number of rows."""
+        if self.seen is not None and self.seen.shape[0] != batch_size:
             raise ValueError(
                 f"past_key_values holds {self.seen.shape[0]} rows but the input has batch size {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache"
             )
+
+    def start_call(self, batch_size, tokens, device):
+        """Before a call of `tokens` columns changes anything: begin the rows, make room, or refuse the call with a
+        ValueError: if the batch size changed, a static cache is too small, the call before was interrupted, or
+        gradients are recorded where they cannot be right."""
+        if self.running:
+            raise ValueError(
+                "a call on past_key_values was interrupted, so some layers hold its tokens and others do not; "
+                "pass None or a fresh cache, reset() this one"
+                + (", or crop(0) it, which takes that call back" if self.rewinds else "")
+            )
+        self.check_rows(batch_size)
+        records, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if records and self.rewinds:
+            raise ValueError(
+                f"an {type(self).__name__} with a rollback length records no gradients; call the model under "
+                "torch.no_grad(), or use one without"
+            )
+        if records and self.fields["kv_cache_dtype"] == "int8" and self.columns:
+            raise ValueError(
+                "past_key_values holds kv_cache_dtype='int8', through which no gradient passes; call the model under "
+                "torch.no_grad(), or with all tokens at once"
+            )
+        if self.seen is None:
+            self._start_rows(batch_size, device)
+        if not (compiling or torch.is_inference_mode_enabled()):
+            self.thaw()
+        if records or self.recorded:  # a graph may need what they hold now, and none takes writes to what views share
+            self.map_rows(torch.clone)
         if tokens != self.reserved:
             self.reserve(tokens)
-        self.reserved = 0
+        self.reserved, self.running, self.recorded = 0, True, records
 
     def _start_rows(self, batch_size, device):
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -253,7 +432,8 @@ class HSPMNCache(Rows, Cache):
     def advance(self, tokens, stream):
         """Account for one call of `tokens` columns, where `stream` says, after all layers have run."""
         start_BT, position_BT, length_B = stream.start_BT, stream.position_BT, stream.length_B
-        self._count_columns(tokens)
+        self._count_columns(tokens - self.unread)
+        self.unread, self.running = 0, False
         if length_B is None:
             document_seen, position = tokens - start_BT[:, -1], position_BT[:, -1]
         else:
@@ -264,11 +444,14 @@ class HSPMNCache(Rows, Cache):
         self.document_seen.copy_(document_seen)
         self.last_position.copy_(position)
         self.seen.add_(tokens if length_B is None else length_B)
+        if self.seen.is_cuda and not torch.compiler.is_compiling():
+            self._note(tokens)
 
     def replayed(self):
         """Account on the host for one token that a captured step has read; a static cache counts on the device."""
         if not self.static:
             self._count_columns(1)
+            self.notes = []
 
     def _count_columns(self, tokens):
         self.columns += tokens  # in place where it is a tensor, which the layers hold as well
@@ -284,17 +467,116 @@ class HSPMNCache(Rows, Cache):
         """Rows held, -1 before the first call."""
         return -1 if self.seen is None else self.seen.shape[0]
 
-    def crop(self, *args, **kwargs):
-        """Refused: a linear state cannot be rewound."""
-        raise ValueError(
-            f"an {type(self).__name__} cannot be cropped: the linear state cannot be rewound; "
-            "copy the cache (copy.deepcopy) before the tokens you may want to take back"
-        )
+    @property
+    def rewinds(self):
+        """Whether tokens can be taken back, or some were and are to be read again."""
+        return self.rollback > 0 or self.record_past or self.unread > 0
+
+    @property
+    def is_croppable(self):
+        """Whether `crop` can take tokens back."""
+        return self.rollback > 0
+
+    @property
+    def is_compileable(self):
+        """Whether a step on it may be compiled."""
+        return self.static and not self.rewinds
+
+    def activate_past_recording(self):
+        """From now on any number of the last call's tokens can be taken back, as assisted decoding does."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove):
+        """Take back the last columns, as if they had never been read: `tokens_to_remove` is minus their number, as in
+        transformers. It also takes back a call that was interrupted, which is all that 0 does.
+
+        Raises ValueError, and changes nothing, for more columns than `rollback` or than have been read since the cache
+        began to keep what it takes, and for the final length (a positive number), which transformers once took.
+        """
+        if not self.rewinds:
+            raise ValueError(
+                f"an {type(self).__name__} cannot be cropped: the linear state cannot be rewound; make it with "
+                "rollback=N to take back up to N tokens, or copy the cache (copy.deepcopy) before the tokens you may "
+                "want to take back"
+            )
+        self._forget_others()
+        columns, removed = self.begun if self.running else self.get_seq_length(), -int(tokens_to_remove)
+        most = min(self.rollback, columns - self.checkpoints[0].columns) if self.checkpoints else 0
+        if not 0 <= removed <= most:
+            raise ValueError(
+                f"crop({tokens_to_remove}) must be minus a number of tokens from 0 to {most}: of the {columns} that "
+                f"it holds this cache can take back {most} (rollback={self.rollback}); make it with a larger rollback"
+            )
+        if removed or (self.running and self.checkpoints):
+            self._rewind(columns - removed)
+
+    @torch.no_grad()
+    def _rewind(self, target):
+        self.thaw()
+        while self.checkpoints[-1].columns > target:
+            self.checkpoints.pop()
+        (begin, used, tensors), live = self.checkpoints[-1], self._states()
+        for layer, most in zip(self.layers, used, strict=True):
+            layer.most_used = most
+        if tensors is None:
+            torch._foreach_zero_(live)
+            self.last_position.fill_(-1)
+        else:
+            torch._foreach_copy_(live, tensors)
+        pieces, self.pieces, end = self.pieces, [], self.checkpoints[0].columns
+        for piece in pieces:
+            length = min(piece.x_BTD.shape[1], target - end)
+            if length > 0:
+                self.pieces.append(piece.map(lambda x, length=length: x[:, :length]))
+            end += piece.x_BTD.shape[1]
+        self._count_columns(target - self.get_seq_length())
+        self.unread, self.running, self.reserved, self.notes = target - begin, False, 0, []
+
+    def _states(self):
+        """What a checkpoint holds, in order."""
+        holders = [(self, self._batched), *((layer, layer.states) for layer in self.layers if layer.is_initialized)]
+        return [getattr(holder, name) for holder, names in holders for name in names]
+
+    def checkpoint(self, every):
+        """Before a call: keep the states of constant size, if they are `every` columns or more past the last ones."""
+        if self.running or self.unread:
+            return
+        self._forget_others()
+        columns = self.get_seq_length()
+        if not self.checkpoints or columns - self.checkpoints[-1].columns >= every:
+            tensors = [x.clone() for x in self._states()] if columns else None
+            self.checkpoints.append(Checkpoint(columns, [layer.most_used for layer in self.layers], tensors))
+
+    def _forget_others(self):
+        """Drop checkpoints from before a call that was not recorded."""
+        read = sum(piece.x_BTD.shape[1] for piece in self.pieces)
+        if self.checkpoints and self.checkpoints[0].columns + read != self.get_seq_length():
+            self.checkpoints, self.pieces = [], []
+
+    def record(self, piece):
+        """After a call: keep what it read, and drop what lies further back than `crop` may ask for."""
+        self.pieces.append(piece)
+        if not (self.rollback or self.record_past):
+            self.checkpoints, self.pieces = [], []
+        while len(self.checkpoints) > 1 and self.checkpoints[1].columns <= self.get_seq_length() - self.rollback:
+            dropped = self.checkpoints[1].columns - self.checkpoints.pop(0).columns
+            while dropped:
+                dropped -= self.pieces.pop(0).x_BTD.shape[1]
+
+    def unread_pieces(self):
+        """What was read since the checkpoint that `crop` went back to."""
+        behind, pieces = self.checkpoints[-1].columns - self.checkpoints[0].columns if self.unread else 0, []
+        for piece in self.pieces if self.unread else ():
+            if behind <= 0:
+                pieces.append(piece)
+            behind -= piece.x_BTD.shape[1]
+        return pieces
 
     def reset(self):
         """Forget everything; the next call may have any batch size, on a static cache the same."""
         super().reset()
-        self.reserved = 0
+        self.reserved, self.unread, self.running, self.recorded, self.owner = 0, 0, False, False, None
+        self.checkpoints, self.pieces, self.notes = [], [], []
         if self.static:
             self.columns.zero_()
             self._start_rows(self.batch_size, self.seen.device)
@@ -307,6 +589,23 @@ class HSPMNCache(Rows, Cache):
         super().map_rows(function)
         for layer in self.layers:
             layer.map_rows(function)
+        for i, held in enumerate(self.checkpoints):
+            self.checkpoints[i] = held._replace(tensors=held.tensors and [function(x) for x in held.tensors])
+        self.pieces = [piece.map(function) for piece in self.pieces]
+
+    def thaw(self):
+        """Take tensors made in inference mode for normal ones, those of the layers too."""
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        # one of each way to make them
+        some = [x for layer in layers for x in (layer.linear_state, layer.count, layer.keys)]
+        if any(x.is_inference() for x in (self.seen, *some)):
+            super().thaw()
+            for layer in layers:
+                layer.thaw()
+            if self.static:
+                self.columns = mark_static(normal(self.columns))
+                for layer in self.layers:
+                    layer.columns = self.columns
 
 
 class HSPMNStaticCache(HSPMNCache):
@@ -320,19 +619,19 @@ class HSPMNStaticCache(HSPMNCache):
     overflow; a long context needs about `sparsity_k * max_length`, and room for one whole call more, because how many
     of its tokens are routed is known only layer by layer. device, dtype: of all tensors; of keys, values (unless
     `kv_cache_dtype` makes those of the store int8) and convolution inputs, which is that of the model's projections.
-    None for torch's defaults.
+    None for torch's defaults. rollback: of `HSPMNCache`.
 
     A call of T tokens is refused before it changes anything unless T slots are free in every layer, see `reserve`.
     Compiled and captured code has no host to refuse: call `reserve` before each step of it, as `generate()` does.
     Without that, tokens past the capacity get no slot (zero contextual stream), nothing else is touched, a layer's
     `count` exceeds its `slots`, and `reserve` raises once it looks. A batch of another size
-    (`batch_repeat_interleave`, `batch_select_indices`) takes new tensors.
+    (`batch_repeat_interleave`, `batch_select_indices`) or an eager call in another dtype takes new tensors.
     """
 
     static = True
 
-    def __init__(self, config, batch_size, max_length, capacity=None, device=None, dtype=None):
-        super().__init__(config)
+    def __init__(self, config, batch_size, max_length, capacity=None, device=None, dtype=None, rollback=0):
+        super().__init__(config, rollback)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -35,12 +35,13 @@ from .block_hspmn import (
     restore_rows,
     router_statistics,
 )
-from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache
+from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache, Piece
 from .configuration_hspmn import HSPMNConfig
 from .operations_hspmn import LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
 
 logger = logging.get_logger(__name__)
 
+READ_AGAIN = 256  # tokens after a rewound state that a GPU reads in about the time of one
 LEAST_PIECE = 1024  # tokens per row that are read at once however little memory is free
 MEMORY_SHARE = 0.5  # of the free memory that reading a prompt may take
 BAR_DELAY = 5.0  # seconds after which reading a prompt shows a progress bar
@@ -87,7 +88,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HSPMNBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["router"]
-    _is_stateful = True
+    _is_stateful = False  # in transformers' sense: a cache with a rollback length can be cropped
     _can_compile_fullgraph = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -212,8 +213,27 @@ class HSPMNModel(HSPMNPreTrainedModel):
             raise ValueError(f"{', '.join(documents)} without position_ids cannot continue a cache; pass position_ids")
         if use_cache and past_key_values is None:
             past_key_values = HSPMNCache(self.config)
+        if past_key_values is not None:
+            past_key_values.check_model(self)
+            past_key_values.check_rows(B)
 
         real_BT = self._real_tokens(attention_mask, B, T, past_key_values)
+        piece = Piece(x_BTD, real_BT, position_BT)
+        read = self._read_again if past_key_values is not None and past_key_values.rewinds else self._read
+        x_BTD, states, routes, rows, length_B = read(piece, past_key_values, output_hidden_states, documents)
+        outputs = HSPMNOutput(
+            last_hidden_state=x_BTD,
+            past_key_values=past_key_values,
+            hidden_states=(*states, x_BTD) if output_hidden_states else None,
+            **self._router_outputs(routes, length_B, rows, x_BTD, row_weights),
+        )
+        return outputs if self._asked("return_dict", return_dict) else outputs.to_tuple()
+
+    def _read(self, piece, cache, output_hidden_states, documents=None):
+        """One pass of all blocks: the last hidden states and, if asked for, those before each block; their routes, the
+        rows in which these are, see `restore_rows`, and the real tokens of each row, None for all. documents: what
+        `document_numbers` returned."""
+        (x_BTD, real_BT, position_BT), (B, T), documents = piece, piece.x_BTD.shape[:2], documents or {}
         rows = length_B = None
         if real_BT is not None and T == 1:  # nothing to move
             length_B, rows = real_BT[:, 0].long(), (real_BT.long() - 1,) * 2
@@ -226,27 +246,72 @@ class HSPMNModel(HSPMNPreTrainedModel):
             if position_BT is not None:
                 position_BT = position_BT.expand(B, T).gather(1, moved_BT)
         for name, number_BT in documents.items():
-            other = "seq_idx" if position_ids is None else "position_ids"
+            other = "seq_idx" if piece.position_BT is None else "position_ids"
             position_BT = document_positions(name, number_BT, position_BT, length_B, other)
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
-        stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend)
+        stream = make_stream(x_BTD, cache, self.rotary_emb, position_BT, length_B, backend)
 
         states, routes = [], []
         for layer in self.layers:
             if output_hidden_states:
                 states.append(restore_rows(x_BTD, rows))
-            x_BTD, *route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True)
+            x_BTD, *route = layer(x_BTD, stream, past_key_values=cache, output_router=True)
             routes.append(Route(*route) if route else None)
         x_BTD = restore_rows(self.norm(x_BTD), rows)
-        if past_key_values is not None:
-            past_key_values.advance(T, stream)
-        outputs = HSPMNOutput(
-            last_hidden_state=x_BTD,
-            past_key_values=past_key_values,
-            hidden_states=(*states, x_BTD) if output_hidden_states else None,
-            **self._router_outputs(routes, length_B, rows, x_BTD, row_weights),
-        )
-        return outputs if self._asked("return_dict", return_dict) else outputs.to_tuple()
+        if cache is not None:
+            cache.advance(T, stream)
+        return x_BTD, states, routes, rows, length_B
+
+    def _read_again(self, piece, cache, output_hidden_states, documents=None):
+        """`_read` for a cache that can be rewound. What `crop` left to be read again goes first, in the same pass
+        where that is short; a long call takes two passes, so that a checkpoint stands before its last tokens. Position
+        ids, which a call with a cache needs beside `documents`, say what these do."""
+        (B, T), unread, again = piece.x_BTD.shape[:2], cache.unread_pieces(), cache.unread
+        if torch.compiler.is_compiling() or (piece.x_BTD.is_cuda and torch.cuda.is_current_stream_capturing()):
+            raise ValueError(
+                f"past_key_values has rollback={cache.rollback}, which compiled and captured code cannot keep; call "
+                "the model eagerly, or use a cache without"
+            )
+        if piece.position_BT is not None:
+            piece = piece._replace(position_BT=piece.position_BT.expand(B, T))
+        cache.begun = cache.get_seq_length()
+        if cache.record_past:
+            cache.rollback = max(cache.rollback, T)
+        limit = max(cache.rollback, READ_AGAIN if piece.x_BTD.is_cuda else 1)
+        alike = len({each.position_BT is None for each in (*unread, piece)}) == 1
+        passes = [(piece, 0, piece)]  # what is read, its columns that were read before, and what is new
+        if unread and alike and again + T <= 2 * limit:
+            passes = [(Piece.join([*unread, piece]), again, piece)]
+        else:
+            for each in unread:
+                self._read(each, cache, False)
+            if T > 2 * limit and cache.rollback:
+                cut = T - cache.rollback
+                new = [piece.map(lambda x: x[:, :cut]), piece.map(lambda x: x[:, cut:])]
+                passes = [(each, 0, each) for each in new]
+        results = []
+        for whole, again, new in passes:
+            cache.checkpoint(limit)
+            x_BTD, states, routes, rows, length_B = self._read(whole, cache, output_hidden_states)
+            if length_B is None:
+                length_B = torch.full(x_BTD.shape[:1], x_BTD.shape[1], device=x_BTD.device)
+            cache.record(new)
+            parts = [None if route is None else (
+                restore_rows(route.score_BT, rows)[:, again:], (restore_rows(route.slot_BT + 1, rows) - 1)[:, again:],
+                route.sums_B4,
+            ) for route in routes]  # fmt: skip
+            results.append((x_BTD[:, again:], [state[:, again:] for state in states], parts, length_B))
+        xs, states, parts, lengths = zip(*results, strict=True)
+        routes = []
+        for each in zip(*parts, strict=True):
+            if each[0] is None:
+                routes.append(None)
+                continue
+            scores, slots, sums = zip(*each, strict=True)
+            summed = None if any(x is None for x in sums) else sum(sums)
+            routes.append(Route(torch.cat(scores, 1), None, None, torch.cat(slots, 1), None, summed))
+        states = [torch.cat(each, 1) for each in zip(*states, strict=True)]
+        return torch.cat(xs, 1), states, routes, None, sum(lengths)
 
     def _wants_cache(self, use_cache, past_key_values):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -254,7 +319,13 @@ class HSPMNModel(HSPMNPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("router_mode='topk' looks at later tokens and cannot continue a cache; pass none")
             return False
-        if use_cache and self.training and self.layers[0].gradient_checkpointing:
+        checkpoints = self.training and self.layers[0].gradient_checkpointing
+        if checkpoints and past_key_values is not None:
+            raise ValueError(
+                "past_key_values cannot be read while gradient checkpointing trains, which runs every layer twice; "
+                "pass None, or call model.eval() or model.gradient_checkpointing_disable() first"
+            )
+        if use_cache and checkpoints:
             logger.warning_once("use_cache=True is incompatible with gradient checkpointing; setting use_cache=False")
             return False
         return use_cache
@@ -461,18 +532,26 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation must be None, 'dynamic' or 'static' for HSPMN, got {implementation!r}"
             )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if generation_config.use_cache is False:
             return
-        if implementation == "static":
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 1)
-            # lengths that differ little share one size, and so one compilation
-            length = -(-max_length // SLOT_BLOCK) * SLOT_BLOCK
-            cache = HSPMNStaticCache(self.config, rows, length, device=self.device, dtype=self.dtype)
-        else:
-            cache = HSPMNCache(self.config)
-        cache.outlives_call = generation_config.return_dict_in_generate
-        model_kwargs["past_key_values"] = cache
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = self._new_cache(generation_config, batch_size, max_length)
+            cache.outlives_call = generation_config.return_dict_in_generate
+            model_kwargs["past_key_values"] = cache
+        if generation_config.is_assistant and hasattr(cache, "rollback"):
+            # all of the draft may be refused and, where tokenizers differ, some tokens before it be split otherwise
+            drafted = (generation_config.max_new_tokens or 0) + (generation_config.assistant_lookbehind or 0)
+            cache.rollback = max(cache.rollback, drafted)
+
+    def _new_cache(self, generation_config, batch_size, max_length):
+        if generation_config.cache_implementation != "static":
+            return HSPMNCache(self.config)
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 1)
+        # lengths that differ little share one size, and so one compilation
+        length = -(-max_length // SLOT_BLOCK) * SLOT_BLOCK
+        return HSPMNStaticCache(self.config, rows, length, device=self.device, dtype=self.dtype)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts positions itself, from the cache and without padding."""
@@ -492,12 +571,30 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         size = generation_config.prefill_chunk_size or self.piece_size(len(input_ids))
         return self.prefill(chunk_size=size, **inputs)
 
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        """transformers' loop, on a cache whose last call can be taken back. The prompt but for its last token is read
+        before, in pieces if it is long, so that no draft that is refused lets the model read it again."""
+        cache, end = kwargs.get("past_key_values"), input_ids.shape[1] - 1
+        begin = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and kwargs.get("inputs_embeds") is None and len(input_ids) == 1 and end > begin:
+            mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            mask = None if mask is None else mask[:, :end]
+            position_ids = None if position_ids is None else position_ids[:, begin:end]
+            self.prefill(input_ids[:, begin:end], mask, cache, position_ids=position_ids)
+        rollback = getattr(cache, "rollback", 0)
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            if cache is not None:
+                cache.rollback, cache.record_past = rollback, False
+
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         """transformers' loop, or its tokens from a captured step where they can be chosen on the device alone."""
         cache, asked = kwargs.get("past_key_values"), generation_config
         plain = (
             type(cache).__name__ in ("HSPMNCache", "HSPMNStaticCache")
             and input_ids.is_cuda
+            and not (cache.rollback or cache.record_past)
             and not (args or kwargs.get("synced_gpus") or kwargs.get("streamer") or asked.return_dict_in_generate)
             and not (asked.disable_compile or asked.compile_config)
             and kwargs.get("inputs_embeds") is None
@@ -566,9 +663,15 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
                     cache.replayed()
         return ids
 
-    def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, *, inputs_embeds=None, **kwargs):
         """As in `GenerationMixin`; what a compiled decoding step cannot check is checked here."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if next_sequence_length is None and getattr(cache, "record_past", False) and inputs_embeds is None:
+            # the first draft of assisted decoding stands behind the whole prompt
+            next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if hasattr(cache, "reserve") and ids is not None and ids.shape[1] == 1:  # forward names a foreign cache
             cache.reserve(1, for_next_call=True)

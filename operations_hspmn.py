@@ -468,8 +468,9 @@ def local_attention(
         start_BT = start_BT.clamp(min=0)
     else:
         slot_BW = (seen_B[:, None] + torch.arange(window, device=seen_B.device)) % window
-        slot = slot_BW[..., None, None].expand_as(ring_k_BWGE)
-        past_k, past_v = ring_k_BWGE.gather(1, slot).to(k_BTGE.dtype), ring_v_BWGE.gather(1, slot).to(v_BTGE.dtype)
+        # not gather, whose gradient keeps the ring, which this call writes before backward
+        at = torch.arange(B, device=seen_B.device)[:, None], slot_BW
+        past_k, past_v = ring_k_BWGE[at].to(k_BTGE.dtype), ring_v_BWGE[at].to(v_BTGE.dtype)
     tail = (0, 0, 0, 0, 0, padding)
     q, k, v = F.pad(q_BTHE, tail), torch.cat([past_k, k_BTGE], 1), torch.cat([past_v, v_BTGE], 1)
     # Stretches of window + block keys, one per block of queries; blocks are `window` long unless there is one

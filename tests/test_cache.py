@@ -1,6 +1,11 @@
 """Both caches: one state however tokens come, positions, rows that move, growth, and what is refused."""
 
+import contextlib
 import copy
+import gc
+import pickle
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,3 +130,172 @@ def test_refusals_say_what_to_do_and_leave_the_cache_as_it_is(model, cache):
     with pytest.raises(ValueError, match=f"{type(cache).__name__} cannot be cropped: the linear state"):
         cache.crop(5)
     assert not cache.is_croppable and cache.get_seq_length() == 24
+    with pytest.raises(ValueError, match="rollback must be at least 0 tokens, got -1"):
+        HSPMNCache(model.config, rollback=-1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("variant", ["gated", "dense", "bare"])
+def test_cropped_tokens_leave_no_trace(tiny_model, new_cache, variant, kind):
+    """Random calls, crops, moves of rows and copies: every answer is that of the tokens that are left."""
+    model, draw = tiny_model(**VARIANTS[variant]), random.Random(kind)
+    rollback, static = 5, new_cache is static_cache
+    cache = static_cache(model, length=200, rollback=5) if static else HSPMNCache(model.config, rollback=5)
+    held = torch.zeros(3, 3, 0, dtype=torch.long)  # ids, mask, positions
+    for step in range(12):
+        T = draw.choice([1, 2, 4, 7, 25])
+        ids, mask = tokens(3, T, seed=step), (tokens(3, T, seed=step + 50) > 15).long()
+        begin = held[2, :, -1:] + 1 if held.shape[2] and step % 3 else torch.zeros(3, 1, dtype=torch.long)
+        held = torch.cat([held, torch.stack([ids, mask, begin + torch.arange(T)])], 2)
+        padding = held[1] if kind == "padded" else None
+        positions = held[2] if kind == "packed" else None
+        inputs = {"attention_mask": padding, "position_ids": None if positions is None else positions[:, -T:]}
+        with torch.no_grad():
+            outputs = model(ids, past_key_values=cache, **inputs)
+        logits, routed = feed(model, held[0], mask=padding, positions=positions)
+        torch.testing.assert_close(outputs.logits, logits[:, -T:], **CLOSE)
+        assert torch.equal(outputs.router_mask, routed[..., -T:])
+        taken = draw.randint(0, min(T, rollback))
+        cache.crop(-taken)
+        held = held[..., : held.shape[2] - taken]
+        if step % 4 == 1:
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+            held, cache = held[:, [2, 0, 0]], copy.deepcopy(cache)
+        assert cache.get_seq_length() == held.shape[2]
+    assert sum(piece.x_BTD.shape[1] for piece in cache.pieces) <= 40 and len(cache.checkpoints) <= 3
+
+
+def test_crop_goes_as_far_as_it_says_and_no_further(tiny_model, new_cache):
+    model = tiny_model()
+    cache = static_cache(model, rollback=6) if new_cache is static_cache else HSPMNCache(model.config, rollback=6)
+    ids = tokens(3, 24)
+    feed(model, ids, cache, [20, 1, 1, 2])
+    for number in (-7, 3):
+        before = copy.deepcopy(cache)
+        with pytest.raises(ValueError, match=rf"crop\({number}\) must be minus .* from 0 to 6.*rollback=6"):
+            cache.crop(number)
+        assert_same(cache, before)
+    cache.crop(-4)
+    cache.crop(-2)
+    torch.testing.assert_close(feed(model, ids[:, 18:], cache, 1)[0], feed(model, ids)[0][:, 18:], **CLOSE)
+    cache.reset()
+    feed(model, ids[:, :3], cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(feed(model, ids, cache)[0], feed(model, ids)[0], **CLOSE)
+    with torch.enable_grad(), pytest.raises(ValueError, match="records no gradients"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+MODES = {  # how a model is called, and how close its answers then are to those of float32
+    "grad": (contextlib.nullcontext, 1e-4), "train": (contextlib.nullcontext, 1e-4), "no_grad": (torch.no_grad, 1e-4),
+    "inference": (torch.inference_mode, 1e-4), "cast": (torch.no_grad, 0.5),
+    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("later", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_a_cache_made_in_one_mode_goes_on_in_another(tiny_model, new_cache, first, later):
+    model, ids = tiny_model(router_bias_rate=0.0, capacity_factor=9.0), tokens(3, 24)
+    cache, logits = new_cache(model), []
+    refused = new_cache is static_cache and {first, later} & {"grad", "train", "autocast"}
+    with pytest.raises(ValueError, match="records no gradients") if refused else contextlib.nullcontext():
+        for mode, pieces in ((first, (9, 1)), (later, (1, 13))):
+            model.train(mode == "train").to(torch.bfloat16 if mode == "cast" else torch.float32)
+            for length in pieces:
+                begin = cache.get_seq_length()
+                with MODES[mode][0]():
+                    outputs = model(ids[:, begin : begin + length], past_key_values=cache, use_cache=True)
+                logits.append(outputs.logits.float())
+    if not refused:
+        error = (torch.cat(logits, 1) - feed(model.float().eval(), ids)[0]).abs().max()
+        assert error < max(MODES[first][1], MODES[later][1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_pass_through_a_cache(tiny_model, variant):
+    model, ids = tiny_model(**VARIANTS[variant]), tokens(2, 16)
+
+    def gradients(*lengths):
+        model.zero_grad()
+        outputs = SimpleNamespace(past_key_values=None)
+        for piece in ids.split(lengths or 16, 1):
+            outputs = model(piece, past_key_values=outputs.past_key_values, use_cache=bool(lengths))
+            outputs.logits.square().sum().backward(retain_graph=True)  # through the calls before, too
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    for lengths in ((16,), (7, 9), (12, 1, 1, 1, 1)):
+        for name, got in gradients(*lengths).items():
+            torch.testing.assert_close(got, want[name], rtol=1e-3, atol=1e-3, msg=name)
+    outputs = model(ids[:, :8])
+    feed(model, ids[:, 8:], outputs.past_key_values)  # leaves the graph of the call before as it was
+    outputs.logits.sum().backward()
+
+
+def test_int8_records_gradients_of_one_call_and_refuses_another(tiny_model):
+    model, ids = tiny_model(kv_cache_dtype="int8"), tokens(2, 12)
+    found = []
+    for use_cache in (False, True):
+        outputs = model(ids, use_cache=use_cache)
+        found.append(torch.autograd.grad(outputs.logits.square().sum(), model.lm_head.weight)[0])
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="kv_cache_dtype='int8', through which no gradient passes"):
+        model(ids, past_key_values=outputs.past_key_values)
+    assert outputs.past_key_values.get_seq_length() == 12
+
+
+def test_a_cache_is_refused_where_layers_run_twice(tiny_model):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    cache = HSPMNCache(model.config)
+    with pytest.raises(ValueError, match="past_key_values cannot be read while gradient checkpointing trains"):
+        model(tokens(2, 9), past_key_values=cache)
+    assert model(tokens(2, 9), use_cache=True).past_key_values is None and cache.get_seq_length() == 0
+
+
+def test_an_interrupted_call_is_refused_and_can_be_taken_back(tiny_model, new_cache):
+    model, ids = tiny_model(), tokens(3, 24)
+
+    def stop(*_):
+        raise MemoryError
+
+    for rollback in (0, 4):
+        options = {"rollback": rollback}
+        cache = static_cache(model, **options) if new_cache is static_cache else HSPMNCache(model.config, **options)
+        feed(model, ids[:, :12], cache)
+        hook = model.model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(MemoryError):
+            feed(model, ids[:, 12:], cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="interrupted.*reset"):
+            feed(model, ids[:, 12:], cache)
+        if rollback:
+            cache.crop(0)
+            torch.testing.assert_close(feed(model, ids[:, 12:], cache)[0], feed(model, ids)[0][:, 12:], **CLOSE)
+        cache.reset()
+        torch.testing.assert_close(feed(model, ids, cache)[0], feed(model, ids)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("field, change", [
+    ("num_hidden_layers", {"num_hidden_layers": 2, "sparsity_k": [0.4, 0.0]}), ("num_attention_heads", {
+    "num_attention_heads": 2}), ("num_key_value_heads", {"num_key_value_heads": 4}), ("head_dim", {"head_dim": 4}),
+    ("sliding_window", {"sliding_window": 6}), ("conv_kernel_size", {"conv_kernel_size": 2}),
+    ("linear_attention", {"linear_attention": "elu"}), ("kv_cache_dtype", {"kv_cache_dtype": "int8"}),
+    ("routing layers", {"sparsity_k": [0.0, 0.0, 0.5]}), ("another model", {}),
+])  # fmt: skip
+def test_a_cache_of_another_model_is_refused_by_name(tiny_model, new_cache, field, change):
+    model, other, ids = tiny_model(), tiny_model(**change), tokens(3, 12)
+    cache = new_cache(model)
+    feed(model, ids[:, :6], cache)
+    before = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match=f"past_key_values .*{field}"):
+        feed(other, ids[:, 6:], cache)
+    assert_same(cache, before)
+    if not change:  # a stored one goes on with the same weights, loaded anew
+        stored = pickle.loads(pickle.dumps(cache))
+        torch.testing.assert_close(feed(other, ids[:, 6:], stored)[0], feed(model, ids)[0][:, 6:], **CLOSE)
+        del model
+        gc.collect()
+        feed(other, ids[:, 6:], cache)

@@ -1,12 +1,14 @@
 """`generate` and `prefill`: every way of reading and decoding gives what uncached decoding gives."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from caches import CLOSE, feed, generate, left_padded, pack, tokens
+from caches import CLOSE, feed, generate, left_padded, pack, static_cache, tokens
 from hspmn import modeling_hspmn
 from hspmn.cache_hspmn import HSPMNCache, HSPMNStaticCache
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 
@@ -98,11 +100,10 @@ def test_streaming_delivers_every_token_in_order(model):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"assistant_model": True}, "stateful"), ({"prompt_lookup_num_tokens": 3}, "stateful"),  # no state is rewound
+    ({"prompt_lookup_num_tokens": 3, "cache_implementation": "static"}, "Static cache"),
     *(({"cache_implementation": kind}, f"cache_implementation.*{kind}") for kind in ("quantized", "offloaded")),
 ], ids=str)  # fmt: skip
 def test_what_cannot_decode_is_refused_by_name(model, options, message):
-    options |= {"assistant_model": model} if "assistant_model" in options else {}
     with pytest.raises(ValueError, match=message):
         generate(model, tokens(1, 20), **options)
 
@@ -171,3 +172,52 @@ def test_generation_continues_from_a_returned_cache(model, pieces, size, padding
     options = given | {"past_key_values": first.past_key_values, "prefill_chunk_size": size}
     assert torch.equal(generate(model, turn, **options), expected)
     assert pieces == [*([31] if size is None else [4, 9, 9, 9]), *[1] * 11]
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["lookup", "llama", "smaller", "itself", "static", "padded", "placed"])
+def test_assisted_decoding_gives_the_tokens_of_plain_greedy_decoding(model, tiny_model, llama, pieces, kind):
+    ids, options = tokens(1, 12).repeat(1, 2), {"prompt_lookup_num_tokens": 4}
+    expected = generate(model, ids, max_new_tokens=24)
+    if kind in ("llama", "smaller", "itself"):
+        smaller = tiny_model(num_hidden_layers=1, sparsity_k=0.4)
+        options = {"assistant_model": {"llama": llama, "smaller": smaller, "itself": model}[kind]}
+    elif kind == "static":
+        options["past_key_values"] = static_cache(model, B=1, length=60)
+    elif kind == "padded":
+        ids[:, :3] = 0
+        options["attention_mask"] = left_padded(1, 24, 3)
+        expected = generate(model, ids, attention_mask=options["attention_mask"], max_new_tokens=24)
+    elif kind == "placed":
+        options["position_ids"] = torch.arange(24)[None]
+    pieces.clear()
+    outputs = generate(model, ids, max_new_tokens=24, return_dict_in_generate=True, **options)
+    assert torch.equal(outputs.sequences, expected)
+    assert pieces[0] == 23 and max(pieces[1:]) > 1  # the prompt is read once
+    more, cache = torch.cat([expected, tokens(1, 5)], 1), outputs.past_key_values
+    assert cache.get_seq_length() == 47 and cache.rollback == 0
+    given = {"attention_mask": left_padded(1, 53, 3)} if kind == "padded" else {}
+    assert torch.equal(generate(model, more, past_key_values=cache, **given), generate(model, more, **given))
+
+
+def test_an_hspmn_model_drafts_for_another_and_sampling_runs(model, llama):
+    ids = tokens(1, 24)
+    assert torch.equal(generate(llama, ids, assistant_model=model), generate(llama, ids))
+    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        assert generate(model, ids, do_sample=True, **options).shape == (1, 36)
+
+
+def test_one_prefix_serves_many_requests(model):
+    prefix = tokens(1, 20)
+    stored = model(prefix).past_key_values  # while gradients are recorded, as often happens
+    for seed, options in ((1, {}), (2, {"prompt_lookup_num_tokens": 3}), (1, {})):
+        request = torch.cat([prefix, tokens(1, 6, seed)], 1)
+        got = generate(model, request, past_key_values=copy.deepcopy(stored), **options)
+        assert torch.equal(got, generate(model, request))
+    assert stored.get_seq_length() == 20
