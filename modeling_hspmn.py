@@ -163,8 +163,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
         input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them. attention_mask: [B, T] or [B, cached
         columns + T], 1 for real tokens, padding anywhere; compiled with a static cache it must have width T.
-        position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing). past_key_values:
-        `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and None.
+        position_ids: int64 [B, T]; where they go up neither by one nor by the columns that a hole in the mask spans, a
+        new document begins (packing). past_key_values: `HSPMNCache` or `HSPMNStaticCache` to continue; the former is
+        created if `use_cache` and None.
 
         Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit.
         """
@@ -184,7 +185,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
             past_key_values = HSPMNCache(self.config)
 
         real_BT = self._real_tokens(attention_mask, B, T, past_key_values)
-        rows = length_B = None
+        rows = length_B = index_BT = None
         if real_BT is not None and T == 1:  # nothing to move
             length_B, rows = real_BT[:, 0].long(), (real_BT.long() - 1,) * 2
         elif real_BT is not None:
@@ -194,7 +195,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
             if position_BT is not None:
                 position_BT = position_BT.expand(B, T).gather(1, index_BT.clamp(min=0))
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
-        stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend)
+        stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend, index_BT)
 
         states, routes = [], []
         for layer in self.layers:
@@ -232,9 +233,11 @@ class HSPMNModel(HSPMNPreTrainedModel):
             raise ValueError("output_attentions=True is not supported: no attention matrix is ever formed")
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape [batch, tokens], got {tuple(input_ids.shape)}")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if 0 in given.shape[:2]:
+            raise ValueError(f"input_ids of shape {tuple(given.shape[:2])} holds no token; pass at least one")
+        check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x_BTD.shape[1] == 0:
-            raise ValueError("input_ids holds no token; pass at least one per row")
         return x_BTD
 
     @staticmethod
@@ -324,6 +327,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         batch, as Trainer passes it. The others are those of `HSPMNModel.forward`. The loss is the mean cross entropy
         in nats plus, in training, the auxiliary losses.
         """
+        check_ids("labels", labels, self.lm_head.out_features, ignored=-100)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
             output_attentions,
@@ -558,10 +562,10 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
         output_hidden_states=None, output_attentions=None, num_items_in_batch=None, return_dict=None,
     ):  # fmt: skip
         """Logits and, with labels, the loss, see the class; the other arguments are those of `HSPMNModel.forward`."""
-        if not self.per_token and attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
-            if self.config.pad_token_id is None:
-                raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+        if self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1:
+            check_ids("labels", labels, self.num_labels, ignored=-100)
+        if not self.per_token and attention_mask is None and input_ids is not None:
+            attention_mask = self._text_between_padding(input_ids)
         outputs = self.model(
             input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
             output_attentions,
@@ -578,6 +582,14 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return with_head(outputs, logits, loss, self.training, return_dict)
 
+    def _text_between_padding(self, input_ids):
+        """Mask of the ids between a row's leading and trailing padding, whose id may also stand within the text."""
+        if (pad := self.config.pad_token_id) is not None:
+            seen_BT = (input_ids != pad).long().cumsum(1)
+            return ((seen_BT > 0) & ((seen_BT < seen_BT[:, -1:]) | (input_ids != pad))).long()
+        if input_ids.shape[0] > 1:
+            raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
+
 
 class HSPMNForSequenceClassification(HSPMNClassifier):
     """HSPMN with a label per sequence, read from the last real token: logits [B, num_labels]; labels int64 [B], or
@@ -592,6 +604,19 @@ class HSPMNForTokenClassification(HSPMNClassifier):
     """HSPMN with a label per token: logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored.
     num_items_in_batch: labelled tokens of the whole batch, as Trainer passes it.
     """
+
+
+def check_ids(name, ids, size, ignored=None):
+    """ValueError unless whole numbers `ids` lie in [0, size) or are `ignored`; on a CPU, where looking is free."""
+    plain = type(ids) is torch.Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or ids.is_floating_point():
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong = wrong & (ids != ignored)
+    if wrong.any():
+        other = "" if ignored is None else f" or be {ignored}"
+        raise ValueError(f"{name} must lie in [0, {size}){other}, got {ids[wrong][0]}")
 
 
 def with_head(outputs, logits, loss, training, return_dict):
