@@ -39,7 +39,7 @@ if HAS_TRITON:
 
 # Kernels go through the dispatcher, "triton", only where a compiler looks on
 OPERATIONS = {backend: operations(backend) for backend in ("reference", "flex", "triton", "launch")}
-FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn", "proportional")  # RoPE kinds that no length changes
+SHARE_UNIT = 10**6  # shares are whole multiples of 1 / SHARE_UNIT where tokens are counted, also of a symbolic length
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
 
@@ -71,7 +71,8 @@ class Stream(NamedTuple):
     """Where the tokens of one call stand, shared by all blocks; real tokens come first in each row.
 
     start_BT, length_B: of `operations_hspmn`. seen_B: real tokens of earlier calls, None without a cache. cos, sin:
-    RoPE's, [B, T, E]. backend: what `pick_backend` returned.
+    RoPE's, [B, T, E]. backend: what `pick_backend` returned. column_BT: the input's column of each token, None if that
+    is token t.
     """
 
     position_BT: torch.Tensor
@@ -81,6 +82,7 @@ class Stream(NamedTuple):
     length_B: torch.Tensor | None = None
     seen_B: torch.Tensor | None = None
     backend: str = "reference"
+    column_BT: torch.Tensor | None = None
 
 
 class Route(NamedTuple):
@@ -192,9 +194,9 @@ class HSPMNRouter(nn.Module):
 
     def capacity(self, tokens):
         """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
-        # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
-        held = math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6))
-        return tokens if self.annealing else min(tokens, held)
+        # a whole share: 1.5 * 0.2 * 50 is a hair above 15 in binary, and a symbolic length has no ceiling of a float
+        share = min(SHARE_UNIT, round(self.config.capacity_factor * self.sparsity_k * SHARE_UNIT))
+        return tokens if self.annealing else -(-tokens * share // SHARE_UNIT)
 
     def forward(self, h_BTD, start_BT=None, length_B=None, backend="reference"):
         """The `Route` of normalised hidden states [B, T, D]; start_BT, length_B, backend: of `Stream`."""
@@ -216,7 +218,8 @@ class HSPMNRouter(nn.Module):
         T, real_BT = score_BT.shape[1], torch.ones_like(score_BT, dtype=torch.bool)
         if length_B is not None:
             real_BT = torch.arange(T, device=score_BT.device) < length_B[:, None]
-        best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(max(1, round(self.sparsity_k * T)), 1).indices
+        k = max(1, (2 * T * round(self.sparsity_k * SHARE_UNIT) + SHARE_UNIT) // (2 * SHARE_UNIT))  # rounded
+        best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(k, 1).indices
         wanted_BT = torch.zeros_like(real_BT).scatter(1, best_BK, True) & real_BT
         return Route(score_BT, *assign(score_BT, wanted_BT, real_BT, self.config.router_noise_floor, best_BK.shape[1]))
 
@@ -252,13 +255,15 @@ register_optimizer_step_post_hook(partial(step_biases, ROUTERS))
 
 
 class Heads(NamedTuple):
-    """What `split_heads` makes: q and k of the linear attention; q, k (normalised, with RoPE) and v of the softmax."""
+    """What `split_heads` makes: q and k of the linear attention; q, k (normalised, with RoPE) and v of the softmax;
+    and q without RoPE, which scores sinks, as these stand nowhere; None where there are none."""
 
     q_linear_BTHE: torch.Tensor
     k_linear_BTGE: torch.Tensor
     q_BTHE: torch.Tensor
     k_BTGE: torch.Tensor
     v_BTGE: torch.Tensor
+    q_plain_BTHE: torch.Tensor | None = None
 
 
 class SharedProjection(nn.Module):
@@ -309,7 +314,8 @@ class SharedProjection(nn.Module):
         q_BTHE, k_BTGE, v_BTGE = x_BTC.unflatten(-1, (-1, config.head_dim)).split(sizes, 2)
         q_linear, k_linear = feature_map(q_BTHE, config.linear_attention), feature_map(k_BTGE, config.linear_attention)
         (q_BTHE, k_BTGE), angles = (self.q_norm(q_BTHE), self.k_norm(k_BTGE)), (stream.cos, stream.sin)
-        return Heads(q_linear, k_linear, rotate(q_BTHE, *angles), rotate(k_BTGE, *angles), v_BTGE)
+        q_plain = q_BTHE if config.num_sink_tokens else None  # else it would only hold memory
+        return Heads(q_linear, k_linear, rotate(q_BTHE, *angles), rotate(k_BTGE, *angles), v_BTGE, q_plain)
 
 
 class ReflexiveStream(nn.Module):
@@ -376,10 +382,10 @@ class ReflexiveStream(nn.Module):
         if self.config.sliding_window:
             ring = (layer_cache.window_keys, layer_cache.window_values) if cached else (None, None)
             local_BTHE, lse_BTH = operations.local_attention(
-                *heads[2:], stream.start_BT, self.config.sliding_window, *ring, stream.seen_B
+                *heads[2:5], stream.start_BT, self.config.sliding_window, *ring, stream.seen_B
             )
             if sinks is not None:
-                local_BTHE = add_sinks(local_BTHE, lse_BTH, heads.q_BTHE, *sinks)
+                local_BTHE = add_sinks(local_BTHE, lse_BTH, heads.q_plain_BTHE, *sinks)
             linear_BTHE = linear_BTHE + local_BTHE
         return linear_BTHE.to(heads.v_BTGE.dtype)
 
@@ -398,6 +404,7 @@ class ContextualStream(nn.Module):
             stored = k_BKGE, v_BKGE, first_BK, None, route.count_B
         out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored)
         if sinks is not None:
+            q_BKHE = operations.take_rows(heads.q_plain_BTHE, index_BK, slot_BT)
             out_BKHE = add_sinks(out_BKHE, lse_BKH, q_BKHE, *sinks)
         contextual_BTHE = operations.take_rows(out_BKHE, slot_BT, index_BK)
         return reflexive_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
@@ -621,12 +628,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
         return x_BTD, None if router is None else Route(score_BT, None, None, slot_BT, None, None)
 
 
-def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="reference"):
+def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="reference", column_BT=None):
     """The `Stream` of one call on embeddings `x_BTD`, real tokens first in each row.
 
     cache: `HSPMNCache` or None; a first call starts its rows. rotary: module giving cos and sin for (x, position ids).
-    position_BT: position ids, or None to count on from the cache; a jump (other than +1) starts a document.
-    length_B: real tokens per row, or None if all are. backend: see `pick_backend`.
+    position_BT: position ids, or None to count on from the cache; a jump starts a document: neither one more than the
+    token before, nor as many more as columns, padding's included. length_B: real tokens per row, or None if all are.
+    backend: see `pick_backend`. column_BT: of `Stream`.
     """
     (B, T), position_BT = x_BTD.shape[:2], None if position_BT is None else position_BT.contiguous()
     seen_B = start_BT = None
@@ -635,13 +643,12 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         seen_B = cache.seen
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)
-        placed = placed and not (rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in rotary.__dict__)
-        if placed and rotary.rope_type in FIXED_FREQUENCIES:
+        if placed and not (rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in rotary.__dict__):
             cos, sin, start_BT, position_BT = OPERATIONS[backend].place(
                 T, position_BT, cache.document_seen, cache.last_position, rotary.inv_freq,
                 float(rotary.attention_scaling), x_BTD.dtype,
             )  # fmt: skip
-            return Stream(position_BT, cos, sin, start_BT, length_B, seen_B, backend)
+            return Stream(position_BT, cos, sin, start_BT, length_B, seen_B, backend, column_BT)
     token_T = torch.arange(T, device=x_BTD.device)
     document_seen = 0 if cache is None else cache.document_seen[:, None]
     if position_BT is None:
@@ -649,13 +656,16 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         start_BT = None if cache is None else -document_seen
     else:
         position_BT = position_BT if cache is None else position_BT.expand(B, T).contiguous()
-        last = position_BT[:, :1] - 1 if cache is None else cache.last_position[:, None]
-        jumps_BT = position_BT != torch.cat([last, position_BT[:, :-1]], 1) + 1
+        last_B2 = position_BT[:, :1] - 1 if cache is None else cache.last_position
+        jumps_BT = position_BT != torch.cat([last_B2[:, :1], position_BT[:, :-1]], 1) + 1
+        offset_BT = position_BT - (token_T if column_BT is None else column_BT)  # one where positions count columns
+        last = offset_BT[:, :1] if cache is None else last_B2[:, 1:] + 1
+        jumps_BT = jumps_BT & (offset_BT != torch.cat([last, offset_BT[:, :-1]], 1))
         if length_B is not None:  # padding starts no document
             jumps_BT = jumps_BT & (token_T < length_B[:, None])
         start_BT = torch.where(jumps_BT, token_T, -1).cummax(1).values
         start_BT = torch.where(start_BT < 0, -document_seen, start_BT).expand(B, T).contiguous()
-    return Stream(position_BT, *rotary(x_BTD, position_BT), start_BT, length_B, seen_B, backend)
+    return Stream(position_BT, *rotary(x_BTD, position_BT), start_BT, length_B, seen_B, backend, column_BT)
 
 
 def dropped_state(decay_BTH, E, F):

@@ -288,8 +288,9 @@ class HSPMNCache(Rows, Cache):
     records no gradients, and its calls are neither compiled nor captured.
 
     Attributes: `layers`, one `HSPMNCacheLayer` per block; `seen`, real tokens seen per row [B]; `document_seen`,
-    those of the row's current document [B]; `last_position`, the position id of the last real token per row [B]:
-    after `crop` and until the next call, as at the checkpoint.
+    those of the row's current document [B]; `last_position`, the position id of the last real token per row, and what
+    it were in the row's last column, which padding may fill [B, 2]: after `crop` and until the next call, as at the
+    checkpoint.
     """
 
     outlives_call = True  # the call of `generate` that decodes with it
@@ -427,7 +428,7 @@ class HSPMNCache(Rows, Cache):
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.keep("seen", zeros)
         self.keep("document_seen", zeros.clone())
-        self.keep("last_position", zeros - 1)
+        self.keep("last_position", zeros[:, None].repeat(1, 2) - 1)
 
     def advance(self, tokens, stream):
         """Account for one call of `tokens` columns, where `stream` says, after all layers have run."""
@@ -435,12 +436,15 @@ class HSPMNCache(Rows, Cache):
         self._count_columns(tokens - self.unread)
         self.unread, self.running = 0, False
         if length_B is None:
-            document_seen, position = tokens - start_BT[:, -1], position_BT[:, -1]
+            document_seen, position = tokens - start_BT[:, -1], position_BT[:, -1:]
         else:
-            last, some = (length_B - 1).clamp(min=0)[:, None], length_B > 0
-            start, position = (x.expand(len(last), tokens).gather(1, last)[:, 0] for x in (start_BT, position_BT))
-            document_seen = torch.where(some, length_B - start, self.document_seen)
-            position = torch.where(some, position, self.last_position)
+            last, some = (length_B - 1).clamp(min=0)[:, None], length_B[:, None] > 0
+            start, position = (x.expand(len(last), tokens).gather(1, last) for x in (start_BT, position_BT))
+            column, held = last if stream.column_BT is None else stream.column_BT.gather(1, last), self.last_position
+            document_seen = torch.where(some[:, 0], length_B - start[:, 0], self.document_seen)
+            position, held = torch.where(some, position, held[:, :1]), held[:, 1:] - held[:, :1]
+            padding = tokens - torch.where(some, column + 1, -held)  # columns after the last real one
+            position = torch.cat([position, position + padding], 1)
         self.document_seen.copy_(document_seen)
         self.last_position.copy_(position)
         self.seen.add_(tokens if length_B is None else length_B)

@@ -1,35 +1,45 @@
 """Every number that defines an HSPMN model: typed, documented, validated."""
 
 from functools import wraps
-from math import inf
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CONCENTRATED_SHARE, ROUTING_PERIOD = 0.2, 4  # of `sparsity_k=None`: the average share, and every which layer routes
+LEAST_SHARE = 1e-6  # of routed tokens in a layer that routes any
 CHOICES = {
     "router_mode": ("threshold", "topk"), "linear_attention": ("gated", "elu"), "hidden_act": ("silu",),
     "backend": ("auto", "reference", "flex", "triton"), "kv_cache_dtype": ("auto", "int8"),
 }  # fmt: skip
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "conv_kernel_size"),
-)
-COUNTS = (
-    *("routed_intermediate_size", "router_initial_tokens", "sliding_window", "num_sink_tokens"),
-    "linear_attention_horizon",
-)
-LIMITS = (  # fields, from where on and up to where (excluded) they may lie, and how that is said
-    (SIZES, 1, inf, "be a whole number of at least 1"),
-    (COUNTS, 0, inf, "be a whole number of at least 0"),
-    (("router_bias_rate", "router_token_entropy_coef", "router_load_entropy_coef"), 0.0, inf, "lie in [0, inf)"),
-    (("router_bias_gain", "initializer_range"), 1e-12, inf, "lie in (0, inf)"),
-    (("rms_norm_eps",), 1e-30, inf, "lie in (0, inf)"),
-    (("capacity_factor",), 1.0, inf, "lie in [1, inf)"),
-    (("router_noise_floor",), 0.0, 1.0, "lie in [0, 1)"),
-    (("sparsity_anneal_fraction",), 0.0, 1.0 + 1e-9, "lie in [0, 1]"),
+ROPE_TYPES = {  # and what each needs beside `rope_theta`
+    "default": (), "linear": ("factor",), "proportional": (), "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
+MOST = 2**31 - 1  # what int32, the type of positions and slots, holds
+LIMITS = (  # fields, the least value and the largest: where memory, time to build or float32 end, far above real use
+    (("vocab_size",), 1, 2**24),
+    (("hidden_size",), 1, 2**16),
+    (("intermediate_size",), 1, 2**20),
+    (("routed_intermediate_size",), 0, 2**20),
+    (("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), 1, 1024),
+    (("conv_kernel_size",), 1, 256),
+    (("sliding_window",), 0, 2**17),
+    (("num_sink_tokens",), 0, 4096),
+    (("max_position_embeddings", "rope_parameters['original_max_position_embeddings']"), 1, MOST),
+    (("router_initial_tokens", "linear_attention_horizon"), 0, MOST),
+    (("router_bias_rate", "router_token_entropy_coef", "router_load_entropy_coef"), 0.0, 1e4),
+    (("router_bias_gain",), 1e-6, 1e6),
+    (("initializer_range", "rms_norm_eps"), 1e-9, 1.0),
+    (("capacity_factor",), 1.0, 1e6),
+    (("router_noise_floor",), 0.0, 1 - 2**-24),
+    (("sparsity_anneal_fraction", "rope_parameters['partial_rotary_factor']"), 0.0, 1.0),
+    (("rope_parameters['rope_theta']",), 1.001, 1e30),
+    (("rope_parameters['factor']",), 1.0, 1e9),
+    (("rope_parameters['low_freq_factor']", "rope_parameters['high_freq_factor']"), 1e-6, 1e6),
+    (("rope_parameters['beta_fast']", "rope_parameters['beta_slow']"), 1e-3, 1e6),
+    (("rope_parameters['attention_factor']",), 1e-3, 1e3),
+    (("rope_parameters['mscale']", "rope_parameters['mscale_all_dim']"), 0.0, 1e3),
 )
 
 
@@ -46,14 +56,33 @@ def raises_value_error(method):
     return wrapped
 
 
+def in_one_form(setattr_):
+    """`setattr_` of a config, given a float for a whole number where a float is due, and RoPE parameters without keys
+    of None and without `type`, the old name of `rope_type`. A theta that they leave out stays as it was."""
+
+    @wraps(setattr_)
+    def wrapped(self, name, value):
+        if HSPMNConfig.__annotations__.get(name) is float and type(value) is int and abs(value) < 10**300:
+            value = float(value)
+        if name == "rope_parameters" and isinstance(value, dict | None):
+            value = {key: number for key, number in (value or {}).items() if number is not None}
+            value.setdefault("rope_type", value.pop("type", "default"))
+            if "rope_theta" in (held := self.rope_parameters or {}):
+                value.setdefault("rope_theta", held["rope_theta"])
+        setattr_(self, name, value)
+
+    return wrapped
+
+
 @strict
 class HSPMNConfig(PreTrainedConfig):
     """Configuration of an HSPMN model; the checkout's `config.json` holds the same defaults.
 
-    Fields that every transformers decoder has keep their usual names and meaning. `validate()` runs at construction
-    and again when a model is built, because overrides passed to `from_pretrained` skip construction; types are checked
-    whenever a field is set. Raises ValueError for a field out of range or two that contradict each other, with a
-    message that names field and fix.
+    Fields that every transformers decoder has keep their usual names and meaning; `rope_theta`,
+    `partial_rotary_factor` and `rope_scaling` are taken as by LlamaConfig. `validate()` runs at construction and again
+    when a model is built, because overrides passed to `from_pretrained` skip construction; types are checked whenever
+    a field is set, and whole numbers become floats where a float is due. Raises ValueError for a field out of range,
+    all of which `LIMITS` holds, or two that contradict each other, with a message that names field and fix.
     """
 
     model_type = "hspmn"
@@ -73,7 +102,9 @@ class HSPMNConfig(PreTrainedConfig):
     head_dim: int | None = None  # width E of a head, even; None means hidden_size / num_attention_heads
     hidden_act: str = "silu"  # activation of the gated feed-forward; only "silu" (SwiGLU)
     max_position_embeddings: int = 1048576  # longest context that RoPE scaling assumes; not a limit of the cache
-    rope_parameters: dict | None = None  # as in transformers; None: {"rope_type": "default", "rope_theta": 10000.0}
+    # As in transformers; None: {"rope_type": "default", "rope_theta": 10000.0}. Types whose frequencies depend on the
+    # length ("dynamic", "longrope") are refused: keys in a cache keep those that they were rotated with.
+    rope_parameters: dict | None = None
     initializer_range: float = 0.02  # standard deviation of freshly drawn weights, above 0
     rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm, above 0
     use_cache: bool = True  # whether a forward without labels returns an `HSPMNCache`
@@ -124,9 +155,30 @@ class HSPMNConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        self.rope_parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters
+        for name in ("rope_theta", "partial_rotary_factor"):
+            given = kwargs.pop(name, None)
+            if given is not None and (held := self.rope_parameters.setdefault(name, given)) not in (given,):
+                raise ValueError(f"{name}={given!r} contradicts rope_parameters[{name!r}]={held!r}; give one of them")
         super().__post_init__(**kwargs)
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of RoPE's wavelengths, `rope_parameters['rope_theta']`; can be set."""
+        return self.rope_parameters.get("rope_theta", self.default_theta)
+
+    @rope_theta.setter
+    def rope_theta(self, value):
+        self.rope_parameters = self.rope_parameters | {"rope_theta": value}
+
+    @property
+    def partial_rotary_factor(self) -> float | None:
+        """Share of a head that RoPE of the proportional type rotates, of `rope_parameters`; can be set."""
+        return self.rope_parameters.get("partial_rotary_factor")
+
+    @partial_rotary_factor.setter
+    def partial_rotary_factor(self, value):
+        self.rope_parameters = self.rope_parameters | {"partial_rotary_factor": value}
 
     @property
     def layer_sparsity(self) -> list[float]:
@@ -139,16 +191,36 @@ class HSPMNConfig(PreTrainedConfig):
 
     def validate_fields(self):
         """Numbers lie within their limits, choices are known, and special tokens exist in the vocabulary."""
-        for fields, low, high, rule in LIMITS:
+        rope = self.rope_parameters
+        given = self.__dict__ | {f"rope_parameters['{key}']": value for key, value in rope.items()}
+        for fields, low, high in LIMITS:
             for field in fields:
-                if (value := getattr(self, field)) is not None and not low <= value < high:
-                    raise ValueError(f"{field} must {rule}, got {value!r}")
-        chosen = [(field, getattr(self, field), valid) for field, valid in CHOICES.items()]
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        chosen.append(("rope_parameters['rope_type']", rope_type, sorted({"default", *ROPE_INIT_FUNCTIONS})))
-        for field, value, valid in chosen:
-            if value not in valid:
-                raise ValueError(f"{field} must be one of {', '.join(valid)}, got {value!r}")
+                value = given.get(field, low)
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not (number and low <= value <= high):
+                    raise ValueError(f"{field} must lie in [{low}, {high}], got {value!r}")
+        for field, valid in CHOICES.items():
+            if given[field] not in valid:
+                raise ValueError(f"{field} must be one of {', '.join(valid)}, got {given[field]!r}")
+        if rope["rope_type"] not in [*ROPE_TYPES]:
+            raise ValueError(
+                f"rope_parameters['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {rope['rope_type']!r}; "
+                "frequencies that change with the length would not fit the keys that a cache holds"
+            )
+        for key in ("rope_theta", *ROPE_TYPES[rope["rope_type"]]):
+            if key not in rope:
+                raise ValueError(f"rope_parameters['{key}'] is missing; RoPE of type {rope['rope_type']!r} needs it")
+        if rope["rope_type"] != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"rope_parameters['partial_rotary_factor']={rope['partial_rotary_factor']} needs "
+                f"rope_parameters['rope_type']='proportional', which rotates that share of a head; got "
+                f"{rope['rope_type']!r}"
+            )
+        if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+            raise ValueError(
+                f"rope_parameters['high_freq_factor'] ({rope['high_freq_factor']}) must exceed "
+                f"rope_parameters['low_freq_factor'] ({rope['low_freq_factor']})"
+            )
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             for token in value if isinstance(value, list) else [value]:
@@ -174,8 +246,10 @@ class HSPMNConfig(PreTrainedConfig):
                 "routes exactly k tokens; set it to 0, or router_mode='threshold'"
             )
         shares = self.layer_sparsity
-        if not all(0.0 <= share <= 1.0 for share in shares):
-            raise ValueError(f"sparsity_k must lie in [0, 1], got {self.sparsity_k!r}; use a share such as 0.2")
+        if not all(share == 0.0 or LEAST_SHARE <= share <= 1.0 for share in shares):
+            raise ValueError(
+                f"sparsity_k must lie in [{LEAST_SHARE}, 1] or be 0, got {self.sparsity_k!r}; use a share such as 0.2"
+            )
         if len(shares) != self.num_hidden_layers:
             raise ValueError(
                 f"sparsity_k has {len(shares)} entries for num_hidden_layers={self.num_hidden_layers}; "
@@ -183,6 +257,7 @@ class HSPMNConfig(PreTrainedConfig):
             )
 
 
+HSPMNConfig.__setattr__ = raises_value_error(in_one_form(HSPMNConfig.__setattr__))
 HSPMNConfig.__init__ = raises_value_error(HSPMNConfig.__init__)
 HSPMNConfig.validate = raises_value_error(HSPMNConfig.validate)
 HSPMNConfig.register_for_auto_class()

@@ -359,7 +359,8 @@ def place_kernel(
     at, begun = seen + t, -seen
     if position is not None:
         own = tl.load(position + b * POSITION_STEP)
-        at, begun = own + t, tl.where(own == tl.load(last_position + b) + 1, begun, 0)
+        token, column = tl.load(last_position + 2 * b), tl.load(last_position + 2 * b + 1)
+        at, begun = own + t, tl.where((own == token + 1) | (own == column + 1), begun, 0)
     if tl.program_id(0) == 0:
         tl.store(start + b, begun)
     tl.store(places + b * T + t, at, mask=t < T)
@@ -372,7 +373,7 @@ def place_kernel(
 
 
 @place.kernel
-def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, scaling, dtype):
+def _place(tokens, position_BT, document_seen_B, last_position_B2, frequency_F, scaling, dtype):
     """One launch; compiled code would make each layer's tables anew from what it computed itself."""
     B, E = document_seen_B.shape[0], 2 * frequency_F.shape[0]
     check((position_BT is None or tokens == 1, f"position is of a single token, got {tokens}; pass None"))
@@ -383,7 +384,7 @@ def _place(tokens, position_BT, document_seen_B, last_position_B, frequency_F, s
         step = 1 if position_BT is not None and position_BT.shape[0] > 1 else 0
         block = min(32, power_of_2(tokens))
         place_kernel[(cdiv(tokens, block), B)](
-            position_BT, document_seen_B, last_position_B, frequency_F, cos_BTE, sin_BTE, start_BT, place_BT,
+            position_BT, document_seen_B, last_position_B2, frequency_F, cos_BTE, sin_BTE, start_BT, place_BT,
             tokens, step, scaling, E=E, BLOCK_T=block, BLOCK_F=power_of_2(E // 2), num_warps=4,
         )  # fmt: skip
     return cos_BTE, sin_BTE, start_BT, place_BT

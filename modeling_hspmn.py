@@ -182,10 +182,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
         input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them. attention_mask: [B, T] or [B, cached
         columns + T], 1 for real tokens, padding anywhere; compiled with a static cache it must have width T.
-        position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing). past_key_values:
-        `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and None. Output switches
-        that are None are the config's. row_weights: float [B], shares of the rows in `aux_loss`, None for their shares
-        of the real tokens.
+        position_ids: int64 [B, T]; where they go up neither by one nor by the columns that a hole in the mask spans, a
+        new document begins (packing). past_key_values: `HSPMNCache` or `HSPMNStaticCache` to continue; the former is
+        created if `use_cache` and None. Output switches that are None are the config's. row_weights: float [B], shares
+        of the rows in `aux_loss`, None for their shares of the real tokens.
 
         kwargs: what any decoder of transformers is given, `COMMON_ARGUMENTS`. Of these seq_idx, int [B, T] (number of
         each token's document), and cu_seq_lens_q, int [documents + 1] (0, and the end of each document in all B T
@@ -234,7 +234,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
         rows in which these are, see `restore_rows`, and the real tokens of each row, None for all. documents: what
         `document_numbers` returned."""
         (x_BTD, real_BT, position_BT), (B, T), documents = piece, piece.x_BTD.shape[:2], documents or {}
-        rows = length_B = None
+        rows = length_B = index_BT = None
         if real_BT is not None and T == 1:  # nothing to move
             length_B, rows = real_BT[:, 0].long(), (real_BT.long() - 1,) * 2
         elif real_BT is not None:
@@ -247,9 +247,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
                 position_BT = position_BT.expand(B, T).gather(1, moved_BT)
         for name, number_BT in documents.items():
             other = "seq_idx" if piece.position_BT is None else "position_ids"
-            position_BT = document_positions(name, number_BT, position_BT, length_B, other)
+            position_BT = document_positions(name, number_BT, position_BT, length_B, index_BT, other)
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
-        stream = make_stream(x_BTD, cache, self.rotary_emb, position_BT, length_B, backend)
+        stream = make_stream(x_BTD, cache, self.rotary_emb, position_BT, length_B, backend, index_BT)
 
         states, routes = [], []
         for layer in self.layers:
@@ -337,9 +337,11 @@ class HSPMNModel(HSPMNPreTrainedModel):
             raise ValueError("output_attentions=True is not supported: no attention matrix is ever formed")
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape [batch, tokens], got {tuple(input_ids.shape)}")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if 0 in given.shape[:2]:
+            raise ValueError(f"input_ids of shape {tuple(given.shape[:2])} holds no token; pass at least one")
+        check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x_BTD.shape[1] == 0:
-            raise ValueError("input_ids holds no token; pass at least one per row")
         return x_BTD
 
     @staticmethod
@@ -430,6 +432,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         blocks and the head itself leaves those out (TRL's SFTTrainer does).
         """
         shifted = kwargs.get("shift_labels")
+        for name, given in (("labels", labels), ("shift_labels", shifted)):
+            check_ids(name, given, self.lm_head.out_features, ignored=-100)
         targets = labels[:, 1:] if shifted is None and labels is not None else shifted
         if targets is not None:
             kwargs["row_weights"] = target_shares(targets, num_items_in_batch)
@@ -706,10 +710,10 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
 
         num_items_in_batch: labels of the whole (accumulated, distributed) batch, as Trainer passes it.
         """
-        if not self.per_token and attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
-            if self.config.pad_token_id is None:
-                raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+        if self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1:
+            check_ids("labels", labels, self.num_labels, ignored=-100)
+        if not self.per_token and attention_mask is None and input_ids is not None:
+            attention_mask = self._text_between_padding(input_ids)
         if labels is not None:
             kwargs["row_weights"] = target_shares(labels, num_items_in_batch)
         outputs = self.model(
@@ -731,6 +735,14 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
             if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
                 loss = loss * (labels.numel() / num_items_in_batch)  # transformers leaves a mean over this call
         return with_head(outputs, logits, loss, self.training, self._asked("return_dict", return_dict))
+
+    def _text_between_padding(self, input_ids):
+        """Mask of the ids between a row's leading and trailing padding, whose id may also stand within the text."""
+        if (pad := self.config.pad_token_id) is not None:
+            seen_BT = (input_ids != pad).long().cumsum(1)
+            return ((seen_BT > 0) & ((seen_BT < seen_BT[:, -1:]) | (input_ids != pad))).long()
+        if input_ids.shape[0] > 1:
+            raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
 
 
 class HSPMNForSequenceClassification(HSPMNClassifier):
@@ -775,16 +787,19 @@ def document_numbers(shape, seq_idx, cu_seq_lens_q):
     return numbers
 
 
-def document_positions(name, number_BT, position_BT, length_B, other):
+def document_positions(name, number_BT, position_BT, length_B, column_BT, other):
     """Position ids of tokens whose documents the argument `name` numbers; real tokens come first in each row.
 
-    position_BT: those that `other` gives, which must agree, or None. Raises ValueError where they do not.
+    position_BT: those that `other` gives, which must agree, or None. column_BT: the column of each token, None for its
+    place in the row. Raises ValueError where the two contradict each other.
     """
     token_T = torch.arange(number_BT.shape[1], device=number_BT.device)
     begins_BT = F.pad(number_BT[:, 1:] != number_BT[:, :-1], (1, 0), value=True)
     if position_BT is None:
         return token_T - torch.where(begins_BT, token_T, 0).cummax(1).values
-    agrees_BT = begins_BT[:, 1:] == (position_BT[:, 1:] != position_BT[:, :-1] + 1)
+    offset_BT = position_BT - (token_T if column_BT is None else column_BT)
+    jumps_BT = (position_BT.diff() != 1) & (offset_BT.diff() != 0)
+    agrees_BT = begins_BT[:, 1:] == jumps_BT
     if length_B is not None:
         agrees_BT = agrees_BT | (token_T[1:] >= length_B[:, None])
     demand(agrees_BT.all(), f"{name} and {other} contradict each other about where documents begin; pass one of them")
@@ -805,6 +820,19 @@ def target_shares(targets, items):
     targets_B = (targets != -100).flatten(1).sum(1) if targets.dim() > 1 else (targets != -100)
     items = targets_B.sum().clamp(min=1) if items is None else items
     return targets_B / (items.to(targets.device) if isinstance(items, torch.Tensor) else items)
+
+
+def check_ids(name, ids, size, ignored=None):
+    """ValueError unless whole numbers `ids` lie in [0, size) or are `ignored`; on a CPU, where looking is free."""
+    plain = type(ids) is torch.Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or ids.is_floating_point():
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong = wrong & (ids != ignored)
+    if wrong.any():
+        other = "" if ignored is None else f" or be {ignored}"
+        raise ValueError(f"{name} must lie in [0, {size}){other}, got {ids[wrong][0]}")
 
 
 def with_head(outputs, logits, loss, training, return_dict):

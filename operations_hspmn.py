@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -134,11 +135,26 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def is_open(tokens, most):
+    """Whether a compiler that makes code for any number of tokens cannot tell if they are more than `most`: an `if`
+    would restrict that code to one answer."""
+    return not (statically_known_true(tokens <= most) or statically_known_true(tokens > most))
+
+
 def spans(tokens, most):
     """Ranges (begin, end) of at most `most` tokens; one of all where the number is still a symbol."""
-    if isinstance(tokens, torch.SymInt) or tokens <= most:
+    if is_open(tokens, most) or tokens <= most:
         return [(0, tokens)]
     return [(begin, min(begin + most, tokens)) for begin in range(0, tokens, most)]
+
+
+def blocks_of(tokens, size):
+    """Tokens per block (`size`, or all if there are fewer) and number of blocks that hold `tokens` tokens. While that
+    is still a symbol there are two or more and the last is never full, which serves any length."""
+    if is_open(tokens, size):
+        return size, torch.sym_max(tokens // size + 1, 2)
+    block = min(size, tokens)
+    return block, -(-tokens // block)
 
 
 def router_score(h_BTD, weight_D):
@@ -214,13 +230,14 @@ def take_rows(x_BTX: Tensor, index_BK: Tensor, inverse_BT: Tensor) -> Tensor:
 
 @operation()
 def place(
-    tokens: int, position_BT: Tensor | None, document_seen_B: Tensor, last_position_B: Tensor, frequency_F: Tensor,
+    tokens: int, position_BT: Tensor | None, document_seen_B: Tensor, last_position_B2: Tensor, frequency_F: Tensor,
     scaling: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Where the tokens of a cached call stand: T of each row's document, or a single one with its own position.
 
     tokens: T. position_BT: None to count on in the row's document, or [B or 1, 1] position ids of a single token,
-    which starts a document if it is not `last_position_B` + 1. document_seen_B: tokens of the row's document so far.
+    which starts a document if it is neither of `last_position_B2` + 1, the positions of the last token and of the last
+    column. document_seen_B: tokens of the row's document so far.
     frequency_F, scaling: RoPE's inverse frequencies [E / 2] and its tables' factor. Returns cos and sin [B, T, E] in
     `dtype`, start [B, 1] and position [B, T] in int64.
     """
@@ -229,7 +246,7 @@ def place(
         position_BT = torch.arange(tokens, device=start_BT.device) - start_BT
     else:
         position_BT = position_BT.expand_as(start_BT) + 0
-        start_BT = torch.where(position_BT == last_position_B[:, None] + 1, start_BT, 0)
+        start_BT = torch.where((position_BT == last_position_B2 + 1).any(1, keepdim=True), start_BT, 0)
     frequency_F = wide(frequency_F)  # also where a model, and its frequencies with it, is cast
     angle_BTE = (position_BT[..., None].to(frequency_F.dtype) * frequency_F).repeat(1, 1, 2)
     return (angle_BTE.cos() * scaling).to(dtype), (angle_BTE.sin() * scaling).to(dtype), start_BT, position_BT
@@ -383,8 +400,7 @@ def linear_attention(
 
 def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, state_BHEF):
     (B, T, H, E), (G, V) = q_BTHE.shape, v_BTGF.shape[2:]
-    R, L = H // G, min(LINEAR_CHUNK, T)
-    N = -(-T // L)
+    R, (L, N) = H // G, blocks_of(T, LINEAR_CHUNK)
     padding = N * L - T
     if padding:  # empty tokens: no key, no decay
         tail = (0, 0, 0, 0, 0, padding)
@@ -459,8 +475,7 @@ def local_attention(
     O(T * window). Returns out_BTHE in q's dtype and the log-sum-exp lse_BTH, float32, of scores scaled by 1/sqrt(E).
     """
     B, T, G, E = k_BTGE.shape
-    block = min(window, T)
-    N = -(-T // block)
+    block, N = blocks_of(T, window)
     padding = N * block - T
     start_BT = q_BTHE[:1, :, 0, 0].new_zeros(1, T, dtype=torch.long) if start_BT is None else start_BT.expand(-1, T)
     past_k = past_v = k_BTGE.new_zeros(B, window, G, E)

@@ -246,11 +246,12 @@ def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
 
 @variants("place", counted={}, given={"given": "rows"}, shared={"given": "shared"})
 def _place(m, given=None):
-    """A single token where positions are given, half of them jumps."""
+    """A single token where positions are given, some of them jumps, and one that counts the columns of padding."""
     position_BT = {None: None, "rows": m.rows(70, 4, 0, 7)[:, None], "shared": m.rows(70)[:1, None]}[given]
     frequency_F = 10000.0 ** -torch.linspace(0, 1, m.E // 2, device=m.device)
-    tokens, seen_B, last_B = m.T if given is None else 1, m.rows(70, 3, 0, 200), m.rows(69, 9, -1, 199)
-    return tokens, position_BT, seen_B, last_B, frequency_F, 1.0, m.dtype
+    tokens, seen_B = m.T if given is None else 1, m.rows(70, 3, 0, 200)
+    last_B2 = torch.stack([m.rows(69, 1, -1, 199), m.rows(69, 3, -1, 199)], 1)
+    return tokens, position_BT, seen_B, last_B2, frequency_F, 1.0, m.dtype
 
 
 @variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},

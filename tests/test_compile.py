@@ -49,6 +49,23 @@ def test_compiled_training_steps_equal_eager_without_recompiling(tiny_model, bac
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("backend, training, options", [
+    ("eager", True, {}), ("eager", True, {"router_mode": "topk", "linear_attention": "elu"}), ("eager", False, {}),
+    pytest.param("aot_eager", True, {}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_symbolic_lengths_share_one_graph(tiny_model, backend, training, options):
+    """Below, at and above a window and a chunk of the linear attention."""
+    eager, model = (tiny_model(**ONE_LAYER | options).train(training) for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for T in (24, 17, 4, 130, 128):
+        ids = tokens(2, T)
+        losses = [m(ids, labels=ids, use_cache=False).loss for m in (compiled, eager)]
+        torch.testing.assert_close(*losses, **ROUNDING)
+        if training:
+            losses[0].backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 @torch.no_grad()
 def test_compiled_inference_equals_eager_without_recompiling(tiny_model):
     model = tiny_model(**ONE_LAYER)

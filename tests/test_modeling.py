@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from caches import CLOSE, VARIANTS, feed, generate, left_padded, pack, tokens
+from caches import CLOSE, VARIANTS, feed, generate, left_padded, pack, static_cache, tokens
 from hspmn.block_hspmn import Heads, HSPMNBlock, ReflexiveStream, Route, Stream, SwiGLU
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
@@ -29,6 +29,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.utils import logging
 
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+NO_ROPE = {"rope_type": "proportional", "partial_rotary_factor": 0.0}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 checkpointing = pytest.mark.parametrize("reentrant", [False, True])
 
@@ -160,6 +161,80 @@ def test_packed_documents_equal_documents_alone(tiny_model, variant):
         assert torch.equal(routed, torch.cat([x for _, x in alone], 2))
 
     check()
+
+
+@st.composite
+def prompts_with_holes(draw):
+    """Masks of random rows that begin or end with padding too, where the prompt is cut, and columns as position ids,
+    from anywhere on, or those of real tokens."""
+    T = draw(st.integers(2, 16))
+    mask = torch.tensor([draw(st.lists(st.sampled_from([0, 1, 1]), min_size=T, max_size=T)) for _ in range(2)])
+    positions = torch.arange(T)[None] + draw(st.integers(0, 50)) if draw(st.booleans()) else mask.cumsum(1) - 1
+    return mask, draw(st.sets(st.integers(1, T), max_size=4) | st.just(range(1, T))), positions
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["grows", "static"])
+def test_a_hole_in_the_mask_begins_no_document_where_positions_go_on(tiny_model, static):
+    """Whether they count columns or real tokens; without RoPE both are the row without its padding."""
+    model = tiny_model(rope_parameters=NO_ROPE, num_sink_tokens=1)
+
+    @PROPERTY
+    @example((torch.tensor([[1] * 4 + [0] * 2 + [1] * 6]), range(1, 12), torch.arange(12)[None]))
+    @given(prompts_with_holes())
+    def check(prompt):
+        mask, cuts, positions = prompt
+        ids, (B, T) = tokens(*mask.shape), mask.shape
+        lengths = [end - begin for begin, end in pairwise([0, *sorted(cut for cut in cuts if cut < T), T])]
+        cache = static_cache(model, B, 64) if static else HSPMNCache(model.config)
+        with torch.no_grad():
+            logits, routed = feed(model, ids, cache, lengths, mask, positions)
+            torch.testing.assert_close(feed(model, ids, mask=mask, positions=positions)[0], logits, **CLOSE)
+            for row, real in enumerate(mask.bool()):
+                if real.any():
+                    alone, alone_routed = feed(model, ids[row : row + 1, real])
+                    torch.testing.assert_close(logits[row, real], alone[0], **CLOSE)
+                    assert torch.equal(routed[:, row, real], alone_routed[:, 0])
+
+    check()
+
+
+def test_positions_go_on_after_trailing_padding_without_a_mask(tiny_model):
+    """As columns or as real tokens; anything else begins a document."""
+    model, ids, mask = tiny_model(rope_parameters=NO_ROPE), tokens(1, 11), torch.tensor([[1] * 7 + [0] * 3])
+    for position, context in ((10, 7), (7, 7), (9, 0), (0, 0)):
+        cache = HSPMNCache(model.config)
+        feed(model, ids[:, :10], cache, mask=mask, positions=torch.arange(10)[None])
+        logits, _ = feed(model, ids[:, 10:], cache, positions=torch.tensor([[position]]))
+        alone = torch.cat([ids[:, 7 - context : 7], ids[:, 10:]], 1)
+        torch.testing.assert_close(logits[0, -1], feed(model, alone)[0][0, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("window", [5, 0])
+def test_logits_depend_on_no_absolute_position(tiny_model, window):
+    """Sinks stand nowhere; in one piece and token by token."""
+    model, ids, positions = tiny_model(num_sink_tokens=2, sliding_window=window), tokens(2, 24), torch.arange(24)[None]
+    for name, parameter in model.named_parameters():
+        if "sink" in name:
+            nn.init.normal_(parameter, std=0.5)
+    expected = feed(model, ids)[0]
+    for cuts in ((), range(1, 24)):
+        logits = feed_cached(model, ids, cuts, positions=positions + 37)[0]
+        torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "linear", "factor": 4.0}, {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 8},
+], ids=lambda rope: rope["rope_type"])  # fmt: skip
+def test_every_rope_type_gives_one_answer_before_and_after_longer_calls(tiny_model, rope):
+    """A call past the assumed length leaves nothing behind, and pieces agree with the whole."""
+    model, ids = tiny_model(rope_parameters=rope, max_position_embeddings=32), tokens(1, 50)
+    expected, whole = feed(model, ids[:, :12])[0], feed(model, ids)[0]
+    assert torch.equal(feed(model, ids[:, :12])[0], expected)
+    torch.testing.assert_close(feed_cached(model, ids, range(1, 50))[0], whole, **CLOSE)
+    assert not torch.allclose(whole, feed(tiny_model(), ids)[0], atol=1e-3)
 
 
 def test_packed_and_padded_at_once(tiny_model):
@@ -555,7 +630,9 @@ BAD_INPUTS = [
     ("input_ids and inputs_embeds", {"input_ids": IDS, "inputs_embeds": torch.zeros(2, 9, 32)}),
     ("input_ids and inputs_embeds", {}),
     ("input_ids", {"input_ids": IDS[0]}),
-    ("input_ids", {"input_ids": IDS[:, :0]}),
+    *(("input_ids", {"input_ids": ids}) for ids in (IDS[:, :0], IDS[:0], IDS - 61, torch.full((1, 2), 61))),
+    ("input_ids", {"inputs_embeds": torch.zeros(0, 9, 32)}),
+    *(("labels", {"input_ids": IDS, "labels": IDS.clone().fill_(label)}) for label in (-1, 61)),
     ("past_key_values", {"input_ids": IDS, "past_key_values": DynamicCache()}),
     ("output_attentions", {"input_ids": IDS, "output_attentions": True}),
 ]
@@ -567,6 +644,13 @@ def test_inputs_that_do_not_fit_are_refused_by_name(tiny_model, name, inputs):
         tiny_model()(**inputs)
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+@pytest.mark.parametrize("kind, shape", [(HSPMNForSequenceClassification, 2), (HSPMNForTokenClassification, (2, 9))])
+def test_labels_of_no_class_are_refused_by_name(tiny_model, kind, shape, label):
+    with pytest.raises(ValueError, match="labels must lie in"):
+        tiny_model(kind, num_labels=3)(IDS, torch.ones_like(IDS), labels=IDS.new_ones(shape) * label)
+
+
 @pytest.mark.parametrize("keep", [slice(6, 15), slice(0, 9)], ids=["left", "right"])
 def test_sequence_classification_reads_the_last_real_token(tiny_model, keep):
     model, ids = tiny_model(HSPMNForSequenceClassification, num_labels=3, pad_token_id=0), tokens(2, 15)
@@ -574,7 +658,10 @@ def test_sequence_classification_reads_the_last_real_token(tiny_model, keep):
     padded[0, : keep.start], padded[0, keep.stop :] = 0, 0
     alone = torch.cat([model(ids[:1, keep]).logits, model(ids[1:]).logits])
     torch.testing.assert_close(model(padded, attention_mask=(padded != 0).long()).logits, alone, **CLOSE)
+    ids[0, keep.start + 4] = padded[0, keep.start + 4] = 0  # the padding's id within the text, an end of text perhaps
+    alone = torch.cat([model(ids[:1, keep]).logits, model(ids[1:]).logits])
     torch.testing.assert_close(model(padded).logits, alone, **CLOSE)  # the mask found through pad_token_id
+    torch.testing.assert_close(model(padded[:1]).logits, alone[:1], **CLOSE)
     torch.testing.assert_close(model.score(model.model(ids).last_hidden_state[:, -1])[1:], alone[1:], **CLOSE)
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="pad_token_id"):

@@ -364,10 +364,11 @@ def test_norms_and_products_are_the_layers_one_by_one():
 @pytest.mark.parametrize("position", [None, [[1004], [9], [3]], [[1004]]], ids=["counted", "given", "shared"])
 def test_tokens_are_placed_after_the_last_or_begin_a_document(position, kind):
     """In float32 also where a model is cast, and its frequencies with it."""
-    seen, last, frequency = torch.tensor([1004, 2, 3]), torch.tensor([1003, 3, 2]), torch.tensor([1.0, 0.1]).to(kind)
+    seen, frequency = torch.tensor([1004, 2, 3]), torch.tensor([1.0, 0.1]).to(kind)
+    last = torch.tensor([[1003, 1003], [3, 3], [0, 2]])  # of the last token, and of the last column
     given, tokens = (None, 3) if position is None else (torch.tensor(position), 1)
     places = seen[:, None] + torch.arange(3) if given is None else given.expand(3, 1)
-    start = torch.where((places[:, :1] == last[:, None] + 1) | (given is None), -seen[:, None], 0)
+    start = torch.where((places[:, :1] == last + 1).any(1, keepdim=True) | (given is None), -seen[:, None], 0)
     angle = (places[..., None] * frequency.float()).repeat(1, 1, 2)
     got = ops.place.reference(tokens, given, seen, last, frequency, 1.5, torch.float32)
     torch.testing.assert_close(got, (angle.cos() * 1.5, angle.sin() * 1.5, start, places))
