@@ -167,8 +167,8 @@ class HSPMNRouter(nn.Module):
 
     def capacity(self, tokens):
         """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
-        # rounded first: 1.5 * 0.2 * 50 is a hair above 15 in binary
-        held = math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6))
+        # in millionths: 1.5 * 0.2 * 50 is a hair above 15 in binary, and a symbolic length knows whole numbers best
+        held = -(-round(self.config.capacity_factor * self.sparsity_k * 10**6) * tokens // 10**6)
         return tokens if self.annealing else min(tokens, held)
 
     def forward(self, h_BTD, start_BT=None, length_B=None, bias=None, backend="reference"):
