@@ -146,7 +146,8 @@ class HSPMNConfig(PreTrainedConfig):
     conv_kernel_size: int = 4  # taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out
     # Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, or "int8", whole
     # numbers with a float32 scale per token and key head, for half of bfloat16's bytes. With a cache they are read as
-    # they are stored, however the tokens are fed; a forward without one reads them as they are computed.
+    # they are stored, however the tokens are fed; a forward without one, or one that records gradients, reads them as
+    # they are computed.
     kv_cache_dtype: str = "auto"
     backend: str = "auto"  # "auto" picks by device; "reference", "flex" or "triton": that one, or it fails
 

@@ -584,7 +584,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
             mask = None if mask is None else mask[:, :end]
             position_ids = None if position_ids is None else position_ids[:, begin:end]
-            self.prefill(input_ids[:, begin:end], mask, cache, position_ids=position_ids)
+            size = kwargs["generation_config"].prefill_chunk_size
+            self.prefill(input_ids[:, begin:end], mask, cache, size, position_ids=position_ids)
         rollback = getattr(cache, "rollback", 0)
         try:
             return super()._assisted_decoding(input_ids, *args, **kwargs)
