@@ -13,6 +13,7 @@ from .timing import clock, measure, random_tokens
 
 SHORT_PROMPT = 512  # tokens before those whose rate is measured, at most `--chunk`
 LAYER_PROMPT = 4096  # tokens of the prefill whose launches are counted, at most `--chunk`
+DRAFT = 64  # tokens that prompt lookup drafts at once
 SAMPLING = {"do_sample": True, "top_k": 50, "temperature": 0.8}
 
 
@@ -70,6 +71,17 @@ class Server:
         return {"tok_s": self.rates[name, way, B]}
 
     @torch.no_grad()
+    def drafted(self, name, tokens):
+        """Rates with prompt lookup and without, of a text that repeats its last token: that is what a model writes
+        whose blocks add nothing to their input, for all of their work."""
+        for layer in self.load(name).model.layers:
+            layer.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        plain, drafted = (self.rate(name, "copied", 1, tokens, **x) for x in ({}, {"prompt_lookup_num_tokens": DRAFT}))
+        self.name = None  # for what comes after it is no model
+        return drafted | {"plain_tok_s": plain["tok_s"], "speedup": drafted["tok_s"] / plain["tok_s"]}
+
+    @torch.no_grad()
     def captured(self, name):
         """One decoding step on a static cache, replayed from a CUDA graph, and static `generate()`'s share of it."""
         args, model, ids_B1, ids_BT = self.args, self.load(name), random_tokens(self.args, 1, 1), self.prompt(1)
@@ -114,3 +126,4 @@ def serve_cases(args):
             yield f"{name}/captured_B1", partial(server.captured, name)
             for way, B in (("prefill", 1), ("token_B1", 1), ("token_B16", 16)):
                 yield f"{name}/layer_{way}", partial(server.layer, name, B, cached=way != "prefill")
+            yield f"{name}/drafted_B1", partial(server.drafted, name, args.static_tokens)
