@@ -96,8 +96,8 @@ class Route(NamedTuple):
     sums_B4: torch.Tensor | None
 
 
-def router_statistics(routes, routers, length_B, config, weight_B=None):
-    """Statistics of the `routes` of L layers with `routers`; length_B: real tokens of each row.
+def router_statistics(routes, routers, length, config, weight_B=None):
+    """Statistics of the `routes` of L layers with `routers`; length: real tokens of each row [B], or of every row.
 
     Returns sums over all real tokens, float32 [L, 3]: routed, routed but without a slot, entropy of the gates in nats;
     and the weighted entropy losses of all layers, a scalar. These draw gates to 0 or 1 (token entropy), and the mean
@@ -111,15 +111,24 @@ def router_statistics(routes, routers, length_B, config, weight_B=None):
         shares.append(router.share.to(sums[0]))
         for share in (router.sparsity_k, 1 - router.sparsity_k):
             own += share * math.log(share) if share else 0.0
-    sums_LB4, share_L1, length_B = torch.stack(sums), torch.stack(shares)[:, None], length_B.to(sums[0])
-    weight_B = length_B / length_B.sum().clamp(min=1) if weight_B is None else weight_B.to(sums[0])
-    entropy_LB, gate_LB = (sums_LB4[..., 2:] / length_B.clamp(min=1)[:, None]).unbind(-1)
+    sums_LB4, share_L1, even = torch.stack(sums), torch.stack(shares)[:, None], 1.0
+    if isinstance(length, torch.Tensor):
+        length = length.to(sums[0])
+        weight_B = length / length.sum().clamp(min=1) if weight_B is None else weight_B
+        length = length.clamp(min=1)[:, None]
+    elif weight_B is None:
+        even = 1 / len(sums[0])  # the weight of each row, for no launch more
+    entropy_LB, gate_LB = (sums_LB4[..., 2:] / length).unbind(-1)
     gate_LB = gate_LB.clamp(1e-6, 1 - 1e-6)
     # divergence of the mean gates from the shares: their cross entropy, less the entropy of the shares
     cross_LB = torch.lerp(torch.log1p(-gate_LB), gate_LB.log(), share_L1)
-    token, load = config.router_token_entropy_coef, config.router_load_entropy_coef
-    loss_B = torch.sub(token * entropy_LB, cross_LB, alpha=load).sum(0) + load * own
-    return sums_LB4[..., :3].detach().sum(1), (loss_B * weight_B).sum()
+    token, load = even * config.router_token_entropy_coef, even * config.router_load_entropy_coef
+    loss_LB = torch.sub(token * entropy_LB, cross_LB, alpha=load)
+    if weight_B is None:
+        loss = loss_LB.sum() + load * own * len(sums[0])
+    else:
+        loss = ((loss_LB.sum(0) + load * own) * weight_B.to(sums[0])).sum()
+    return sums_LB4[..., :3].detach().sum(1), loss
 
 
 class RMSNorm(nn.RMSNorm):
@@ -479,9 +488,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
             return output, *(route or ())
         aux_loss = output.new_zeros((), dtype=torch.float32)
         if route is not None and route.sums_B4 is not None:
-            length_B = stream.length_B
-            length_B = torch.full_like(route.count_B, tokens) if length_B is None else length_B
-            aux_loss = router_statistics([route], [self.router], length_B, self.config)[1]
+            length = tokens if stream.length_B is None else stream.length_B
+            aux_loss = router_statistics([route], [self.router], length, self.config)[1]
         return output, aux_loss, past_key_values
 
     def path(self, x_BTD, backend, cached=False):

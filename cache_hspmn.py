@@ -350,7 +350,7 @@ class HSPMNCache(Rows, Cache):
             return [layer.most_used for layer in layers]
         columns, used, event = done[-1] if done else self.notes[0]
         event.synchronize()
-        return [most + self.columns - columns for most in used.tolist()]
+        return [most + self.columns - columns for most in used.amax(1).tolist()]
 
     def _note(self, tokens):
         """Begin to copy the counts after a piece of a prompt to the host."""
@@ -359,8 +359,8 @@ class HSPMNCache(Rows, Cache):
             self.notes = []
             return
         count_LB = torch.stack([layer.count.to(self.seen.device, non_blocking=True) for layer in layers])
-        used, event = torch.empty(len(layers), dtype=count_LB.dtype, pin_memory=True), torch.cuda.Event()
-        used.copy_(count_LB.amax(1), non_blocking=True)
+        used, event = torch.empty(count_LB.shape, dtype=count_LB.dtype, pin_memory=True), torch.cuda.Event()
+        used.copy_(count_LB, non_blocking=True)
         event.record(torch.cuda.current_stream(self.seen.device))
         self.notes = [*self.notes[-1:], (self.columns, used, event)]
 
@@ -428,7 +428,7 @@ class HSPMNCache(Rows, Cache):
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.keep("seen", zeros)
         self.keep("document_seen", zeros.clone())
-        self.keep("last_position", zeros[:, None].repeat(1, 2) - 1)
+        self.keep("last_position", zeros.new_full((batch_size, 2), -1))
 
     def advance(self, tokens, stream):
         """Account for one call of `tokens` columns, where `stream` says, after all layers have run."""

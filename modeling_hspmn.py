@@ -372,11 +372,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
                 routing.append(layer)
                 summed = summed and route.sums_B4 is not None  # kernels make no sums of a single token
         if routed and summed:
-            length_B = torch.full(shape[:1], shape[1], device=device) if length_B is None else length_B
-            routers = [layer.router for layer in routing]
-            totals_L3, loss = router_statistics(routed, routers, length_B, self.config, row_weights)
-            real = length_B.sum().to(totals_L3)
-            found_L3 = totals_L3 / real.clamp(min=1)
+            routers, length = [layer.router for layer in routing], shape[1] if length_B is None else length_B
+            totals_L3, loss = router_statistics(routed, routers, length, self.config, row_weights)
+            real = shape[0] * shape[1] if length_B is None else length_B.sum().to(totals_L3)
+            found_L3 = totals_L3 / (real if length_B is None else real.clamp(min=1))
             if self.training and self.config.router_mode != "topk":
                 self._count_routed(routing, totals_L3, real)
         scores_BTL, slots_BTL = torch.stack(scores, -1), torch.stack(slots, -1)
@@ -394,7 +393,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
     @staticmethod
     def _count_routed(routing, totals_L3, real):
         """Count what training passes with gradients route, for `step_biases`; a CPU looks at what was dropped."""
-        looks = real.device.type == "cpu" and not torch.compiler.is_compiling()
+        looks = totals_L3.device.type == "cpu" and not torch.compiler.is_compiling()
+        real = real if isinstance(real, torch.Tensor) else totals_L3.new_full((), real)
         for layer, (routed, dropped, _) in zip(routing, totals_L3, strict=True):
             if torch.is_grad_enabled() and layer.router.weight.requires_grad:
                 layer.router.count(routed, real)
