@@ -314,6 +314,8 @@ def main(argv=None):
     config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
     if not training_args.learning_rate:
         training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
+    # not by evaluate() before train(): that prepares the model without gradients, and ranks then train apart
+    training_args.eval_on_start = True
     tokenizer, train, validation = make_data(model_args, data_args, training_args)
     set_seed(training_args.seed)
     options = {"trust_remote_code": True, "dtype": torch.float32}
@@ -339,9 +341,9 @@ def main(argv=None):
     results |= {"parameters": model.num_parameters(), "device": device}
     if data_args.baseline_tokens:
         results["bigram_loss"] = bigram_loss(train, validation, len(tokenizer), data_args.baseline_tokens)
-    results["loss_before"] = trainer.evaluate()["eval_loss"]
     outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
+    results["loss_before"] = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
     results |= {"loss_after": metrics["eval_loss"], "steps": outcome.global_step}
     results["train_seconds"], results["seconds"] = outcome.metrics["train_runtime"], time.monotonic() - begin
     results["loads"] = [value for name, value in metrics.items() if name.startswith("eval_load/")]
