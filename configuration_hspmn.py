@@ -57,7 +57,11 @@ class HSPMNConfig(PreTrainedConfig):
     """
 
     model_type = "hspmn"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # every output but loss and logits, which alone are predictions to Trainer
+    keys_to_ignore_at_inference = [
+        "last_hidden_state", "past_key_values", "hidden_states", "aux_loss", "router_scores", "router_mask",
+        "router_load", "router_overflow", "router_entropy",
+    ]  # fmt: skip
 
     vocab_size: int = 16384  # number of token ids, at least 1
     hidden_size: int = 512  # width D of the residual stream, at least 1
