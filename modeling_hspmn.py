@@ -105,6 +105,16 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         """An output switch of the call, or the configuration's where the call leaves it open."""
         return getattr(self.config, switch) if given is None else given
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. FSDP2 gives a model a class of its own, made in a file of torch: the code saved is ours."""
+        kind = type(self)
+        if kind.__module__.startswith("torch."):
+            self.__class__ = kind.__bases__[-1]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = kind
+
     def set_sparsity_progress(self, progress):
         """Move every layer's target share, and the bound on its linear states, along their annealing.
 

@@ -353,14 +353,16 @@ def main(argv=None):
 
 def finish(trainer, tokenizer, results):
     """Save the model, its card and `results.json`, and print what the run measured."""
+    if trainer.is_fsdp_enabled:  # whatever form its checkpoints have
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
     set_seed(0)
-    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)
+    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)  # on every rank, which may hold a shard only
+    if not trainer.is_world_process_zero():
+        return
     results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
     lines = []
     for layer, (load, target) in enumerate(zip(results["loads"], model.config.layer_sparsity, strict=True)):
