@@ -101,6 +101,11 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         if isinstance(module, HSPMNRouter | SharedProjection | ReflexiveStream | HSPMNBlock):
             module.reset_parameters()
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):
+        """What each rank counts for itself: DistributedDataParallel would put rank 0's in its place."""
+        return [name for name, _ in self.named_buffers() if name.endswith("router.counts")]
+
     def _asked(self, switch, given):
         """An output switch of the call, or the configuration's where the call leaves it open."""
         return getattr(self.config, switch) if given is None else given
@@ -231,7 +236,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
             if position_BT is not None:
                 position_BT = position_BT.expand(B, T).gather(1, moved_BT)
         for name, number_BT in documents.items():
-            position_BT = document_positions(name, number_BT, position_BT, length_B)
+            other = "seq_idx" if position_ids is None else "position_ids"
+            position_BT = document_positions(name, number_BT, position_BT, length_B, other)
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
         stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend)
 
@@ -677,10 +683,10 @@ def document_numbers(shape, seq_idx, cu_seq_lens_q):
     return numbers
 
 
-def document_positions(name, number_BT, position_BT, length_B):
+def document_positions(name, number_BT, position_BT, length_B, other):
     """Position ids of tokens whose documents the argument `name` numbers; real tokens come first in each row.
 
-    position_BT: those that were given, and must agree, or None. Raises ValueError where they do not.
+    position_BT: those that `other` gives, which must agree, or None. Raises ValueError where they do not.
     """
     token_T = torch.arange(number_BT.shape[1], device=number_BT.device)
     begins_BT = F.pad(number_BT[:, 1:] != number_BT[:, :-1], (1, 0), value=True)
@@ -689,7 +695,7 @@ def document_positions(name, number_BT, position_BT, length_B):
     agrees_BT = begins_BT[:, 1:] == (position_BT[:, 1:] != position_BT[:, :-1] + 1)
     if length_B is not None:
         agrees_BT = agrees_BT | (token_T[1:] >= length_B[:, None])
-    demand(agrees_BT.all(), f"{name} and position_ids contradict each other about where documents begin; pass one")
+    demand(agrees_BT.all(), f"{name} and {other} contradict each other about where documents begin; pass one of them")
     return position_BT
 
 
