@@ -243,8 +243,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
         states, routes = [], []
         for layer in self.layers:
-            if output_hidden_states:
+            if output_hidden_states:  # each lies on the way of the gradient, padded rows too
                 states.append(restore_rows(x_BTD, rows))
+                x_BTD = restore_rows(states[-1], rows and rows[::-1])
             x_BTD, *route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True)
             routes.append(Route(*route) if route else None)
         x_BTD = restore_rows(self.norm(x_BTD), rows)
