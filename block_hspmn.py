@@ -145,6 +145,7 @@ class HSPMNRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
         for name, shape in (("bias", ()), ("target", ()), ("share", ()), ("counts", 2)):
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=name == "bias")
+        self.counted = False  # whether `counts` may hold anything, which the host knows without looking
         self.reset_parameters()
         ROUTERS[self] = None
 
@@ -174,6 +175,12 @@ class HSPMNRouter(nn.Module):
         self.target.fill_(1.0 + (self.sparsity_k - 1.0) * progress)
 
     @torch.no_grad()
+    def count(self, routed, real):
+        """Count a training pass: routed and real tokens, scalars."""
+        self.counts += torch.stack([routed, real]).to(self.counts.device)
+        self.counted = True
+
+    @torch.no_grad()
     def update_bias(self, counts):
         """One step of b += rate * clip(gain * (target - load), -1, 1) with load = routed / real tokens, the two
         `counts`, none without tokens; the router's own counts start anew."""
@@ -181,6 +188,7 @@ class HSPMNRouter(nn.Module):
         error = self.config.router_bias_gain * (self.target - routed / real.clamp(min=1))
         self.bias += self.config.router_bias_rate * error.clamp(-1.0, 1.0) * (real > 0)
         self.counts.zero_()
+        self.counted = False
 
     def capacity(self, tokens):
         """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
@@ -220,8 +228,9 @@ ROUTERS = weakref.WeakKeyDictionary()  # every router in the order of making: th
 def step_biases(routers, optimizer, args, kwargs):
     """After each step of an optimizer, move the biases of the routers it trains by the load of the whole step.
 
-    These are the ones whose weights it holds or, where it holds none (flat partitions of DeepSpeed and FSDP), all in
-    training that no other optimizer holds. The load is that of all training passes since the last step, on all ranks.
+    These are the ones whose weights it holds or, where it holds none (flat partitions of DeepSpeed and FSDP), all that
+    counted a pass and are held by no other optimizer. The load is that of all training passes since the last step, on
+    all ranks.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = [(router, owner) for router, owner in routers.items() if router.weight.requires_grad]
@@ -229,7 +238,7 @@ def step_biases(routers, optimizer, args, kwargs):
     if moving:
         routers.update(dict.fromkeys(moving, weakref.ref(optimizer)))
     else:
-        moving = [router for router, owner in trained if router.training and (owner is None or owner() is None)]
+        moving = [router for router, owner in trained if router.counted and (owner is None or owner() is None)]
     if not moving:
         return
     counts_R2 = torch.stack([router.counts.to(moving[0].counts.device) for router in moving])

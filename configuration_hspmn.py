@@ -97,8 +97,8 @@ class HSPMNConfig(PreTrainedConfig):
     # Share of `router_bias_rate` applied per unit of load error, above 0; the product is clipped to [-1, 1]
     router_bias_gain: float = 5.0
     router_token_entropy_coef: float = 0.0  # weight of the loss that pushes every gate towards 0 or 1, at least 0
-    # Weight of the KL loss that draws each row's mean gate to its layer's `sparsity_k`, at least 0. Nothing else lowers
-    # the score of a token that does not matter: without it the router does not find those that associative recall needs.
+    # Weight of the KL loss that draws each row's mean gate to its layer's `sparsity_k`, at least 0. Nothing else
+    # lowers the score of a token that does not matter: without it the router does not find those that recall needs.
     router_load_entropy_coef: float = 0.1
     # Share of the training steps over which the target falls from 1.0 to `sparsity_k` and states are bounded more and
     # more, up to `linear_attention_horizon`; 0.0 (both stand from the first step) to 1.0

@@ -104,7 +104,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     @property
     def _ddp_params_and_buffers_to_ignore(self):
         """What each rank counts for itself: DistributedDataParallel would put rank 0's in its place."""
-        return [name for name, _ in self.named_buffers() if name.endswith("router.counts")]
+        return [name for name, _ in self.named_buffers() if name.endswith(".counts")]
 
     def _asked(self, switch, given):
         """An output switch of the call, or the configuration's where the call leaves it open."""
@@ -335,8 +335,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
         looks = real.device.type == "cpu" and not torch.compiler.is_compiling()
         for layer, (routed, dropped, _) in zip(routing, totals_L3, strict=True):
             if torch.is_grad_enabled() and layer.router.weight.requires_grad:
-                counts = layer.router.counts
-                counts += torch.stack([routed, real]).to(counts.device)
+                layer.router.count(routed, real)
             if looks and dropped > 0:
                 logger.warning_once(
                     f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
