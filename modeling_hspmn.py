@@ -111,7 +111,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         return getattr(self.config, switch) if given is None else given
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers. FSDP2 gives a model a class of its own, made in a file of torch: the code saved is ours."""
+        """As in transformers. FSDP2 gives a model a class made in a file of torch: the code saved is that of ours."""
         kind = type(self)
         if kind.__module__.startswith("torch."):
             self.__class__ = kind.__bases__[-1]

@@ -18,8 +18,8 @@ def folder(tmp_path_factory):
     tokenizer = fit_tokenizer(TEXTS * 9, 300, padding=True)
     tokenizer.chat_template = TEMPLATE
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    checkout, numbers = Path(__file__).resolve().parents[2], TINY | special | {"vocab_size": len(tokenizer), "tie_word_embeddings": False}
-    config = AutoConfig.from_pretrained(checkout, trust_remote_code=True, **numbers)
+    numbers = TINY | special | {"vocab_size": len(tokenizer), "tie_word_embeddings": False}
+    config = AutoConfig.from_pretrained(Path(__file__).resolve().parents[2], trust_remote_code=True, **numbers)
     folder = tmp_path_factory.mktemp("saved") / "model"
     AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -34,7 +34,6 @@ def tokenizer(folder):
 @pytest.fixture
 def load(folder):
     """Function from an Auto class and options of `from_pretrained` to the saved model in eval mode."""
-
 
     def build(auto=AutoModelForCausalLM, **options):
         return auto.from_pretrained(folder, trust_remote_code=True, **options).eval()

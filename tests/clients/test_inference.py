@@ -10,7 +10,6 @@ import urllib.request
 import pytest
 import torch
 
-
 PROMPT = "def area(self"
 
 
@@ -119,7 +118,7 @@ def test_transformers_serve_answers_a_chat_turn(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVE, "serve", folder, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-c", SERVE, *f"serve {folder} --trust-remote-code --device cpu --port {port}".split()]
     body = {"model": str(folder), "messages": [{"role": "user", "content": "def area"}], "max_tokens": 8}
     request = urllib.request.Request(
         f"http://localhost:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -1,4 +1,4 @@
-"""Two processes on a CPU, launched by the example configurations, train as one does: losses, biases, save and resume."""
+"""Two processes on a CPU, launched by the examples, train as one does: losses, biases, saved and resumed runs."""
 
 import json
 import os

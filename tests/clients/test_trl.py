@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 trl = pytest.importorskip("trl")
 
-COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "logging_steps": 1}
 PAIRS = [{"prompt": f"def f{i}", "chosen": "(x): return x", "rejected": " = " * (1 + i % 3)} for i in range(8)]
 
 
