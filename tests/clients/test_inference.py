@@ -15,7 +15,7 @@ PROMPT = "def area(self"
 
 def greedy(model, tokenize, **options):
     inputs = tokenize(PROMPT, return_tensors="pt")
-    return model.generate(**inputs, max_new_tokens=24, do_sample=False, **options)
+    return model.generate(**inputs, min_new_tokens=24, max_new_tokens=24, do_sample=False, **options)
 
 
 def test_a_stop_string_ends_the_text(load, tokenizer):
