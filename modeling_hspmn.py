@@ -111,6 +111,16 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         """An output switch of the call, or the configuration's where the call leaves it open."""
         return getattr(self.config, switch) if given is None else given
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. FSDP2 gives a model a class made in a file of torch: the code saved is that of ours."""
+        kind = type(self)
+        if kind.__module__.startswith("torch."):
+            self.__class__ = kind.__bases__[-1]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = kind
+
     def set_sparsity_progress(self, progress):
         """Move every layer's target share, and the bound on its linear states, along their annealing.
 
@@ -253,8 +263,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
         states, routes = [], []
         for layer in self.layers:
-            if output_hidden_states:
+            if output_hidden_states:  # each lies on the way of the gradient, padded rows too
                 states.append(restore_rows(x_BTD, rows))
+                x_BTD = restore_rows(states[-1], rows and rows[::-1])
             x_BTD, *route = layer(x_BTD, stream, past_key_values=cache, output_router=True)
             routes.append(Route(*route) if route else None)
         x_BTD = restore_rows(self.norm(x_BTD), rows)

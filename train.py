@@ -314,6 +314,8 @@ def main(argv=None):
     config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
     if not training_args.learning_rate:
         training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
+    # not by evaluate() before train(): that prepares the model without gradients, and ranks then train apart
+    training_args.eval_on_start = True
     tokenizer, train, validation = make_data(model_args, data_args, training_args)
     set_seed(training_args.seed)
     options = {"trust_remote_code": True, "dtype": torch.float32}
@@ -339,9 +341,9 @@ def main(argv=None):
     results |= {"parameters": model.num_parameters(), "device": device}
     if data_args.baseline_tokens:
         results["bigram_loss"] = bigram_loss(train, validation, len(tokenizer), data_args.baseline_tokens)
-    results["loss_before"] = trainer.evaluate()["eval_loss"]
     outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
+    results["loss_before"] = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
     results |= {"loss_after": metrics["eval_loss"], "steps": outcome.global_step}
     results["train_seconds"], results["seconds"] = outcome.metrics["train_runtime"], time.monotonic() - begin
     results["loads"] = [value for name, value in metrics.items() if name.startswith("eval_load/")]
@@ -351,14 +353,16 @@ def main(argv=None):
 
 def finish(trainer, tokenizer, results):
     """Save the model, its card and `results.json`, and print what the run measured."""
+    if trainer.is_fsdp_enabled:  # whatever form its checkpoints have
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
     set_seed(0)
-    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)
+    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)  # on every rank, which may hold a shard only
+    if not trainer.is_world_process_zero():
+        return
     results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
     lines = []
     for layer, (load, target) in enumerate(zip(results["loads"], model.config.layer_sparsity, strict=True)):
