@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,6 +65,30 @@ def config_with(fields, flag="--set", source=ROOT):
     except (OSError, ValueError, StrictDataclassError) as error:
         refuse(" ".join(str(error).split()))
     return config
+
+
+@contextmanager
+def loading(source):
+    """Refuse in one line whatever `from_pretrained` raises within: `source` is a folder of damaged or foreign files."""
+    try:
+        yield
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        refuse(f"{source} cannot be loaded, {type(error).__name__}: {reason}")
+
+
+def weight_faults(model, info):
+    """Names of tensors by what is wrong with them: the entries of `info`, the loading report of `from_pretrained`
+    (missing, unexpected, of another shape), and "non-finite" parameters and saved buffers. Empty: all are sound."""
+    faults = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in info.items() if names}
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    return faults | ({"non-finite": bad} if bad else {})
+
+
+def check_weights(model, info, source):
+    """Refuse the model loaded from `source` if a tensor is missing, has no place or another shape, or is not finite."""
+    for kind, names in weight_faults(model, info).items():
+        refuse(f"{source} has {len(names)} {kind} weights ({', '.join(names[:3])}); take a whole checkpoint")
 
 
 def at_least(least, kind=int):
