@@ -27,8 +27,18 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
 
 from hspmn.corpus import rows_of, validation_tokens
 from hspmn.results import (
-    DEVICES, ROOT, Parser, at_least, check_weights, loading, merge_results, new_figure, refuse, row, weight_faults,
-)  # fmt: skip
+    DEVICES,
+    ROOT,
+    Parser,
+    at_least,
+    check_weights,
+    loading,
+    merge_results,
+    new_figure,
+    refuse,
+    row,
+    weight_faults,
+)
 
 
 def low_precision(device):

@@ -69,7 +69,7 @@ def config_with(fields, flag="--set", source=ROOT):
 
 @contextmanager
 def loading(source):
-    """Refuse in one line whatever `from_pretrained` raises within: `source` is a folder of damaged or foreign files."""
+    """Refuse in one line whatever `from_pretrained` raises within: the files of `source` are damaged or foreign."""
     try:
         yield
     except Exception as error:  # the tokenizers library raises nothing narrower
@@ -86,7 +86,7 @@ def weight_faults(model, info):
 
 
 def check_weights(model, info, source):
-    """Refuse the model loaded from `source` if a tensor is missing, has no place or another shape, or is not finite."""
+    """Refuse the model loaded from `source` if a tensor is missing, unexpected, of another shape or not finite."""
     for kind, names in weight_faults(model, info).items():
         refuse(f"{source} has {len(names)} {kind} weights ({', '.join(names[:3])}); take a whole checkpoint")
 
