@@ -18,6 +18,7 @@ def comparison_config(case, sizes, overrides=None):
     keep their distant past in linear states, so no bound is put on what these remember."""
     sizes = sizes | {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "tie_word_embeddings": True}
     if case == "dense":
+        config_with(sizes)  # refuses what neither can have
         return LlamaConfig(**sizes, rms_norm_eps=1e-6, max_position_embeddings=1048576)
     layers = sizes["num_hidden_layers"]
     full = [1.0 if i % 4 == 3 or (layers < 4 and i == layers - 1) else 0.0 for i in range(layers)]
