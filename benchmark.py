@@ -163,7 +163,8 @@ def parse_arguments(argv=None):
     if args.output is not None:
         for mode in CASES if args.mode == "all" else [args.mode]:
             check_output(args.output / f"{mode}.json")
-    model_config(args, "hspmn_even", args.layers, args.model_intermediate_size)  # refuses wrong sizes and wrong --set
+    for name in ("hspmn_even", "dense"):  # refuses wrong sizes and wrong --set
+        model_config(args, name, args.layers, args.model_intermediate_size)
     return args
 
 

@@ -36,7 +36,7 @@ CUTS = re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROW = {"text": datasets.Value("string"), "ends": datasets.Value("bool")}
 LONGEST_WORD = 256  # bytes that merge into one token at most; the longest run in Python's own sources has 80
-CALL_TEXTS, CALL_CHARACTERS = 512, 2**20  # of a call to a tokenizer, whose encodings take 150 times a token's bytes
+CALL_TEXTS, CALL_CHARACTERS = 512, 2**18  # of a call to a tokenizer, whose encodings take 150 times a token's bytes
 # Folders of the standard library that hold tests, installed packages or generated tables instead of written code
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 VALIDATION_SHARE = 50  # one file of the machine's sources in 50, chosen by the hash of its content

@@ -55,17 +55,24 @@ def parse_overrides(flag, items):
     return fields
 
 
+@contextmanager
+def valid():
+    """Refuse in one line what a configuration raises within."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        refuse(error)
+
+
 def config_with(fields, flag="--set", source=ROOT):
     """The `HSPMNConfig` of this checkout, or of the model saved at `source`, with other values; refuses wrong ones."""
-    try:
+    with valid():
         config = AutoConfig.from_pretrained(source, trust_remote_code=True)
         for field, value in fields.items():
             check_name(flag, field, config.to_dict())
             whole = isinstance(value, int) and not isinstance(value, bool)
             setattr(config, field, float(value) if whole and isinstance(getattr(config, field), float) else value)
         config.validate()
-    except (OSError, ValueError, StrictDataclassError) as error:
-        refuse(" ".join(str(error).split()))
     return config
 
 

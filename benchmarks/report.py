@@ -110,7 +110,7 @@ def section_text(name, folder):
         return f"not measured yet: `{section.command}`\n"
     try:
         return section_lines(section, path, json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"is no results file ({type(error).__name__}: {error})"
         refuse(f"--results: {path} {problem}; measure again: {section.command}")
 
