@@ -120,7 +120,7 @@ def spoil(folder, kind):
         path.write_bytes(path.read_bytes()[:-100])
     if kind == "header":
         path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
-    for broken in ("config.json", "tokenizer.json", "modeling_hspmn.py"):
+    for broken in ("config.json", "tokenizer.json"):
         if kind == broken:
             (folder / broken).write_text((folder / broken).read_text()[:200])
     if kind == "tokenizer":
@@ -131,7 +131,7 @@ SPOILT = {
     "nan": "non-finite weights (", "bias": "router.bias", "inf": "non-finite", "missing": "1 missing weights",
     "unexpected": "1 unexpected weights", "shape": "cannot be loaded", "cut": "cannot be loaded",
     "header": "cannot be loaded", "config.json": "cannot be loaded", "tokenizer.json": "cannot be loaded",
-    "modeling_hspmn.py": "cannot be loaded", "tokenizer": "do not belong together",
+    "tokenizer": "do not belong together",
 }  # fmt: skip
 
 
@@ -165,7 +165,7 @@ MQAR = ["--steps=0", "--lr=nan", "--lr=-1", "--lr=0", "--seed=-1", "--lengths=8"
 QUALITY = ["--lr=nan", "--lr=0", "--seeds=-1", "--time_budget=nan", "--time_budget=-1", "--needle_mix=nan",
            "--name=a/b", "--needle_mix=1", "--initializer_range=nan", "--initializer_range=-1", "--save=hspnm",
            "--parameter_tolerance=nan", "--variants=../x:sliding_window", "--num_attention_heads=3", "--length=1",
-           "--num_key_value_heads=3", "--num_attention_heads=64", "--checkpoints=/dev/null/x",
+           "--num_key_value_heads=3", "--checkpoints=/dev/null/x",
            "--data_cache=/dev/null"]  # fmt: skip
 
 
