@@ -9,6 +9,7 @@ source found on the machine. B batch, N rows, T tokens, D width.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,22 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn.corpus import rows_of, validation_tokens
-from hspmn.results import DEVICES, ROOT, Parser, at_least, merge_results, new_figure, refuse, row
+from hspmn.results import (
+    DEVICES,
+    ROOT,
+    SEED,
+    Parser,
+    at_least,
+    check_output,
+    check_weights,
+    file_name,
+    loading,
+    merge_results,
+    new_figure,
+    refuse,
+    row,
+    weight_faults,
+)
 
 
 def low_precision(device):
@@ -96,7 +112,8 @@ def needle_prompt(tokenizer, text, length, depth, rng):
     [(statement, question, value, _)] = needles(tokenizer, rng, 1)
     room = length - len(statement) - len(question)
     if room < 1:
-        refuse(f"--train_length gives prompts of {length} tokens, a needle alone takes {length - room}; raise it")
+        refuse(f"--train_length gives prompts of {length} tokens, a needle alone takes {length - room}; raise it, or "
+               "--multiples")  # fmt: skip
     text = text if len(text) > room else np.tile(text, room // len(text) + 1)
     return weave(text, room, [(depth, statement), (1.0, question)], rng), value
 
@@ -141,7 +158,10 @@ def greedy(model, ids_BT, new_tokens, chunk):
 def run_needle(args):
     """Task needle: share of needles whose value is generated exactly per depth and length, and a heatmap of it."""
     model, tokenizer, _ = load(args)
+    if getattr(model.config, "router_mode", None) == "topk":
+        refuse(f"folder {args.folder}: a model of router_mode topk cannot generate; evaluate its loss")
     text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
+    needle_prompt(tokenizer, text, int(min(args.multiples) * args.train_length), 0.0, np.random.default_rng(0))
     depths, grid = np.linspace(0, 1, args.depths).tolist(), {}
     for multiple in args.multiples:
         length, shares = int(multiple * args.train_length), []
@@ -187,11 +207,11 @@ def check_files(folder):
         yield "code files equal this checkout's", None, f"differ: {', '.join(changed)}"
 
 
-def check_weights(model, info):
+def report_weights(model, info):
     """Every weight has a place and a shape, and is finite."""
-    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    wrong = weight_faults(model, info)
+    bad = wrong.pop("non-finite", [])
     yield "weights match the configuration's shapes", not wrong, json.dumps(wrong) if wrong else "all"
-    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{sum(map(torch.numel, model.parameters())):,} numbers"
 
 
@@ -244,8 +264,10 @@ def check_reload(model, ids_BT):
 
 def run_compare(args):
     """The fresh process of contract 6: logits of a saved model against those in `expected.pt` beside its folder."""
+    if not (path := args.folder.parent / "expected.pt").exists():
+        refuse(f"--task compare is the second half of --task verify and needs {path}; run --task verify")
     model = load(args)[0]
-    expected = torch.load(args.folder.parent / "expected.pt", map_location=model.device)
+    expected = torch.load(path, map_location=model.device)
     error = distance(model(input_ids=expected["ids"], use_cache=False).logits, expected["logits"])
     print(f"relative difference {error:.1e}")
     return int(error > 1e-6)
@@ -267,14 +289,15 @@ def run_verify(args):
     """Task verify: one line per check; exit code 1 if any fails."""
     torch.set_float32_matmul_precision("highest")
     args.dtype = "float32"
-    checks = list(check_files(args.folder))
+    with loading(args.folder):
+        checks = list(check_files(args.folder))
     if all(passed is not False for _, passed, _ in checks):
         model, tokenizer, info = load(args)
         length = 96 + min(getattr(model.config, "sliding_window", None) or 0, 1024)  # past the end of the window
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
         ids = (ids if tokenizer is None else validation_rows(tokenizer, 2 * length, length)).to(model.device)
-        checks += [*check_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
+        checks += [*report_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
         checks += [*check_reload(model, ids), *check_loads(model, tokenizer, args)]
     for name, passed, detail in checks:
         print(f"{ {True: 'pass', False: 'FAIL', None: 'note'}[passed] }  {name} ({detail})")
@@ -302,8 +325,15 @@ def load(args):
     """Model in eval mode, tokenizer (None if the folder has none) and loading report of `args.folder`."""
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     remote, found = {"trust_remote_code": True}, (args.folder / "tokenizer.json").exists()
-    model, info = AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype, output_loading_info=True, **remote)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
+    with loading(args.folder):
+        options = remote | {"dtype": dtype, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(args.folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
+    if args.task != "verify":  # which reports them
+        check_weights(model, info, args.folder)
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        sizes = f"{len(tokenizer)} tokens, its model {model.config.vocab_size}"
+        refuse(f"folder {args.folder}: the tokenizer has {sizes}; they do not belong together")
     return model.to(args.device).eval(), tokenizer, info
 
 
@@ -315,31 +345,34 @@ TINY = dict(samples=1, depths=2, multiples=[1.0, 2.0], train_length=128, tokens=
 def main(argv=None):
     """Run one task; returns the exit code."""
     parser = Parser("evaluate.py", __doc__)
-    add, positive = parser.add_argument, at_least(1)
+    add, positive, multiple = parser.add_argument, at_least(1), at_least(1e-3, float, 1e4)
     add("folder", type=Path, help="checkpoint to evaluate")
     add("--task", required=True, choices=TASKS)
     add("--output", type=Path, help="folder of results file and plot; that of the checkpoint by default")
-    add("--name", help="name of the results file; the task's by default")
-    add("--label", help="name of the model in it; the folder's by default")
+    add("--name", type=file_name, help="name of the results file; the task's by default")
+    add("--label", type=file_name, help="name of the model in it; the folder's by default")
     add("--device", choices=DEVICES, help="cuda where there is one (verify: cpu)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="weights; bfloat16 on cuda, float32 on cpu")
-    add("--seed", type=int, default=0)
+    add("--seed", type=SEED, default=0)
     add("--batch_size", type=positive, default=8)
     add("--train_length", type=positive, default=2048, help="tokens per row the model was trained on")
     add("--tokens", type=positive, default=1_000_000, help="loss: validation tokens")
-    add("--multiples", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="needle: lengths over --train_length")
+    add("--multiples", type=multiple, nargs="+", default=[1.0, 2.0, 4.0], help="needle: lengths over --train_length")
     add("--depths", type=at_least(2), default=10)
     add("--samples", type=positive, default=8, help="needle: prompts per depth and length")
     add("--prefill_chunk", type=positive, default=65536, help="needle: tokens read at once")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
-    for name in ("config.json", "tokenizer.json") if args.task in ("loss", "needle") else ("config.json",):
-        if not (args.folder / name).exists():
+    writes = args.task in ("loss", "needle")
+    for name in ("config.json", "tokenizer.json") if writes else ("config.json",):
+        if not os.path.isfile(args.folder / name):
             refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
     args.device = args.device or ("cpu" if args.task == "verify" else DEVICES[0])
     args.output, args.name = args.output or args.folder, args.name or args.task
-    args.label = args.label or args.folder.name
+    args.label = args.label or args.folder.resolve().name
+    if writes:
+        check_output(args.output / f"{args.name}.json")
     return TASKS[args.task](args) or 0
 
 
