@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
@@ -176,8 +176,6 @@ def starting_point(args, record):
         way_out = "leave the flag out to begin anew, or name a checkpoint folder"
         kind = f"no whole checkpoint in --output_dir {folder}: {', '.join(passed)}"
         refuse(f"{named}: {kind if passed else f'no checkpoint in --output_dir {folder}'}; {way_out}")
-    if passed:
-        complain(f"resuming {whole}; passed over {', '.join(passed)}")
     old, flags = read_json(whole / SEAL).get("flags", {}), record["flags"]
     if old != flags and not args.accept_changes:
         way_out = "give the same flags, or --accept_changes to go on with these"
@@ -185,6 +183,8 @@ def starting_point(args, record):
     newest, _ = newest_whole(folder)
     if newest and not newest.samefile(whole) and read_json(newest / SEAL).get("flags") != flags:
         refuse(f"--output_dir {folder} holds {newest.name} of another run; move it away, or give another --output_dir")
+    if passed:
+        complain(f"resuming {whole}; passed over {', '.join(passed)}")
     state, model = read_json(whole / STATE), read_json(folder / SEAL)
     steps = args.max_steps if args.max_steps > 0 else state["max_steps"]
     return str(whole), state["global_step"] >= steps and model.get("flags") == flags
@@ -198,6 +198,19 @@ def check_data(args, record):
     if old != record["data"]:
         way_out = "give the same data, or --accept_changes to go on with these"
         refuse(f"--resume_from_checkpoint {args.resume_from_checkpoint} was made from other data; {way_out}")
+
+
+def check_tensors(checkpoint, model):
+    """Refuse to go on from a checkpoint whose tensors have other names or shapes than the model's."""
+    saved = {}
+    for path in Path(checkpoint).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = saved.keys() | wanted.keys() - model.all_tied_weights_keys.keys()
+    if wrong := sorted(name for name in names if saved.get(name) != wanted.get(name)):
+        of = ", ".join(f"{name} {saved.get(name)} and not {wanted.get(name)}" for name in wrong[:3])
+        refuse(f"--resume_from_checkpoint {checkpoint} holds a model of other sizes ({of}); give its flags")
 
 
 def publish(source, target):

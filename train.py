@@ -367,14 +367,25 @@ class HSPMNTrainer(Trainer):
     """
 
     record = {}  # of the flags and the data, for the seals
+    begun = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.finite = runs.FiniteCallback(self.accelerator, self.args.output_dir)
         self.add_callback(self.finite)
 
+    def train(self, *args, **kwargs):
+        """Training; what it cannot begin with is refused in one line."""
+        try:
+            return super().train(*args, **kwargs)
+        except (ImportError, KeyError, ValueError) as error:
+            if self.begun:
+                raise
+            refuse(f"training cannot begin: {error}")
+
     def training_step(self, *args, **kwargs):
         """A forward and backward pass, whose loss is looked at."""
+        self.begun = True
         loss = super().training_step(*args, **kwargs)
         self.finite.see("loss", loss, self.state.global_step + 1)
         return loss
@@ -524,8 +535,9 @@ def prepare(model_args, data_args, training_args, config, record):
         special = {name: getattr(tokenizer, name) for name in TOKENIZER_FIELDS if name != "vocab_size"}
         config.update({"vocab_size": len(tokenizer)} | special)
         model = AutoModelForCausalLM.from_config(config, **options)
-    if training_args.accept_changes and list(Path(training_args.resume_from_checkpoint or "").glob("*.safetensors")):
-        runs.load_model(training_args.resume_from_checkpoint, "--resume_from_checkpoint", config=config, **options)
+    resumed = training_args.resume_from_checkpoint
+    if resumed and (Path(resumed) / "model.safetensors").is_file():  # sharded optimizers may keep weights otherwise
+        runs.check_tensors(resumed, model)
     collator = partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None)
     callbacks = [AnnealingCallback()]
     trainer = HSPMNTrainer(model, training_args, collator, train, validation, tokenizer, callbacks=callbacks)
