@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +30,7 @@ CARD_FILES = ("config.json", "README.md", "results.json", SEAL)  # of a model, i
 UNSEALED = (SEAL, "run.partial", "checkpoint-is-incomplete.txt")  # the last belongs to --enable_jit_checkpoint
 OPTIMIZERS = ("optimizer", "global_step")  # what the optimizer's files or folders begin with, DeepSpeed's too
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-# What torch, safetensors and tokenizers say of a failed write, which they raise as other errors than OSError
-WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "iostream error", *(f"os error {code}" for code in NO_ROOM))
+WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "iostream error")  # what torch says of a failed write
 HELD = set()  # descriptors of locks; forked children close them, or a data loader would keep what its dead parent held
 if fcntl is not None:
     os.register_at_fork(after_in_child=lambda: [os.close(HELD.pop()) for _ in range(len(HELD))])
@@ -234,21 +234,26 @@ def disk_errors(folder):
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in NO_ROOM
-        if not (full or any(words in str(error) for words in WRITE_FAILED)):
+        code = error.errno if isinstance(error, OSError) else None
+        said = re.search(rf"os error ({'|'.join(map(str, NO_ROOM))})\b", str(error))
+        if code not in NO_ROOM and not said and not any(words in str(error) for words in WRITE_FAILED):
             raise
         begun = [path for path in (*folder.glob("checkpoint-*"), folder / PARTIAL) if not (path / SEAL).exists()]
         written = [file for path in begun for file in path.rglob("*") if file.is_file()]
-        newest = max(written, key=lambda file: file.stat().st_mtime_ns, default=folder)
-        name = getattr(error, "filename", None) or newest
-        reason = (full and error.strerror) or "the write failed"
-        for path in {path for path in begun if Path(name).is_relative_to(path)}:
-            shutil.rmtree(path, ignore_errors=True)
-        disk = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_mount())
-        usage = shutil.disk_usage(folder)
-        room = f"{usage.free / 1e6:,.0f} of {usage.total / 1e6:,.0f} MB free"
-        way_out = f"make room, then go on with --resume_from_checkpoint last: {last_whole(folder)}"
-        refuse(f"cannot write {name}: {reason} (disk mounted at {disk}, {room}); {way_out}", code=1)
+        file = max(written, key=lambda file: file.stat().st_mtime_ns, default=folder)
+        if isinstance(error, SafetensorError):  # leaves no file
+            file = file.with_name("model.safetensors")
+        file = Path(getattr(error, "filename2", None) or getattr(error, "filename", None) or file)
+        disk = next(path for path in file.resolve().parents if path.is_mount())
+        usage = shutil.disk_usage(disk)
+        code = code or (int(said[1]) if said else errno.ENOSPC * (usage.free < 2**20))
+        reason = os.strerror(code) if code else "the write failed"
+        for path in begun:
+            if file.is_relative_to(path):
+                shutil.rmtree(path, ignore_errors=True)
+        room = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB free"
+        way_out = f"make room, then go on with --resume_from_checkpoint last; {last_whole(folder)}"
+        refuse(f"cannot write {file}: {reason} (disk mounted at {disk}, {room}); {way_out}", code=1)
 
 
 class FiniteCallback(TrainerCallback):

@@ -63,7 +63,7 @@ LEAST = dict.fromkeys(SIZES, 1) | {  # flags, and the least that each may be
     "eval_accumulation_steps": 1, "ddp_bucket_cap_mb": 1, "ddp_timeout": 1, "sample_tokens": 0,
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
-BELOW |= {"dataloader_num_workers": 1025}
+BELOW |= {"dataloader_num_workers": 1025, "vocab_size": 2**24}
 OPEN = {"validation_fraction": (0, 1), "adam_epsilon": (0, math.inf), "save_steps": (0, math.inf)}
 CHOICES = {
     "lr_scheduler_type": SchedulerType, "optim": OptimizerNames, "save_strategy": SaveStrategy, "debug": DebugOption,
@@ -508,7 +508,7 @@ def main(argv=None):
         if finished:
             print(f"nothing to do: {training_args.resume_from_checkpoint} ends the run, and {folder} holds its model")
             return json.loads((folder / "results.json").read_text())
-        with refusing():
+        with refusing(), runs.disk_errors(folder):
             trainer, results = prepare(model_args, data_args, training_args, config, record)
         results["loss_before"] = trainer.evaluate()["eval_loss"]
         outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -524,14 +524,15 @@ def main(argv=None):
 
 def prepare(model_args, data_args, training_args, config, record):
     """The trainer, its model and data, and the first results."""
+    set_seed(training_args.seed)
+    options, use_cache = {"trust_remote_code": True, "dtype": torch.float32}, config.use_cache
+    if model_args.model_name_or_path:  # before the data, in case it is refused
+        model = runs.load_model(model_args.model_name_or_path, config=config, **options)
     tokenizer, train, validation = make_data(model_args, data_args, training_args)
     record["data"] = fingerprint(train, data_args)
     runs.check_data(training_args, record)
-    set_seed(training_args.seed)
-    options, use_cache = {"trust_remote_code": True, "dtype": torch.float32}, config.use_cache
-    if model_args.model_name_or_path:
-        model = runs.load_model(model_args.model_name_or_path, config=config, **options)
-    else:
+    if not model_args.model_name_or_path:
+        set_seed(training_args.seed)
         special = {name: getattr(tokenizer, name) for name in TOKENIZER_FIELDS if name != "vocab_size"}
         config.update({"vocab_size": len(tokenizer)} | special)
         model = AutoModelForCausalLM.from_config(config, **options)
