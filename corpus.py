@@ -5,22 +5,38 @@
 """
 
 import hashlib
+import io
+import json
+import logging
+import os
+import re
 import sysconfig
 from array import array
-from itertools import accumulate
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Regex
+from tokenizers.pre_tokenizers import Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
 from .results import refuse
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-BUILDERS = dict.fromkeys((".txt", ".md", ".rst", ".py"), "text")
-BUILDERS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = dict.fromkeys((".txt", ".md", ".rst", ".py"), "text")
+KINDS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+PIECE = 2**16  # characters of a document that are held at once, at most, and handed on as a row of their own
+CUTS = re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)")
+SURROGATE = re.compile("[\ud800-\udfff]")
+ROW = {"text": datasets.Value("string"), "ends": datasets.Value("bool")}
+LONGEST_WORD = 256  # bytes that merge into one token at most; the longest run in Python's own sources has 80
+CALL_TEXTS, CALL_CHARACTERS = 512, 2**20  # of a call to a tokenizer, whose encodings take 150 times a token's bytes
 # Folders of the standard library that hold tests, installed packages or generated tables instead of written code
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 VALIDATION_SHARE = 50  # one file of the machine's sources in 50, chosen by the hash of its content
@@ -29,23 +45,33 @@ BYTES_PER_TOKEN = 4  # of a 16k byte-level BPE on Python source, from above
 
 
 def fit_tokenizer(texts, vocab_size, padding=False):
-    """Byte-level BPE fitted on an iterable of texts; first ids: the end of text and, if asked for, left padding."""
+    """Byte-level BPE fitted on an iterable of texts; first ids: the end of text and, if asked for, left padding. To it
+    and to the saved tokenizer, special tokens spelt in a text are text."""
     names = {"eos_token": END_OF_TEXT} | ({"pad_token": PADDING} if padding else {})
     fitted, special = ByteLevelBPETokenizer(), list(names.values())
+    bounded = Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")  # fitting takes the square of a word's length
+    fitted.pre_tokenizer = Sequence([fitted.pre_tokenizer, bounded])
     fitted.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
-    return PreTrainedTokenizerFast(tokenizer_object=fitted._tokenizer, padding_side="left", **names)
+    options = names | {"padding_side": "left", "split_special_tokens": True}
+    return PreTrainedTokenizerFast(tokenizer_object=fitted._tokenizer, **options)
 
 
-def encode(tokenizer, texts, limit=None):
-    """One stream of token ids (int32), each text followed by the end-of-text token, at most `limit` tokens."""
+def encode(tokenizer, texts, limit=None, ends=None):
+    """One stream of token ids (int32) of a list of texts, at most `limit` tokens: the end-of-text token follows each
+    text, or those alone that `ends` says, and special tokens spelt in a text are text."""
     if tokenizer.eos_token_id is None:
         refuse(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; set its eos_token")
-    tokens = array("i")
-    for begin in range(0, len(texts), 512):  # bounds the memory of the encodings
+    tokens, begin, size, ends = array("i"), 0, 0, [True] * len(texts) if ends is None else ends
+    for stop, text in enumerate(texts, 1):
+        size += len(text)
+        if size < CALL_CHARACTERS and stop - begin < CALL_TEXTS and stop < len(texts):
+            continue
         if limit is not None and len(tokens) >= limit:
             break
-        for ids in tokenizer(texts[begin : begin + 512], add_special_tokens=False)["input_ids"]:
-            tokens.extend([*ids, tokenizer.eos_token_id])
+        encoded = tokenizer(texts[begin:stop], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for ids, is_end in zip(encoded, ends[begin:stop], strict=True):
+            tokens.extend([*ids, tokenizer.eos_token_id] if is_end else ids)
+        begin, size = stop, 0
     return np.array(tokens, dtype=np.int32)[:limit]
 
 
@@ -98,83 +124,340 @@ def standard_library(validation_fraction):
     return tuple(datasets.Dataset.from_dict({"text": texts}) for texts in sides)
 
 
-def load_split(args, split, is_local):
-    """One split of the data that `--dataset` names, a (streaming or in-memory) dataset of one column, `text`."""
-    name, options = f"--dataset {' '.join(args.dataset)}", {"split": split, "name": args.dataset_config}
-    builder, files = args.dataset[0], []
+def find_files(sources):
+    """Files of known types that `--dataset` names or that lie in folders it names, each once, sorted by folder. What
+    is left out of a folder is said: hidden files and folders, and files of other types."""
+    files, left_out = {}, {"hidden files": [], "files of other types": []}
+    for source in map(Path, sources):
+        if not source.exists():
+            refuse(f"--dataset {source} does not exist; give a file, a folder or the name of a dataset")
+        found = [] if source.is_dir() else [source]
+        for folder, folders, names in os.walk(source, onerror=refuse_unreadable) if source.is_dir() else ():
+            hidden = [name for name in folders + names if name.startswith(".")]
+            folders[:] = [name for name in folders if name not in hidden]
+            inside = [Path(folder) / name for name in names if name not in hidden]
+            found += [path for path in inside if path.suffix.lower() in KINDS]
+            left_out["hidden files"] += [Path(folder) / name for name in hidden]
+            left_out["files of other types"] += [path for path in inside if path.suffix.lower() not in KINDS]
+        if not found:
+            refuse(f"--dataset {source} holds no file of a known type ({', '.join(KINDS)})")
+        files |= {path.resolve(): path for path in sorted(found)}
+    for kind, paths in left_out.items():
+        if paths:
+            few = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+            logging.warning("--dataset: %d %s are left out: %s", len(paths), kind, few)
+    kind, *others = {KINDS.get(path.suffix.lower()) for path in files.values()}
+    if others or kind is None:
+        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files.values()}))
+        refuse(f"--dataset must hold files of one type of {', '.join(KINDS)}, got {suffixes}")
+    return list(files.values())
+
+
+def refuse_unreadable(error):
+    """Refuse the file that an `OSError` names."""
+    refuse(f"--dataset {error.filename} cannot be read: {error.strerror}")
+
+
+@contextmanager
+def open_text(path):
+    """A file as text, UTF-8 with any line ends; ValueError names the byte that is not."""
+    with open(path, "rb") as file:
+        try:
+            yield io.TextIOWrapper(file, "utf-8-sig")
+        except UnicodeDecodeError as error:
+            place = file.tell() - len(error.object) + error.start
+            raise ValueError(f"byte {place} is not UTF-8 ({error.reason})") from error
+
+
+class JsonReader:
+    """Reads the values of a JSON text one by one, of which it holds no more than one; `line` is where it stands."""
+
+    SPACES, SCAN = re.compile(r"[ \t\n\r]*"), json.JSONDecoder().raw_decode
+
+    def __init__(self, file):
+        self.file, self.text, self.at, self.line = file, "", 0, 1
+
+    def _read_on(self):
+        more = self.file.read(max(PIECE, len(self.text) - self.at))  # twice as much: a long value is scanned again
+        self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+    def move(self, to):
+        """Go on to a place of `text`."""
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def peek(self):
+        """The next character that is no space, or nothing at the end."""
+        while True:
+            self.move(self.SPACES.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self._read_on():
+                return self.text[self.at : self.at + 1]
+
+    def value(self):
+        """The value that begins here; ValueError if it is broken."""
+        while True:
+            problem, length = None, len(self.text)
+            try:
+                value, end = self.SCAN(self.text, self.at)
+            except json.JSONDecodeError as error:  # or it goes on
+                problem, end = error, length if "Unterminated" in error.msg or error.pos > length - 16 else -1
+            if end == length and self._read_on():
+                continue
+            if problem is not None:
+                raise ValueError(f"the value that begins in line {self.line} is broken ({problem.msg})")
+            self.move(min(end, len(self.text)))
+            return value
+
+
+def json_values(path):
+    """Values of a JSON file, one after another or all in one list, each after the line that it begins in."""
+    with open_text(path) as file:
+        reader = JsonReader(file)
+        listed = reader.peek() == "["
+        reader.move(reader.at + listed)
+        while (begin := reader.peek()) and not (listed and begin == "]"):
+            yield reader.line, reader.value()
+            if listed and (after := reader.peek()) != "]":
+                if after != ",":
+                    problem = "goes on without a comma" if after else "has no end"
+                    raise ValueError(f"line {reader.line}: the list {problem}")
+                reader.move(reader.at + 1)
+        if listed:
+            reader.move(reader.at + len(begin))
+            if begin != "]" or reader.peek():
+                raise ValueError(f"line {reader.line}: the list {'goes on after its' if begin else 'has no'} end")
+
+
+def column_of(path, column, others):
+    """Values of a column of a JSON or Parquet file, each after the place where it stands. A row of JSON may lack the
+    column; the names of those it has are added to `others` then."""
+    if KINDS[path.suffix.lower()] == "json":
+        for line, row in json_values(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"line {line} holds a {type(row).__name__}, not an object with a column {column}")
+            if column not in row and len(others) < 100:
+                others |= dict.fromkeys(row)
+            yield f"line {line}", row.get(column)
+        return
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        if column not in (names := file.schema_arrow.names):
+            refuse(f"--text_column {column} is no text column; {path} has {', '.join(names)}")
+        numbers = count(1)
+        for batch in file.iter_batches(64, columns=[column]):
+            yield from ((f"row {next(numbers)}", value) for value in batch.column(0).to_pylist())
+
+
+def pieces(parts):
+    """Rows of the document whose parts are given: one, or several of at most PIECE characters, the last of which ends
+    it. They are cut before a line or a word, as tokenizers cut, and anywhere only where there is neither."""
+    text = ""
+    for part in parts:
+        text, begin = text + part, 0
+        while len(text) - begin > PIECE:
+            window = begin + PIECE // 2, begin + PIECE
+            cuts = (max((match.end() for match in cut.finditer(text, *window)), default=0) for cut in CUTS)
+            cut = next(filter(None, cuts), begin + PIECE)
+            yield {"text": text[begin:cut], "ends": False}
+            begin = cut
+        text = text[begin:]
+    if text:
+        yield {"text": text, "ends": True}
+
+
+def file_rows(path, column, others):
+    """Rows of the documents of a file; ValueError names the place of what is broken, or is no text."""
+    if KINDS[path.suffix.lower()] == "text":
+        with open_text(path) as file:
+            yield from pieces(iter(partial(file.read, PIECE), ""))
+        return
+    for place, value in column_of(path, column, others):
+        if isinstance(value, str):
+            if SURROGATE.search(value):
+                raise ValueError(f"{place}: column {column} holds half of a surrogate pair")
+            yield from pieces([value])
+        elif value is not None:
+            raise ValueError(f"{place}: column {column} holds a {type(value).__name__}, not text")
+
+
+def read_documents(files, column):
+    """Rows (`ROW`) of the documents of `files`, tuples that begin with a path; null and empty texts are none. Refuses
+    a broken file by name and place."""
+    found, others = False, {}
+    for name, *_ in files:
+        try:
+            for row in file_rows(Path(name), column, others):
+                yield row
+                found = True
+        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            refuse(f"--dataset {name} cannot be read: {reason}; mend the file or leave it out")
+    if others and not found:
+        refuse(f"--text_column {column} is no text column; the data has {', '.join(others)}")
+    if not found:
+        refuse(f"--dataset {files[0][0]}: the data is empty; give a file with at least one document")
+
+
+def stored(generator, features, **arguments):
+    """`Dataset` of a generator's rows in the cache of `datasets`, where other processes of a run find it."""
     try:
-        if is_local:
-            for source in map(Path, args.dataset):
-                if not source.exists():
-                    refuse(f"--dataset {source} does not exist")
-                inside = (file for file in source.rglob("*") if file.is_file() and file.suffix in BUILDERS)
-                found = sorted(inside) if source.is_dir() else [source]
-                files += found
-                if not found:
-                    refuse(f"--dataset {source} holds no file of a known type ({', '.join(BUILDERS)})")
-            builder, *others = {BUILDERS.get(file.suffix) for file in files}
-            if others or builder is None:
-                suffixes = ", ".join(sorted({file.suffix or "no suffix" for file in files}))
-                refuse(f"--dataset must hold files of one type of {', '.join(BUILDERS)}, got {suffixes}")
-            if not any(file.stat().st_size for file in files):
-                refuse(f"{name} is empty; give a file with at least one document")
-            options = {"split": "train", "data_files": list(map(str, files))}
-            options |= {"sample_by": "document"} if builder == "text" else {}
-        documents = datasets.load_dataset(builder, streaming=args.streaming, **options)
-        first = next(iter(documents), None)
+        return datasets.Dataset.from_generator(generator, datasets.Features(features), gen_kwargs=arguments)
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        folder = datasets.config.HF_DATASETS_CACHE
+        refuse(f"the data cannot be kept in {folder}: {reason}; make room, or set HF_HOME to another disk")
+
+
+def load_files(args):
+    """Documents of the files that `--dataset` names: a dataset or a stream of `ROW`."""
+    try:
+        stats = [(str(path), path.stat()) for path in find_files(args.dataset)]
+    except OSError as error:  # such as a link to nowhere
+        refuse_unreadable(error)
+    files = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)  # a changed file is read anew
+    if not any(size for _, size, _ in files):
+        refuse(f"--dataset {' '.join(args.dataset)} is empty; give a file with at least one document")
+    arguments = {"files": files, "column": args.text_column}
+    if args.streaming:
+        features = datasets.Features(ROW)
+        return datasets.IterableDataset.from_generator(read_documents, features, gen_kwargs=arguments)
+    return stored(read_documents, ROW, **arguments)
+
+
+def load_named(args, split):
+    """Documents of a split of the dataset that `--dataset` names: a dataset or a stream of one column, `text`."""
+    name, column = args.dataset[0], args.text_column
+    try:
+        documents = datasets.load_dataset(name, args.dataset_config, split=split, streaming=args.streaming)
+        columns = documents.features or next(iter(documents), {})
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        refuse(f"{name} cannot be read: {str(error.__cause__ or error).strip().splitlines()[0]}")
-    if first is None:
-        refuse(f"{name} is empty; give a file or split with at least one document")
-    if not isinstance(first.get(args.text_column), str):
-        refuse(f"--text_column {args.text_column} is no text column; the data has {', '.join(first)}")
-    documents = documents.select_columns([args.text_column])
-    if args.text_column != "text":
-        documents = documents.rename_column(args.text_column, "text")
-    if not args.streaming:
-        most = 0
-        for most in accumulate(len(row["text"].encode()) + 1 for row in documents):  # a token is at least one byte
-            if most >= args.seq_len:
-                return documents
-        refuse(f"--seq_len {args.seq_len} is longer than the data ({most} tokens at most); lower it or add text")
-    return documents
+        refuse(f"--dataset {name} cannot be read: {str(error.__cause__ or error).strip().splitlines()[0]}")
+    kind = columns.get(column)
+    if kind is None and documents.features or isinstance(kind, datasets.Value) and "string" not in kind.dtype:
+        refuse(f"--text_column {column} is no text column; the data has {', '.join(columns)}")
+    documents = documents.select_columns([column])
+    return documents if column == "text" else documents.rename_column(column, "text")
 
 
 def load_documents(args):
-    """Train and validation documents as datasets of one column, `text`."""
+    """Train and validation documents, each a dataset or a stream of rows with a `text`, and with `ends` if a document
+    may have several rows: whether this is its last."""
     if not args.dataset:
         return standard_library(args.validation_fraction)
     first = Path(args.dataset[0])
-    spelt_like_a_path = first.is_absolute() or args.dataset[0].startswith(".") or first.suffix in BUILDERS
+    spelt_like_a_path = first.is_absolute() or args.dataset[0].startswith(".") or first.suffix.lower() in KINDS
     is_local = len(args.dataset) > 1 or first.exists() or spelt_like_a_path
     if args.validation_split and is_local:
         refuse(f"--validation_split {args.validation_split} needs a named dataset; local files have no splits")
-    documents = load_split(args, args.train_split, is_local)
+    documents = load_files(args) if is_local else load_named(args, args.train_split)
     if args.validation_split:
-        return documents, load_split(args, args.validation_split, is_local)
-    if args.streaming:  # the first documents are held out: a stream has neither a length nor an end to split by
-        held_out = max(1, int(args.validation_fraction * args.tokenizer_documents))
-        return documents.skip(held_out), datasets.Dataset.from_list(list(documents.take(held_out)))
-    if len(documents) == 1:  # one file: its end is held out
-        text = documents[0]["text"]
-        cut = int(len(text) * (1 - args.validation_fraction))
-        return tuple(datasets.Dataset.from_dict({"text": [part]}) for part in (text[:cut], text[cut:]))
-    split = documents.train_test_split(max(1, round(args.validation_fraction * len(documents))), seed=0)
-    return split["train"], split["test"]
+        return documents, load_named(args, args.validation_split)
+    if args.streaming:
+        return hold_out_first(documents, args)
+    most = 0
+    for most in accumulate(len((row["text"] or "").encode()) + 1 for row in documents):  # a token is at least a byte
+        if most >= args.seq_len:
+            return hold_out(documents, args.validation_fraction)
+    refuse(f"--seq_len {args.seq_len} is longer than the data ({most} tokens at most); lower it or add text")
 
 
-def pack(documents, tokenizer, seq_len, batch_size=256):
-    """Blocks of `seq_len` token ids, each document ended by the end-of-text token; a batch's last part is dropped."""
+def hold_out_first(documents, args):
+    """A stream after its first documents, and these: a stream has neither a length nor an end to split by."""
+    rows = (number for number, row in enumerate(documents, 1) if row.get("ends", True))
+    ends = list(islice(rows, args.tokenizer_documents))
+    if len(ends) < 2:
+        few = f"--dataset {' '.join(args.dataset)} has {len(ends)}"
+        refuse(f"--streaming holds out whole documents, and {few}; leave --streaming out, or add documents")
+    held_out = ends[max(1, int(args.validation_fraction * len(ends))) - 1]
+    return documents.skip(held_out), documents.take(held_out)
 
-    def to_blocks(batch):
-        return {"input_ids": rows_of(encode(tokenizer, list(filter(None, batch["text"]))), seq_len).tolist()}
 
-    return documents.map(to_blocks, batched=True, batch_size=batch_size, remove_columns=["text"])
+def hold_out(documents, fraction):
+    """Train and validation part of a dataset: whole documents, drawn by a fixed seed, or the end of a single one."""
+    rows = np.arange(len(documents))
+    stops = 1 + (np.flatnonzero(documents.with_format("numpy")["ends"][:]) if "ends" in documents.features else rows)
+    if len(stops) == 1:
+        return cut_end(documents, fraction)
+    starts, order = np.r_[0, stops[:-1]], np.random.default_rng(0).permutation(len(stops))
+    held_out = min(max(1, round(fraction * len(stops))), len(stops) - 1)
+    parts = []
+    for chosen in (order[held_out:], order[:held_out]):
+        lengths = stops[chosen] - starts[chosen]
+        ahead = np.repeat(starts[chosen] - np.r_[0, lengths.cumsum()[:-1]], lengths)
+        parts.append(documents.select(ahead + rows[: len(ahead)]))
+    return parts
+
+
+def cut_end(documents, fraction):
+    """The rows of a single document up to a place, and those after it, so that `fraction` of its characters are."""
+    ends = np.cumsum([len(row["text"] or "") for row in documents])
+    keep = int(ends[-1] * (1 - fraction))
+    middle = min(int(np.searchsorted(ends, keep, "right")), len(ends) - 1)
+    text = documents[middle]["text"] or ""
+    halves = text[: len(text) - int(ends[middle]) + keep], text[len(text) - int(ends[middle]) + keep :]
+    halves = [{name: [half if name == "text" else True] for name in documents.features} for half in halves]
+    before, after = (datasets.Dataset.from_dict(half, documents.features) for half in halves)
+    rows = np.arange(len(ends))
+    before = datasets.concatenate_datasets([documents.select(rows[:middle]), before])
+    return before, datasets.concatenate_datasets([after, documents.select(rows[middle + 1 :])])
+
+
+def blocks(documents, tokenizer, seq_len, multiple, read):
+    """Rows of one block each, int32 `input_ids` [T], cut from the stream of the tokens of all documents, each ended by
+    the end-of-text token. `tokens` says how many of them the block accounts for; their sum is that of all.
+
+    With a `multiple` the first tokens follow the last ones, so that nothing is left over of so many whole blocks.
+    Without, what is left after the last block has none, unless it is all there is; the last block accounts for it.
+    `read`, if given, is an int64 tensor in shared memory to which tokens are added as they are read.
+    """
+    rest, first, made, last = np.empty(0, np.int32), [], 0, None
+    for batch in documents.iter(256):
+        ends = batch.get("ends", [True] * len(batch["text"]))
+        texts = [pair for pair in zip(batch["text"], ends, strict=True) if pair[0]]
+        tokens = encode(tokenizer, [text for text, _ in texts], ends=[end for _, end in texts])
+        if read is not None:
+            read += len(tokens)
+        rest = np.concatenate([rest, tokens])
+        for row in rest[: len(rest) // seq_len * seq_len].reshape(-1, seq_len):
+            if last is not None:
+                yield {"input_ids": last, "tokens": seq_len}
+            last, made = row, made + 1
+            if made <= multiple:
+                first.append(row)
+        rest = rest[len(rest) // seq_len * seq_len :].copy()
+    left = len(rest)
+    if last is not None:
+        yield {"input_ids": last, "tokens": seq_len + (0 if multiple else left)}
+    if not multiple and made == 0 and left > 1:
+        yield {"input_ids": rest, "tokens": left}
+    if multiple and made * seq_len + left and (missing := -(made * seq_len + left) % (multiple * seq_len)):
+        again = np.resize(np.concatenate(first if made >= multiple else [*first, rest]), missing)
+        if read is not None:
+            read += missing
+        for number, row in enumerate(np.concatenate([rest, again]).reshape(-1, seq_len)):
+            yield {"input_ids": row, "tokens": min(seq_len, max(0, left - number * seq_len))}
+
+
+def pack(documents, tokenizer, seq_len, multiple=0, read=None):
+    """The `blocks` of documents: a dataset of a dataset's, a stream of a stream's."""
+    features = {"input_ids": datasets.Sequence(datasets.Value("int32")), "tokens": datasets.Value("int64")}
+    arguments = {"documents": documents, "tokenizer": tokenizer, "seq_len": seq_len, "multiple": multiple}
+    if isinstance(documents, datasets.Dataset):
+        return stored(blocks, features, **arguments, read=None)
+    arguments["read"] = read
+    return datasets.IterableDataset.from_generator(blocks, datasets.Features(features), gen_kwargs=arguments)
+
+
+def count_tokens(packed):
+    """Tokens of the documents of a packed dataset."""
+    return int(packed.with_format("numpy")["tokens"][:].sum()) if len(packed) else 0
 
 
 def collate(rows, isolate_after=None):
     """Rows with `input_ids` to a batch; positions restart after each token `isolate_after`, if there is one."""
-    ids_BT = torch.tensor([row["input_ids"] for row in rows])
+    ids_BT = torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
     batch = {"input_ids": ids_BT, "labels": ids_BT}
     if isolate_after is not None:
         token_T = torch.arange(ids_BT.shape[1])

@@ -26,7 +26,19 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn.corpus import rows_of, validation_tokens
-from hspmn.results import DEVICES, ROOT, Parser, at_least, merge_results, new_figure, refuse, row
+from hspmn.results import (
+    DEVICES,
+    ROOT,
+    Parser,
+    at_least,
+    check_weights,
+    loading,
+    merge_results,
+    new_figure,
+    refuse,
+    row,
+    weight_faults,
+)
 
 
 def low_precision(device):
@@ -187,11 +199,11 @@ def check_files(folder):
         yield "code files equal this checkout's", None, f"differ: {', '.join(changed)}"
 
 
-def check_weights(model, info):
+def report_weights(model, info):
     """Every weight has a place and a shape, and is finite."""
-    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    wrong = weight_faults(model, info)
+    bad = wrong.pop("non-finite", [])
     yield "weights match the configuration's shapes", not wrong, json.dumps(wrong) if wrong else "all"
-    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{sum(map(torch.numel, model.parameters())):,} numbers"
 
 
@@ -274,7 +286,7 @@ def run_verify(args):
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
         ids = (ids if tokenizer is None else validation_rows(tokenizer, 2 * length, length)).to(model.device)
-        checks += [*check_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
+        checks += [*report_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
         checks += [*check_reload(model, ids), *check_loads(model, tokenizer, args)]
     for name, passed, detail in checks:
         print(f"{ {True: 'pass', False: 'FAIL', None: 'note'}[passed] }  {name} ({detail})")
@@ -302,8 +314,12 @@ def load(args):
     """Model in eval mode, tokenizer (None if the folder has none) and loading report of `args.folder`."""
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     remote, found = {"trust_remote_code": True}, (args.folder / "tokenizer.json").exists()
-    model, info = AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype, output_loading_info=True, **remote)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
+    with loading(args.folder):
+        options = remote | {"dtype": dtype, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(args.folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
+    if args.task != "verify":  # which reports them
+        check_weights(model, info, args.folder)
     return model.to(args.device).eval(), tokenizer, info
 
 

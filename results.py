@@ -81,6 +81,30 @@ def config_with(fields, flag="--set", source=ROOT):
     return config
 
 
+@contextmanager
+def loading(source):
+    """Refuse in one line whatever `from_pretrained` raises within: the files of `source` are damaged or foreign."""
+    try:
+        yield
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        refuse(f"{source} cannot be loaded, {type(error).__name__}: {reason}")
+
+
+def weight_faults(model, info):
+    """Names of tensors by what is wrong with them: the entries of `info`, the loading report of `from_pretrained`
+    (missing, unexpected, of another shape), and "non-finite" parameters and saved buffers. Empty: all are sound."""
+    faults = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in info.items() if names}
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    return faults | ({"non-finite": bad} if bad else {})
+
+
+def check_weights(model, info, source):
+    """Refuse the model loaded from `source` if a tensor is missing, unexpected, of another shape or not finite."""
+    for kind, names in weight_faults(model, info).items():
+        refuse(f"{source} has {len(names)} {kind} weights ({', '.join(names[:3])}); take a whole checkpoint")
+
+
 def at_least(least, kind=int):
     """An argparse type: numbers of `kind` from `least` up."""
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
-from .results import complain, refuse, write_json
+from .results import check_weights, complain, loading, refuse, write_json
 
 try:
     import fcntl
@@ -194,10 +194,11 @@ def check_data(args, record):
     """Refuse to go on from a checkpoint with other data than it was made with."""
     if args.resume_from_checkpoint is None or args.accept_changes:
         return
-    old = read_json(Path(args.resume_from_checkpoint) / SEAL).get("data")
-    if old != record["data"]:
+    old = read_json(Path(args.resume_from_checkpoint) / SEAL)
+    if old.get("data") != record["data"]:
+        data = f"other data (--dataset {' '.join(old.get('dataset', []))})"
         way_out = "give the same data, or --accept_changes to go on with these"
-        refuse(f"--resume_from_checkpoint {args.resume_from_checkpoint} was made from other data; {way_out}")
+        refuse(f"--resume_from_checkpoint {args.resume_from_checkpoint} was made from {data}; {way_out}")
 
 
 def check_tensors(checkpoint, model):
@@ -308,15 +309,6 @@ def named_numbers(model):
     return [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_floating_point()]
 
 
-def weight_problems(model, info):
-    """What is wrong with the weights of a model that `from_pretrained` loaded with `info`, in words, or None."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(kind, ())):
-            return f"{kind.split('_')[0]} tensors: {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
-    bad = [name for name, tensor in named_numbers(model) if not tensor.isfinite().all()]
-    return f"numbers that are not finite in {', '.join(bad[:3])}{' ...' * (len(bad) > 3)}" if bad else None
-
-
 def load_model(source, flag="--model_name_or_path", **options):
     """The causal language model saved at `source` (folder or hub name), loaded with `options` of `from_pretrained`.
 
@@ -324,9 +316,9 @@ def load_model(source, flag="--model_name_or_path", **options):
     shape, are not finite, or are not those that the folder was sealed with.
     """
     options = {"trust_remote_code": True} | options
-    level = logging.get_verbosity()
+    level, named = logging.get_verbosity(), f"{flag} {source}"
     logging.set_verbosity_error()  # what the loading report says is said below
-    try:
+    with loading(named):
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **checks, **options)
         if "config" in options:  # what another configuration adds or leaves out is neither missing nor left over
@@ -335,14 +327,10 @@ def load_model(source, flag="--model_name_or_path", **options):
                 own = set(AutoModelForCausalLM.from_config(saved, trust_remote_code=True).state_dict())
             info["missing_keys"] = own & set(info["missing_keys"])
             info["unexpected_keys"] = set(info["unexpected_keys"]) - own
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        refuse(f"{flag} {source} cannot be loaded: {' '.join(str(error).split())}")
-    finally:
-        logging.set_verbosity(level)
-    problem, files = weight_problems(model, info), read_json(Path(source) / SEAL).get("files", {})
-    weights = [name for name in files if name.endswith(".safetensors")]
-    if problem is None and any(digest(Path(source) / name) != files[name] for name in weights):
-        problem = f"weights that are not those which were saved; delete its {SEAL} if that is meant"
-    if problem:
-        refuse(f"{flag} {source} has {problem}")
+    logging.set_verbosity(level)
+    check_weights(model, info, named)
+    files = read_json(Path(source) / SEAL).get("files", {})
+    for name in files:
+        if name.endswith(".safetensors") and digest(Path(source) / name) != files[name]:
+            refuse(f"{named}: {name} is not what was saved; delete its {SEAL} if that is meant, or take another model")
     return model

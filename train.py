@@ -43,8 +43,8 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn import runs
-from hspmn.corpus import bigram_loss, collate, fit_tokenizer, load_documents, pack
-from hspmn.results import ROOT, check_name, config_with, parse_overrides, refuse, refusing, write_json
+from hspmn.corpus import bigram_loss, collate, count_tokens, fit_tokenizer, load_documents, pack
+from hspmn.results import ROOT, check_name, config_with, loading, parse_overrides, refuse, refusing, write_json
 
 Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
@@ -221,14 +221,14 @@ def flags_of(*arguments):
     return json.loads(json.dumps(values | {"num_processes": arguments[-1].world_size}, default=str))
 
 
-def fingerprint(train, data_args):
-    """What is trained on: names, and a digest of all blocks that are not streamed."""
+def fingerprint(train, names):
+    """A digest of what is trained on; of a stream, its names."""
     if not isinstance(train, datasets.Dataset):
-        return {"dataset": data_args.dataset}
+        return names
     total = hashlib.sha256()
     for batch in train.with_format("numpy").iter(1024):
         total.update(np.ascontiguousarray(batch["input_ids"], dtype=np.int32))
-    return {"dataset": data_args.dataset, "blocks": len(train), "digest": total.hexdigest()}
+    return total.hexdigest()
 
 
 def parse_arguments(argv):
@@ -267,13 +267,12 @@ def parse_arguments(argv):
 
 
 def make_data(model_args, data_args, training_args):
-    """Tokenizer (of checkpoint, saved model or that name, or fitted on the documents), train and validation blocks."""
+    """Tokenizer (of checkpoint, saved model or that name, or fitted on the documents), train and validation blocks,
+    and what `settle` takes: tokens held out, to train on and, of a stream, read so far, in shared memory."""
     name = training_args.resume_from_checkpoint or model_args.model_name_or_path or data_args.tokenizer_name
     if name:
-        try:
+        with loading(name):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
-        except (OSError, ValueError) as error:
-            refuse(f"no tokenizer can be loaded from {name}: {str(error).strip().splitlines()[0]}")
         if training_args.sample_tokens and not tokenizer(training_args.prompt)["input_ids"]:
             refuse(f"--prompt {training_args.prompt!r} has no tokens in the tokenizer of {name}; give other words")
     with training_args.main_process_first(desc="reading documents"):
@@ -281,24 +280,38 @@ def make_data(model_args, data_args, training_args):
     if not name:
         texts = (row["text"] for row in islice(documents[0], data_args.tokenizer_documents) if row["text"])
         tokenizer = fit_tokenizer(texts, data_args.vocab_size, padding=True)
-    with training_args.main_process_first(desc="packing"):
-        train, validation = (pack(part, tokenizer, data_args.seq_len) for part in documents)
-    most, problem = data_args.validation_blocks, f"--seq_len {data_args.seq_len} is longer than the"
+    T, batch = data_args.seq_len, training_args.train_batch_size * training_args.world_size
+    multiple = batch * (training_args.gradient_accumulation_steps if data_args.streaming else 1)
+    read = torch.zeros((), dtype=torch.int64).share_memory_()
+    with training_args.main_process_first(desc="packing"):  # into whole batches: compilation likes fixed shapes
+        train, validation = pack(documents[0], tokenizer, T, multiple, read), pack(documents[1], tokenizer, T)
     if not isinstance(validation, datasets.Dataset):
-        validation = datasets.Dataset.from_list(list(islice(validation, most)))
+        validation = datasets.Dataset.from_list(list(islice(validation, data_args.validation_blocks)))
     if not len(validation):
-        way_out = f"lower --seq_len, or raise --validation_fraction {data_args.validation_fraction}"
-        refuse(f"{problem} validation data; {way_out}")
-    if len(validation) > most:
-        validation = validation.shuffle(seed=0).select(range(most))
-    if not isinstance(train, datasets.Dataset):
-        return tokenizer, train.shuffle(seed=training_args.seed, buffer_size=1000), validation
-    batch = training_args.train_batch_size * training_args.world_size
-    if len(train) < batch:
-        few = f"{len(train)} blocks do not fill one batch of {batch}"
-        refuse(f"{problem} data allow: {few}; lower --seq_len or --batch, or add text")
-    train = train.select(range(len(train) // batch * batch))  # shapes stay fixed, which compilation likes
-    return tokenizer, train, validation
+        refuse(f"--validation_fraction {data_args.validation_fraction} holds out no text; raise it or add text")
+    tokens = {"read": read, "held_out": count_tokens(validation)}
+    if isinstance(train, datasets.Dataset):
+        tokens["train"] = enough = count_tokens(train)
+    else:
+        enough = sum(row["tokens"] for row in islice(train, batch))
+        train = train.shuffle(seed=training_args.seed, buffer_size=1000)
+    if enough < batch * T:
+        few = f"{enough // T} blocks do not fill one batch of {batch}"
+        refuse(f"--seq_len {T} is longer than the data allow: {few}; lower --seq_len or --batch, or add text")
+    train, validation = train.remove_columns("tokens"), validation.remove_columns("tokens")
+    if len(validation) > data_args.validation_blocks:
+        validation = validation.shuffle(seed=0).select(range(data_args.validation_blocks))
+    return tokenizer, train, validation, tokens
+
+
+def settle(tokens, seen):
+    """The account of a run that trained on `seen` tokens, repeated ones too: of a stream, what was read of it and not
+    trained on waited to be mixed; of a dataset nothing is left over."""
+    read, held_out = int(tokens["read"]), tokens["held_out"]
+    train = tokens.get("train", seen)
+    left_over = 0 if "train" in tokens else max(0, read - seen)
+    account = {"read": train + held_out + left_over, "train": train, "held_out": held_out, "left_over": left_over}
+    return account | {"seen": seen}
 
 
 def make_config(model_args, vocab_size, seq_len):
@@ -449,6 +462,7 @@ class HSPMNTrainer(Trainer):
 
 
 REPORT = """data: {train_data}; {validation_tokens:,} validation tokens
+tokens read: {tokens[read]:,} = {tokens[train]:,} to train on + {tokens[held_out]:,} held out + {left_over:,} left over
 model: {parameters:,} parameters
 training: {steps} steps, {train_seconds:.0f} s on {device} ({seconds:.0f} s with reading, tokenizing and validation)
 validation loss, nats per token: before {loss_before:.4f}, after {loss_after:.4f}{bigram}
@@ -489,6 +503,7 @@ def main(argv=None):
     begin = time.monotonic()
     model_args, data_args, training_args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()  # those of writing and reading files; training keeps its own
+    datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs it raises too
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     record, folder = {"flags": flags_of(model_args, data_args, training_args)}, Path(training_args.output_dir)
@@ -509,11 +524,15 @@ def main(argv=None):
             print(f"nothing to do: {training_args.resume_from_checkpoint} ends the run, and {folder} holds its model")
             return json.loads((folder / "results.json").read_text())
         with refusing(), runs.disk_errors(folder):
-            trainer, results = prepare(model_args, data_args, training_args, config, record)
+            trainer, results, tokens = prepare(model_args, data_args, training_args, config, record)
         results["loss_before"] = trainer.evaluate()["eval_loss"]
+        tokens["read"].zero_()
         outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         metrics = trainer.evaluate()
         results |= {"loss_after": metrics["eval_loss"], "steps": outcome.global_step}
+        blocks = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+        results["tokens"] = settle(tokens, outcome.global_step * blocks * data_args.seq_len)
+        results["train_data"] += f", {results['tokens']['train']:,} training tokens"
         results["train_seconds"], results["seconds"] = outcome.metrics["train_runtime"], time.monotonic() - begin
         results["loads"] = [value for name, value in metrics.items() if name.startswith("eval_load/")]
         if not math.isfinite(results["loss_after"]):
@@ -523,13 +542,13 @@ def main(argv=None):
 
 
 def prepare(model_args, data_args, training_args, config, record):
-    """The trainer, its model and data, and the first results."""
+    """The trainer with its model and data, the first results, and the tokens that `settle` counts."""
     set_seed(training_args.seed)
     options, use_cache = {"trust_remote_code": True, "dtype": torch.float32}, config.use_cache
     if model_args.model_name_or_path:  # before the data, in case it is refused
         model = runs.load_model(model_args.model_name_or_path, config=config, **options)
-    tokenizer, train, validation = make_data(model_args, data_args, training_args)
-    record["data"] = fingerprint(train, data_args)
+    tokenizer, train, validation, tokens = make_data(model_args, data_args, training_args)
+    record |= {"dataset": data_args.dataset, "data": fingerprint(train, data_args.dataset)}
     runs.check_data(training_args, record)
     if not model_args.model_name_or_path:
         set_seed(training_args.seed)
@@ -548,15 +567,14 @@ def prepare(model_args, data_args, training_args, config, record):
     if not training_args.disable_tqdm:
         trainer.add_callback(LogCallback())
     source = " ".join(data_args.dataset) or f"standard library of Python {sys.version.split()[0]}"
-    size = f"{len(train) * data_args.seq_len:,} training tokens" if isinstance(train, datasets.Dataset) else "streamed"
     device = f"{training_args.device.type.upper()} with {torch.get_num_threads()} threads"
     if training_args.device.type == "cuda":
         device = f"{training_args.world_size} x {torch.cuda.get_device_name()}"
-    results = {"train_data": f"{source}, {size}", "validation_tokens": len(validation) * data_args.seq_len}
+    results = {"train_data": source, "validation_tokens": sum(map(len, validation["input_ids"]))}
     results |= {"parameters": model.num_parameters(), "device": device}
     if data_args.baseline_tokens:
         results["bigram_loss"] = bigram_loss(train, validation, len(tokenizer), data_args.baseline_tokens)
-    return trainer, results
+    return trainer, results, tokens
 
 
 def finish(trainer, tokenizer, results):
@@ -584,7 +602,8 @@ def finish(trainer, tokenizer, results):
         remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
         lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
     bigram = f", bigram {results['bigram_loss']:.4f}" if "bigram_loss" in results else ""
-    text = REPORT.format(**results, bigram=bigram, layers="\n".join(lines))
+    texts = {"left_over": results["tokens"]["left_over"], "bigram": bigram, "layers": "\n".join(lines)}
+    text = REPORT.format(**results, **texts)
     (whole / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
     write_json(whole / "results.json", results)
     runs.seal(whole, trainer.record)

@@ -237,6 +237,6 @@ def test_verify_passes_a_good_model(checkpoint, tmp_path):
 def test_non_finite_weights_are_found():
     model = torch.nn.Linear(2, 2)
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-    assert all(passed for _, passed, _ in evaluate.check_weights(model, info))
+    assert all(passed for _, passed, _ in evaluate.report_weights(model, info))
     torch.nn.init.constant_(model.bias, float("nan"))
-    assert [passed for _, passed, _ in evaluate.check_weights(model, info)] == [True, False]
+    assert [passed for _, passed, _ in evaluate.report_weights(model, info)] == [True, False]

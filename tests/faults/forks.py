@@ -5,13 +5,12 @@ import signal
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 
 from hspmn import train
 
 FLAGS = (
-    "--dim 32 --layers 2 --head_dim 16 --seq_len 32 --batch 4 --vocab_size 300 --validation_blocks 4 --logging_steps 1 "
-    "--baseline_tokens 0 --use_cpu --disable_tqdm true --steps 6 --save_steps 2 --sample_tokens 4"
+    "--dim 32 --layers 2 --head_dim 16 --seq_len 32 --batch 4 --vocab_size 300 --validation_blocks 4 --logging_steps 1"
+    " --baseline_tokens 0 --use_cpu --disable_tqdm true --steps 6 --save_steps 2 --sample_tokens 4"
 ).split()
 
 
@@ -91,5 +90,3 @@ def last_line(text):
 def refused(code, text):
     """Whether a run ended as a user's mistake must: exit code 2, no traceback, its last line the program's own."""
     return code == 2 and "Traceback" not in text and ": " in last_line(text)
-
-
