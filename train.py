@@ -63,7 +63,7 @@ LEAST = dict.fromkeys(SIZES, 1) | {  # flags, and the least that each may be
     "eval_accumulation_steps": 1, "ddp_bucket_cap_mb": 1, "ddp_timeout": 1, "sample_tokens": 0,
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
-BELOW |= {"dataloader_num_workers": 1025, "vocab_size": 2**24}
+BELOW |= {"dataloader_num_workers": 1025, "vocab_size": 2**24, "neftune_noise_alpha": 2**20}
 OPEN = {"validation_fraction": (0, 1), "adam_epsilon": (0, math.inf), "save_steps": (0, math.inf)}
 CHOICES = {
     "lr_scheduler_type": SchedulerType, "optim": OptimizerNames, "save_strategy": SaveStrategy, "debug": DebugOption,
@@ -231,8 +231,8 @@ def fingerprint(train, names):
     return total.hexdigest()
 
 
-def parse_arguments(argv):
-    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
+def make_parser():
+    """The command line: all options, whose errors are one line."""
     parser = HfArgumentParser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     parser.error = refuse  # one line, not the several hundred of the usage
@@ -241,6 +241,12 @@ def parse_arguments(argv):
             action.choices = [choice.value for choice in CHOICES[action.dest]]
         if action.dest in TrainingArguments._VALID_DICT_FIELDS:
             action.type = json_object
+    return parser
+
+
+def parse_arguments(argv):
+    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
+    parser = make_parser()
     with refusing(AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):  # no code of ours runs here
         given, unknown = parser.parse_known_args(argv)
         if unknown:
@@ -554,7 +560,8 @@ def prepare(model_args, data_args, training_args, config, record):
         set_seed(training_args.seed)
         special = {name: getattr(tokenizer, name) for name in TOKENIZER_FIELDS if name != "vocab_size"}
         config.update({"vocab_size": len(tokenizer)} | special)
-        model = AutoModelForCausalLM.from_config(config, **options)
+        with refusing(MemoryError, RuntimeError):  # sizes that no memory holds
+            model = AutoModelForCausalLM.from_config(config, **options)
     resumed = training_args.resume_from_checkpoint
     if resumed and (Path(resumed) / "model.safetensors").is_file():  # sharded optimizers may keep weights otherwise
         runs.check_tensors(resumed, model)

@@ -39,7 +39,7 @@ def start(argv, prepare=None):
     try:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         if prepare is not None:
             prepare()
         train.main(argv)
@@ -87,6 +87,15 @@ def last_line(text):
     return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def refused(code, text):
-    """Whether a run ended as a user's mistake must: exit code 2, no traceback, its last line the program's own."""
-    return code == 2 and "Traceback" not in text and ": " in last_line(text)
+NUMBERS = ("-1", "0", "1", "3", "0.5", "nan", "inf", "1e300", "4294967296", "nope", "true", "", "{}", '{"a": 1}')
+SKIPPED = {"help", "output_dir", "dataset", "push_to_hub", "enable_jit_checkpoint"}  # and what compiles, which is slow
+FUZZED = sorted(
+    action.option_strings[0]
+    for action in train.make_parser()._actions
+    if action.dest not in SKIPPED and not action.dest.startswith("torch_compile")
+)
+
+
+def ended_well(code, text):
+    """Whether a run was trained, or was refused or stopped in words of the program's own."""
+    return code == 0 or (code in (1, 2) and "Traceback" not in text and ": " in last_line(text))
