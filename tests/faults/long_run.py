@@ -26,7 +26,7 @@ SAVE_STEPS, WRITES, SECONDS = 2, 110, 3.0  # of a run of `forks.arguments`: abou
 
 
 def kills(count, texts, whole, folder, rng):
-    """A run killed one to three times and then finished has the weights of one that was not; yields what went wrong."""
+    """A run killed one to three times and then finished has the weights of one that was not. Yields what is wrong."""
     for number in range(count):
         run = folder / f"kill{number}"
         argv = forks.arguments(texts, run, "--save_total_limit", rng.choice([1, 2]))
