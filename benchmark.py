@@ -44,7 +44,7 @@ from hspmn.benchmarks.cases import kernels_cases
 from hspmn.benchmarks.context import context_cases, decode_cases
 from hspmn.benchmarks.serve import serve_cases
 from hspmn.benchmarks.timing import SLOW_MS, LeftOut, free_memory, model_config
-from hspmn.results import DEVICES, RESULTS, Parser, at_least, merge_results, refuse, row
+from hspmn.results import DEVICES, RESULTS, Parser, at_least, check_output, merge_results, refuse, row
 
 CASES = {mode: partial(block_cases, mode) for mode in MODES} | {
     "kernels": kernels_cases, "context": context_cases, "decode": decode_cases, "serve": serve_cases}  # fmt: skip
@@ -135,8 +135,8 @@ def make_parser():
     add("--output", type=Path, help="folder of the results; benchmarks/results on cuda, none on cpu")
     add("--time_budget", type=at_least(0, float), default=0.0, help="seconds after which no case starts; 0: no limit")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, such as backend=flex")
-    add("--sparsity_k", type=float, default=0.2, help="share of routed tokens of hspmn_even")
-    add("--memory_gb", type=at_least(0, float), default=30.24, help="context: memory budget of the block, 10^9 bytes")
+    add("--sparsity_k", type=at_least(1e-3, float, 1.0), default=0.2, help="share of routed tokens of hspmn_even")
+    add("--memory_gb", type=at_least(1e-6, float), default=30.24, help="context: budget of the block, 10^9 bytes")
     add("--kernel_shapes", nargs="+", type=shape, default=["64x4096"], metavar="BxT", help="kernels")
     add("--sqsk_shapes", nargs="+", type=shape, default=SQSK_SHAPES, metavar="BxK", help="compacted rows")
     for name, (default, text) in NUMBERS.items():
@@ -156,15 +156,15 @@ def parse_arguments(argv=None):
     args = parser.parse(argv, TINY)
     if args.reps > 64:
         refuse(f"--reps {args.reps}: use at most 64, decoding steps fill a cache with room for no more")
-    if not 0.0 < args.sparsity_k <= 1.0:
-        refuse(f"--sparsity_k {args.sparsity_k}: must lie in (0, 1]; use a share such as 0.2")
-    if args.output is not None and args.output.exists() and not args.output.is_dir():
-        refuse(f"--output {args.output}: is a file; name a folder")
     args.device = torch.device(args.device)
     args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     if args.output is None and args.device.type == "cuda" and not args.tiny:
         args.output = RESULTS
-    model_config(args, "hspmn_even", args.layers, args.model_intermediate_size)  # refuses wrong sizes and wrong --set
+    if args.output is not None:
+        for mode in CASES if args.mode == "all" else [args.mode]:
+            check_output(args.output / f"{mode}.json")
+    for name in ("hspmn_even", "dense"):  # refuses wrong sizes and wrong --set
+        model_config(args, name, args.layers, args.model_intermediate_size)
     return args
 
 

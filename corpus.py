@@ -36,7 +36,7 @@ CUTS = re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROW = {"text": datasets.Value("string"), "ends": datasets.Value("bool")}
 LONGEST_WORD = 256  # bytes that merge into one token at most; the longest run in Python's own sources has 80
-CALL_TEXTS, CALL_CHARACTERS = 512, 2**20  # of a call to a tokenizer, whose encodings take 150 times a token's bytes
+CALL_TEXTS, CALL_CHARACTERS = 512, 2**18  # of a call to a tokenizer, whose encodings take 150 times a token's bytes
 # Folders of the standard library that hold tests, installed packages or generated tables instead of written code
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 VALIDATION_SHARE = 50  # one file of the machine's sources in 50, chosen by the hash of its content
@@ -197,16 +197,17 @@ class JsonReader:
     def value(self):
         """The value that begins here; ValueError if it is broken."""
         while True:
-            problem, length = None, len(self.text)
+            problem, length, begin = None, len(self.text), self.at
             try:
-                value, end = self.SCAN(self.text, self.at)
-            except json.JSONDecodeError as error:  # or it goes on
-                problem, end = error, length if "Unterminated" in error.msg or error.pos > length - 16 else -1
-            if end == length and self._read_on():
+                value, end = self.SCAN(self.text, begin)
+                goes_on = end == length or isinstance(value, int | float) and end > length - 16
+            except json.JSONDecodeError as error:
+                problem, goes_on = error, "Unterminated" in error.msg or error.pos > length - 16
+            if goes_on and self._read_on():
                 continue
             if problem is not None:
                 raise ValueError(f"the value that begins in line {self.line} is broken ({problem.msg})")
-            self.move(min(end, len(self.text)))
+            self.move(end + self.at - begin)
             return value
 
 
@@ -300,8 +301,11 @@ def read_documents(files, column):
 
 def stored(generator, features, **arguments):
     """`Dataset` of a generator's rows in the cache of `datasets`, where other processes of a run find it."""
+    features = datasets.Features(features)
     try:
-        return datasets.Dataset.from_generator(generator, datasets.Features(features), gen_kwargs=arguments)
+        return datasets.Dataset.from_generator(generator, features, gen_kwargs=arguments)
+    except ValueError:  # there are no rows; what the generator raises is a DatasetGenerationError
+        return datasets.Dataset.from_dict({name: [] for name in features}, features)
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
         reason = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(reason, OSError):

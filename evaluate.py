@@ -9,6 +9,7 @@ source found on the machine. B batch, N rows, T tokens, D width.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,9 +30,12 @@ from hspmn.corpus import rows_of, validation_tokens
 from hspmn.results import (
     DEVICES,
     ROOT,
+    SEED,
     Parser,
     at_least,
+    check_output,
     check_weights,
+    file_name,
     loading,
     merge_results,
     new_figure,
@@ -108,7 +112,8 @@ def needle_prompt(tokenizer, text, length, depth, rng):
     [(statement, question, value, _)] = needles(tokenizer, rng, 1)
     room = length - len(statement) - len(question)
     if room < 1:
-        refuse(f"--train_length gives prompts of {length} tokens, a needle alone takes {length - room}; raise it")
+        refuse(f"--train_length gives prompts of {length} tokens, a needle alone takes {length - room}; raise it, or "
+               "--multiples")  # fmt: skip
     text = text if len(text) > room else np.tile(text, room // len(text) + 1)
     return weave(text, room, [(depth, statement), (1.0, question)], rng), value
 
@@ -153,7 +158,10 @@ def greedy(model, ids_BT, new_tokens, chunk):
 def run_needle(args):
     """Task needle: share of needles whose value is generated exactly per depth and length, and a heatmap of it."""
     model, tokenizer, _ = load(args)
+    if getattr(model.config, "router_mode", None) == "topk":
+        refuse(f"folder {args.folder}: a model of router_mode topk cannot generate; evaluate its loss")
     text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
+    needle_prompt(tokenizer, text, int(min(args.multiples) * args.train_length), 0.0, np.random.default_rng(0))
     depths, grid = np.linspace(0, 1, args.depths).tolist(), {}
     for multiple in args.multiples:
         length, shares = int(multiple * args.train_length), []
@@ -256,8 +264,10 @@ def check_reload(model, ids_BT):
 
 def run_compare(args):
     """The fresh process of contract 6: logits of a saved model against those in `expected.pt` beside its folder."""
+    if not (path := args.folder.parent / "expected.pt").exists():
+        refuse(f"--task compare is the second half of --task verify and needs {path}; run --task verify")
     model = load(args)[0]
-    expected = torch.load(args.folder.parent / "expected.pt", map_location=model.device)
+    expected = torch.load(path, map_location=model.device)
     error = distance(model(input_ids=expected["ids"], use_cache=False).logits, expected["logits"])
     print(f"relative difference {error:.1e}")
     return int(error > 1e-6)
@@ -279,7 +289,8 @@ def run_verify(args):
     """Task verify: one line per check; exit code 1 if any fails."""
     torch.set_float32_matmul_precision("highest")
     args.dtype = "float32"
-    checks = list(check_files(args.folder))
+    with loading(args.folder):
+        checks = list(check_files(args.folder))
     if all(passed is not False for _, passed, _ in checks):
         model, tokenizer, info = load(args)
         length = 96 + min(getattr(model.config, "sliding_window", None) or 0, 1024)  # past the end of the window
@@ -320,6 +331,9 @@ def load(args):
         tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
     if args.task != "verify":  # which reports them
         check_weights(model, info, args.folder)
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        sizes = f"{len(tokenizer)} tokens, its model {model.config.vocab_size}"
+        refuse(f"folder {args.folder}: the tokenizer has {sizes}; they do not belong together")
     return model.to(args.device).eval(), tokenizer, info
 
 
@@ -331,31 +345,34 @@ TINY = dict(samples=1, depths=2, multiples=[1.0, 2.0], train_length=128, tokens=
 def main(argv=None):
     """Run one task; returns the exit code."""
     parser = Parser("evaluate.py", __doc__)
-    add, positive = parser.add_argument, at_least(1)
+    add, positive, multiple = parser.add_argument, at_least(1), at_least(1e-3, float, 1e4)
     add("folder", type=Path, help="checkpoint to evaluate")
     add("--task", required=True, choices=TASKS)
     add("--output", type=Path, help="folder of results file and plot; that of the checkpoint by default")
-    add("--name", help="name of the results file; the task's by default")
-    add("--label", help="name of the model in it; the folder's by default")
+    add("--name", type=file_name, help="name of the results file; the task's by default")
+    add("--label", type=file_name, help="name of the model in it; the folder's by default")
     add("--device", choices=DEVICES, help="cuda where there is one (verify: cpu)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="weights; bfloat16 on cuda, float32 on cpu")
-    add("--seed", type=int, default=0)
+    add("--seed", type=SEED, default=0)
     add("--batch_size", type=positive, default=8)
     add("--train_length", type=positive, default=2048, help="tokens per row the model was trained on")
     add("--tokens", type=positive, default=1_000_000, help="loss: validation tokens")
-    add("--multiples", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="needle: lengths over --train_length")
+    add("--multiples", type=multiple, nargs="+", default=[1.0, 2.0, 4.0], help="needle: lengths over --train_length")
     add("--depths", type=at_least(2), default=10)
     add("--samples", type=positive, default=8, help="needle: prompts per depth and length")
     add("--prefill_chunk", type=positive, default=65536, help="needle: tokens read at once")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
-    for name in ("config.json", "tokenizer.json") if args.task in ("loss", "needle") else ("config.json",):
-        if not (args.folder / name).exists():
+    writes = args.task in ("loss", "needle")
+    for name in ("config.json", "tokenizer.json") if writes else ("config.json",):
+        if not os.path.isfile(args.folder / name):
             refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
     args.device = args.device or ("cpu" if args.task == "verify" else DEVICES[0])
     args.output, args.name = args.output or args.folder, args.name or args.task
-    args.label = args.label or args.folder.name
+    args.label = args.label or args.folder.resolve().name
+    if writes:
+        check_output(args.output / f"{args.name}.json")
     return TASKS[args.task](args) or 0
 
 

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
+import os
 import platform
 import shlex
 import shutil
@@ -67,17 +69,24 @@ def parse_overrides(flag, items):
     return fields
 
 
+@contextmanager
+def valid():
+    """Refuse in one line what a configuration raises within."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        refuse(error)
+
+
 def config_with(fields, flag="--set", source=ROOT):
     """The `HSPMNConfig` of this checkout, or of the model saved at `source`, with other values; refuses wrong ones."""
-    try:
+    with valid():
         config = AutoConfig.from_pretrained(source, trust_remote_code=True)
         for field, value in fields.items():
             check_name(flag, field, config.to_dict())
             whole = isinstance(value, int) and not isinstance(value, bool)
             setattr(config, field, float(value) if whole and isinstance(getattr(config, field), float) else value)
         config.validate()
-    except (OSError, ValueError, StrictDataclassError) as error:
-        refuse(" ".join(str(error).split()))
     return config
 
 
@@ -105,23 +114,45 @@ def check_weights(model, info, source):
         refuse(f"{source} has {len(names)} {kind} weights ({', '.join(names[:3])}); take a whole checkpoint")
 
 
-def at_least(least, kind=int):
-    """An argparse type: numbers of `kind` from `least` up."""
+def at_least(least, kind=int, most=2**40):
+    """An argparse type: numbers of `kind` from `least` to `most`, both finite."""
 
     def number(text):
-        value = kind(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected a number ({kind.__name__}), got {text!r}") from error
+        if not least <= value <= most:  # nan is not
+            raise argparse.ArgumentTypeError(f"must be at least {least} and at most {most}, got {text}")
         return value
 
     return number
+
+
+SEED = at_least(0, most=2**32 - 1)
+SHARE = at_least(0.0, float, 1.0)
+RATE = at_least(1e-12, float, 1e6)  # of learning, and deviations of weights
+
+
+def is_plain(name):
+    """Whether a name makes a file in the folder it is written to, and nowhere else."""
+    fits = name.isprintable() and not set("/\\") & set(name) and len(name.encode()) <= 200
+    return fits and name.strip() not in ("", ".", "..")
+
+
+def file_name(text):
+    """An argparse type: a plain name."""
+    if not is_plain(text):
+        raise argparse.ArgumentTypeError(f"must be a plain name of 200 bytes at most, without folders, got {text!r}")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
     """Argument parser whose errors are one line and whose arguments hold the command that gives them."""
 
     def __init__(self, prog, description):
-        super().__init__(prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
+        raw = argparse.RawTextHelpFormatter
+        super().__init__(prog, description=description, formatter_class=raw, allow_abbrev=False)
 
     error = staticmethod(refuse)
 
@@ -129,7 +160,10 @@ class Parser(argparse.ArgumentParser):
         """Arguments of `argv` (None: the command line), `small` as defaults with `--tiny`, and their `command`."""
         if "--tiny" in (sys.argv[1:] if argv is None else argv):
             self.set_defaults(**small)
-        args, words = self.parse_args(argv), ["python", self.prog]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            check_name("argument", unknown[0].split("=")[0], self._option_string_actions)
+        words = ["python", self.prog]
         for action in self._actions:
             value, shown = getattr(args, action.dest, None), action.dest not in KEPT_OUT_OF_COMMAND
             if shown and action.option_strings and value != action.default:
@@ -174,9 +208,48 @@ def write_json(path, document):
     partial.replace(path)
 
 
+def read_results(path, needed=()):
+    """The results file at `path`, one without rows if there is none yet; refuses a file that is something else."""
+    if not os.path.lexists(path):
+        return {"rows": []}
+    try:
+        old = json.loads(path.read_text("utf-8"))
+        if lost := [key for key in ("rows", *needed) if not isinstance(old.get(key), list | dict | str)]:
+            raise ValueError(f"it has no {lost[0]}")
+        if not all({"case", "metric", "value"} <= item.keys() for item in old["rows"]):
+            raise ValueError("its rows lack case, metric or value")
+        if not isinstance(old.get("grids", {}), dict):
+            raise ValueError("its grids are no object")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"is no results file ({type(error).__name__}: {error})"
+        refuse(f"--output: {path} {problem}; move it away, or choose another --name or --output")
+    return old
+
+
+def check_folder(flag, folder):
+    """Refuse, before any work, a folder that could not be written to."""
+    there = folder
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        refuse(f"{flag} {folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        refuse(f"{flag} {folder}: {there} cannot be written to; name another folder")
+
+
+def check_output(path, needed=()):
+    """Refuse, before any work, a results file that could not be written or added to."""
+    check_folder("--output", path.parent)
+    read_results(path, needed)
+
+
 def merge_results(path, rows, extra, command):
-    """Write rows to a results file; rows and entries of `extra` replace earlier ones of the same name."""
-    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    """Write rows to a results file; rows and entries of `extra` replace earlier ones of the same name. Refuses what is
+    not finite: it is no result."""
+    for item in rows:
+        if not math.isfinite(value := item["value"]):
+            refuse(f"{item['metric']} of {item['case']} is {value}, which is no result: {path} is left as it was")
+    old = read_results(path)
     new = {(item["case"], item["metric"]) for item in rows}
     kept = [item for item in old["rows"] if (item["case"], item["metric"]) not in new]
     merged = {key: old.get(key, {}) | value for key, value in extra.items()}

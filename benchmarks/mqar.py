@@ -23,7 +23,21 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
 
 from hspmn.benchmarks.peers import MODELS, build_model, comparison_config, train_steps
 from hspmn.evaluate import low_precision
-from hspmn.results import DEVICES, RESULTS, ROOT, Parser, at_least, merge_results, parse_overrides, row
+from hspmn.results import (
+    DEVICES,
+    RATE,
+    RESULTS,
+    ROOT,
+    SEED,
+    Parser,
+    at_least,
+    check_output,
+    file_name,
+    merge_results,
+    parse_overrides,
+    refuse,
+    row,
+)
 
 FULL = {"vocab_size": 8192, "hidden_size": 128, "num_attention_heads": 4, "tokens": 32768, "test_batches": 16}
 TINY = {
@@ -87,6 +101,8 @@ def run(case, config, args):
     for step, (loss, _) in enumerate(train_steps(model, data, query_loss, args.steps, args.lr), 1):
         if step % max(1, args.steps // 5) == 0:
             print(f"  step {step} loss {loss.item():.3f} ({time.monotonic() - begun:.0f} s)", flush=True)
+    if not loss.isfinite():
+        refuse(f"--lr {args.lr}: the training loss is {loss.item()} at step {args.steps}; lower it")
     found = {f"{case}/T{length}_P{length // 16}": accuracy(model, length, args) for length in args.lengths}
     for name, share in found.items():
         print(f"  {name}: {share:.4f}", flush=True)
@@ -102,14 +118,17 @@ def main(argv=None):
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig for all models but dense")
     add("--lengths", type=at_least(16), nargs="+", default=[256, 512, 1024, 2048], help="tokens per row")
     add("--steps", type=at_least(1), default=3000)
-    add("--lr", type=float, default=2e-3)
-    add("--seed", type=int, default=0)
+    add("--lr", type=RATE, default=2e-3)
+    add("--seed", type=SEED, default=0)
     add("--device", choices=DEVICES, default=DEVICES[0])
     add("--output", type=Path, default=RESULTS, help="folder of the results file")
-    add("--name", default="mqar", help="name of the results file")
+    add("--name", type=file_name, default="mqar", help="name of the results file")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
+    if (most := 16 * (args.vocab_size // 2 - 1)) < max(args.lengths):
+        refuse(f"--lengths {max(args.lengths)} needs more keys than the vocabulary has; use at most {most}")
+    check_output(args.output / f"{args.name}.json")
     sizes = {field: getattr(args, field) for field in ("vocab_size", "hidden_size", "num_attention_heads")}
     sizes |= {"num_hidden_layers": 2, "num_key_value_heads": args.num_attention_heads}
     sizes["intermediate_size"] = 2 * args.hidden_size

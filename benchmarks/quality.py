@@ -57,6 +57,7 @@ SIZES = (*FULL, "initializer_range")
 SETTINGS = (*SIZES, "dense_initializer_range", "steps", "batch_size", "length", "lr", "needle_mix",
             "validation_tokens", "set", "device", "compile")  # fmt: skip
 MEANS = ("val", "recall", "other", "train_loss", "params", "kv_bytes_per_token", "train_tok_s", "final_tok_s")
+OWN = ("runs", "settings", "code", "commands")  # what the results file has beside rows and header
 TOKENIZER_BYTES = 30_000_000  # of text that the tokenizer is fitted on
 
 
@@ -66,8 +67,10 @@ def prepare_data(args):
     wanted = {"needed": needed, "vocab_size": args.vocab_size, "validation_tokens": args.validation_tokens}
     folder, limits = args.data_cache, {"train": needed, "validation": args.validation_tokens}
     settings = folder and folder / "settings.json"
-    if folder and settings.exists() and json.loads(settings.read_text()) == wanted:
-        return PreTrainedTokenizerFast.from_pretrained(folder), *(np.load(folder / f"{side}.npy") for side in limits)
+    with results.loading(f"--data_cache {folder}"):
+        if folder and settings.exists() and json.loads(settings.read_text()) == wanted:
+            tokens = (np.load(folder / f"{side}.npy") for side in limits)
+            return PreTrainedTokenizerFast.from_pretrained(folder), *tokens
     begun = time.monotonic()
     texts = read_sources(max(needed * BYTES_PER_TOKEN, 1_000_000), args.validation_tokens * BYTES_PER_TOKEN)
     sizes = accumulate(map(len, texts[0]), initial=0)
@@ -130,6 +133,9 @@ def matched_config(case, sizes, overrides, target, tolerance):
         step = 32 if sizes["intermediate_size"] >= 512 else 4  # a multiple that tensor cores like
         per_unit = 3 * config.hidden_size * config.num_hidden_layers
         config.intermediate_size += step * round((target - parameters) / per_unit / step)
+        if config.intermediate_size < 1:
+            others = f"{case} with {overrides} has {parameters:,} parameters beside"
+            results.refuse(f"--intermediate_size {sizes['intermediate_size']}: {others} it, dense {target:,} in all")
         parameters = count_parameters(case, config)
     if abs(parameters / target - 1) > tolerance:
         results.refuse(
@@ -262,7 +268,7 @@ class Results:
     def _read(self):
         if not self.path.exists():
             return
-        old = json.loads(self.path.read_text())
+        old = results.read_results(self.path, OWN)
         before, after = old["settings"] | {"code": old["code"]}, self.settings | {"code": self.stamp["code"]}
         different = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
         if different and not self.args.force:
@@ -323,11 +329,13 @@ def list_cases(args):
     for item in args.variants:
         head, colon, fields = item.partition(":")
         name, at, model = head.partition("@")
-        if not (name and colon) or name in MODELS:
+        if not colon or name in MODELS or not results.is_plain(name):
             results.refuse(f"--variants {item}: expected NAME:KEY=VALUE,... with a NAME that no model has")
         model = model if at else "hspmn"
         results.check_name("--variants: the model", model, MODELS[1:])  # not dense, which has no such fields
         cases[name] = (model, shared | results.parse_overrides("--variants", re.split(r",(?=\w+=)", fields)))
+    for name in args.save:
+        results.check_name("--save", name, cases)
     return cases
 
 
@@ -370,26 +378,26 @@ TINY = {
 def make_parser():
     """Arguments; every default is the setting of the committed comparison."""
     parser = results.Parser("benchmarks/quality.py", __doc__)
-    add, positive = parser.add_argument, results.at_least(1)
+    add, positive, rate = parser.add_argument, results.at_least(1), results.RATE
     add("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seeds", type=results.SEED, nargs="+", default=[0, 1, 2])
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig for all models but dense")
     variants = "NAME[@MODEL]:KEY=VALUE,..."
     add("--variants", nargs="*", default=[], metavar=variants, help="hspmn, or MODEL, with other fields")
-    add("--name", default="quality", help="name of the results file")
+    add("--name", type=results.file_name, default="quality", help="name of the results file")
     add("--output", type=Path, default=results.RESULTS, help="folder of the results file and plot")
     add("--force", action="store_true", help="append to results of other code or settings")
-    add("--time_budget", type=float, default=0.0, help="seconds after which no pair is started that would not finish")
+    add("--time_budget", type=results.at_least(0, float), default=0.0, help="seconds in which every pair must finish")
     add("--steps", type=positive, default=700)
     add("--batch_size", type=positive, default=32, help="rows per step")
     add("--length", type=results.at_least(2), default=2048, help="tokens per row")
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate, the same for every model")
-    add("--needle_mix", type=float, default=0.0, help="share of the rows of each batch that are needle tasks")
+    add("--lr", type=rate, default=1.5e-3, help="peak learning rate, the same for every model")
+    add("--needle_mix", type=results.SHARE, default=0.0, help="share of the rows of each batch that are needle tasks")
     for field, size in FULL.items():
         add(f"--{field}", type=positive, default=size)
-    add("--initializer_range", type=float, default=0.02, help="deviation of fresh weights of all models but dense")
-    add("--dense_initializer_range", type=float, default=0.04, help="that of dense, which learns best from another")
-    add("--parameter_tolerance", type=float, default=0.03, help="allowed difference in parameters")
+    add("--initializer_range", type=rate, default=0.02, help="deviation of fresh weights of all models but dense")
+    add("--dense_initializer_range", type=rate, default=0.04, help="that of dense, which learns best from another")
+    add("--parameter_tolerance", type=results.SHARE, default=0.03, help="allowed difference in size")
     add("--validation_tokens", type=positive, default=2_000_000)
     add("--device", choices=results.DEVICES, default=results.DEVICES[0])
     add("--compile", choices=("layers", "model", "none"), help="layers on cuda, none on cpu: blocks share one graph")
@@ -407,7 +415,7 @@ def main(argv=None):
     args = make_parser().parse(argv, TINY)
     if args.vocab_size < 257:
         results.refuse(f"--vocab_size must be at least 257 (bytes and end of text), got {args.vocab_size}")
-    if not 0.0 <= args.needle_mix < 1.0:
+    if args.needle_mix == 1.0:
         results.refuse(f"--needle_mix must lie in [0, 1), got {args.needle_mix}; use a share such as 0.25")
     if args.validation_tokens < args.length:
         results.refuse(f"--validation_tokens {args.validation_tokens} must be at least --length {args.length}")
@@ -415,6 +423,10 @@ def main(argv=None):
     args.checkpoints = args.checkpoints or args.output / "checkpoints"
     transformers.utils.logging.disable_progress_bar()
     path = args.output / f"{args.name}.json"
+    results.check_output(path, OWN)
+    for flag in ("checkpoints", "data_cache"):
+        if getattr(args, flag) is not None:
+            results.check_folder(f"--{flag}", getattr(args, flag))
     if not args.plot_only:
         run_all(args)
     elif not path.exists():

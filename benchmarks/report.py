@@ -97,12 +97,26 @@ def table(section, rows):
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+def refuse(message):
+    """End the program with exit code 2 and one line on standard error."""
+    print(f"report.py: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def section_text(name, folder):
     """What stands between the markers of section `name`."""
     section, path = SECTIONS[name], folder / f"{name}.json"
     if not path.exists():
         return f"not measured yet: `{section.command}`\n"
-    document = json.loads(path.read_text())
+    try:
+        return section_lines(section, path, json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        problem = f"is no results file ({type(error).__name__}: {error})"
+        refuse(f"--results: {path} {problem}; measure again: {section.command}")
+
+
+def section_lines(section, path, document):
+    """Source, remarks and table of a section whose file `path` holds `document`."""
     versions = [f"{name} {version}" for name, version in document["versions"].items() if name in ("torch", "triton")]
     source = ", ".join([document["device"], document["date"].split()[0], *versions])
     gathered, command = len(document.get("commands", [])), f"`{document['command']}`"
@@ -117,17 +131,25 @@ def section_text(name, folder):
 def main(argv=None):
     """Rewrite the pages or check them; returns the exit code."""
     raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("benchmarks/report.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        "benchmarks/report.py", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    parser.error = refuse
     add = parser.add_argument
     add("--check", action="store_true", help="change nothing, exit with 1 if a page differs")
     add("--pages", type=Path, nargs="+", default=PAGES, help="files with sections, each on one of them")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the files")
     args = parser.parse_args(argv)
-    old = {page: page.read_text("utf-8") for page in args.pages}
+    try:
+        old = {page: page.read_text("utf-8") for page in args.pages}
+    except (OSError, ValueError) as error:
+        refuse(f"--pages {' '.join(map(str, args.pages))}: {error}; name readable files")
+    if not args.results.is_dir():
+        refuse(f"--results {args.results} is no folder; name that of the results files")
     named = {name for text in old.values() for name, _ in SECTION.findall(text)}
     for name in sorted(named ^ SECTIONS.keys()):
         problem = f"<!-- results:{name} --> {'is unknown' if name in named else 'is missing'}"
-        parser.exit(2, f"report.py: --pages: section {problem}; there is one for each of SECTIONS\n")
+        refuse(f"--pages: section {problem}; there is one for each of SECTIONS")
 
     def section(match):
         return f"<!-- results:{match[1]} -->\n{section_text(match[1], args.results)}<!-- /results -->"
