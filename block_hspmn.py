@@ -4,12 +4,15 @@ Shape suffixes as in `operations_hspmn`; D hidden size.
 """
 
 import math
+import weakref
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -91,13 +94,14 @@ class Route(NamedTuple):
     sums_B4: torch.Tensor | None
 
 
-def router_statistics(routes, real, routers, config):
-    """Statistics of the `routes` of L layers with `routers` over `real` tokens (at least 1) of all rows.
+def router_statistics(routes, routers, length_B, config, weight_B=None):
+    """Statistics of the `routes` of L layers with `routers`; length_B: real tokens of each row.
 
-    Returns, float32 [L, 3], load (share of real tokens routed), overflow (share of those without a slot among all) and
-    mean gate entropy in nats; and the weighted entropy losses of all layers, a scalar. The loss draws gates to 0 or 1
-    (token entropy), and each layer's mean gate to its final share while the target still falls: a price on gates sorts
-    the tokens before any is dropped, where a term towards the target would push all scores up first.
+    Returns sums over all real tokens, float32 [L, 3]: routed, routed but without a slot, entropy of the gates in nats;
+    and the weighted entropy losses of all layers, a scalar. These draw gates to 0 or 1 (token entropy), and the mean
+    gate of each layer and row to the layer's final share while the target still falls: a price on gates sorts the
+    tokens before any is dropped, where a term towards the target would push all scores up first. Rows are weighted by
+    `weight_B`, None being their shares of the real tokens: a loss by rows is the same however a step is cut.
     """
     sums, shares, own = [], [], 0.0
     for route, router in zip(routes, routers, strict=True):
@@ -105,13 +109,15 @@ def router_statistics(routes, real, routers, config):
         shares.append(router.share.to(sums[0]))
         for share in (router.sparsity_k, 1 - router.sparsity_k):
             own += share * math.log(share) if share else 0.0
-    means_L4, share_L = torch.stack(sums).sum(1) / real, torch.stack(shares)
-    gate_L = means_L4[:, 3].clamp(1e-6, 1 - 1e-6)
+    sums_LB4, share_L1, length_B = torch.stack(sums), torch.stack(shares)[:, None], length_B.to(sums[0])
+    weight_B = length_B / length_B.sum().clamp(min=1) if weight_B is None else weight_B.to(sums[0])
+    entropy_LB, gate_LB = (sums_LB4[..., 2:] / length_B.clamp(min=1)[:, None]).unbind(-1)
+    gate_LB = gate_LB.clamp(1e-6, 1 - 1e-6)
     # divergence of the mean gates from the shares: their cross entropy, less the entropy of the shares
-    cross_L = torch.lerp(torch.log1p(-gate_L), gate_L.log(), share_L)
+    cross_LB = torch.lerp(torch.log1p(-gate_LB), gate_LB.log(), share_L1)
     token, load = config.router_token_entropy_coef, config.router_load_entropy_coef
-    loss = torch.sub(token * means_L4[:, 2], cross_L, alpha=load).sum() + load * own
-    return means_L4[:, :3].detach(), loss
+    loss_B = torch.sub(token * entropy_LB, cross_LB, alpha=load).sum(0) + load * own
+    return sums_LB4[..., :3].detach().sum(1), (loss_B * weight_B).sum()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -126,7 +132,9 @@ class HSPMNRouter(nn.Module):
     """ALF-LB router: a float32 score per token, a bias that keeps the load at its target, no noise.
 
     Buffers: `bias`, added to the score for the decision only; `target`, the share of tokens to route at this point
-    of training; `share`, that at its end. Parameters and buffers stay float32 whatever dtype the model is cast to.
+    of training; `share`, that at its end; `counts`, routed and real tokens of training passes since the optimizer's
+    last step, after which `step_biases` moves the bias. Parameters and buffers stay float32 whatever dtype the model
+    is cast to.
     """
 
     def __init__(self, config, layer_idx=0):
@@ -135,9 +143,15 @@ class HSPMNRouter(nn.Module):
         # so many first tokens of every document are routed whatever their score
         self.initial = EVERY_TOKEN if self.sparsity_k == 1.0 else config.router_initial_tokens
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
-        for name in ("bias", "target", "share"):
-            self.register_buffer(name, torch.empty((), dtype=torch.float32), persistent=name == "bias")
+        for name, shape in (("bias", ()), ("target", ()), ("share", ()), ("counts", 2)):
+            self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=name == "bias")
+        self.counted = False  # whether `counts` may hold anything, which the host knows without looking
         self.reset_parameters()
+        ROUTERS[self] = None
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        ROUTERS[self] = None  # copies and unpickled routers too
 
     def reset_parameters(self):
         """Scores of unit-variance inputs get a deviation of 0.5, and the bias the load `sparsity_k` on them."""
@@ -145,6 +159,7 @@ class HSPMNRouter(nn.Module):
         init.constant_(self.bias, 0.5 * NormalDist().inv_cdf(min(max(self.sparsity_k, 0.02), 0.98)))
         init.constant_(self.target, self.sparsity_k)
         init.constant_(self.share, self.sparsity_k)
+        init.zeros_(self.counts)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):
@@ -160,10 +175,20 @@ class HSPMNRouter(nn.Module):
         self.target.fill_(1.0 + (self.sparsity_k - 1.0) * progress)
 
     @torch.no_grad()
-    def update_bias(self, load):
-        """One step of b += rate * clip(gain * (target - load), -1, 1); `load` is a scalar tensor."""
-        error = self.config.router_bias_gain * (self.target - load)
-        self.bias += self.config.router_bias_rate * error.clamp(-1.0, 1.0)
+    def count(self, routed, real):
+        """Count a training pass: routed and real tokens, scalars."""
+        self.counts += torch.stack([routed, real]).to(self.counts.device)
+        self.counted = True
+
+    @torch.no_grad()
+    def update_bias(self, counts):
+        """One step of b += rate * clip(gain * (target - load), -1, 1) with load = routed / real tokens, the two
+        `counts`, none without tokens; the router's own counts start anew."""
+        routed, real = counts.to(self.bias)
+        error = self.config.router_bias_gain * (self.target - routed / real.clamp(min=1))
+        self.bias += self.config.router_bias_rate * error.clamp(-1.0, 1.0) * (real > 0)
+        self.counts.zero_()
+        self.counted = False
 
     def capacity(self, tokens):
         """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
@@ -171,16 +196,15 @@ class HSPMNRouter(nn.Module):
         held = math.ceil(round(self.config.capacity_factor * self.sparsity_k * tokens, 6))
         return tokens if self.annealing else min(tokens, held)
 
-    def forward(self, h_BTD, start_BT=None, length_B=None, bias=None, backend="reference"):
-        """The `Route` of normalised hidden states [B, T, D]; start_BT, length_B, backend: of `Stream`; bias: the value
-        to decide with, None for the present one."""
+    def forward(self, h_BTD, start_BT=None, length_B=None, backend="reference"):
+        """The `Route` of normalised hidden states [B, T, D]; start_BT, length_B, backend: of `Stream`."""
         # outside training memory is held for all tokens, and work is done for those routed
         capacity = self.capacity(h_BTD.shape[1]) if self.training else h_BTD.shape[1]
-        score_BT, bias = router_score(h_BTD, self.weight), self.bias if bias is None else bias
+        score_BT = router_score(h_BTD, self.weight)
         if self.config.router_mode == "topk":
             return self._rank(score_BT, length_B)
         gate_BT, index_BK, *rest = OPERATIONS[backend].route(
-            score_BT, bias, start_BT, length_B, self.config.router_noise_floor, self.initial, capacity
+            score_BT, self.bias, start_BT, length_B, self.config.router_noise_floor, self.initial, capacity
         )
         if not (self.training or h_BTD.is_cuda or backend == "triton" or torch.compiler.is_compiling()):
             # a CPU may as well look how many those are
@@ -195,6 +219,36 @@ class HSPMNRouter(nn.Module):
         best_BK = score_BT.masked_fill(~real_BT, float("-inf")).topk(max(1, round(self.sparsity_k * T)), 1).indices
         wanted_BT = torch.zeros_like(real_BT).scatter(1, best_BK, True) & real_BT
         return Route(score_BT, *assign(score_BT, wanted_BT, real_BT, self.config.router_noise_floor, best_BK.shape[1]))
+
+
+ROUTERS = weakref.WeakKeyDictionary()  # every router in the order of making: the optimizer that was seen to hold it
+
+
+@torch.no_grad()
+def step_biases(routers, optimizer, args, kwargs):
+    """After each step of an optimizer, move the biases of the routers it trains by the load of the whole step.
+
+    These are the ones whose weights it holds or, where it holds none (flat partitions of DeepSpeed and FSDP), all that
+    counted a pass and are held by no other optimizer. The load is that of all training passes since the last step, on
+    all ranks.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [(router, owner) for router, owner in routers.items() if router.weight.requires_grad]
+    moving = [router for router, _ in trained if id(router.weight) in held]
+    if moving:
+        routers.update(dict.fromkeys(moving, weakref.ref(optimizer)))
+    else:
+        moving = [router for router, owner in trained if router.counted and (owner is None or owner() is None)]
+    if not moving:
+        return
+    counts_R2 = torch.stack([router.counts.to(moving[0].counts.device) for router in moving])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts_R2)
+    for router, counts in zip(moving, counts_R2, strict=True):
+        router.update_bias(counts)
+
+
+register_optimizer_step_post_hook(partial(step_biases, ROUTERS))
 
 
 class Heads(NamedTuple):
@@ -397,14 +451,12 @@ class HSPMNBlock(GradientCheckpointingLayer):
             init.normal_(self.sink_keys, std=self.config.initializer_range)
             init.normal_(self.sink_values, std=self.config.initializer_range)
 
-    def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False, router_bias=None):
+    def forward(self, hidden_states, stream=None, past_key_values=None, output_router=False):
         """Output [B, S, hidden_size] of hidden_states [B, S, hidden_size], aux_loss (scalar), and the cache.
 
         stream: where the tokens stand; None: one document per row, continued if `past_key_values`, the `HSPMNCache` to
         read and extend, is given. output_router: return the output and the fields of the `Route`, none for a purely
-        reflexive layer: flat, as reentrant gradient checkpointing follows no nested tensors. router_bias: the routing
-        bias of this call, None for the router's own. A caller that moves the bias before backward passes a copy, so
-        that recomputation under gradient checkpointing routes the same tokens.
+        reflexive layer: flat, as reentrant gradient checkpointing follows no nested tensors.
         """
         tokens, alone = hidden_states.shape[1], stream is None
         if alone:
@@ -413,15 +465,16 @@ class HSPMNBlock(GradientCheckpointingLayer):
             stream = make_stream(hidden_states, past_key_values, rotary, backend=backend)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         body, _ = self.path(hidden_states, stream.backend, layer_cache is not None)
-        output, route = getattr(self, f"_run_{body}")(hidden_states, stream, layer_cache, router_bias)
+        output, route = getattr(self, f"_run_{body}")(hidden_states, stream, layer_cache)
         if alone and past_key_values is not None:
             past_key_values.advance(tokens, stream)
         if output_router:
             return output, *(route or ())
         aux_loss = output.new_zeros((), dtype=torch.float32)
         if route is not None and route.sums_B4 is not None:
-            real = tokens * len(output) if stream.length_B is None else stream.length_B.sum().clamp(min=1)
-            aux_loss = router_statistics([route], real, [self.router], self.config)[1]
+            length_B = stream.length_B
+            length_B = torch.full_like(route.count_B, tokens) if length_B is None else length_B
+            aux_loss = router_statistics([route], [self.router], length_B, self.config)[1]
         return output, aux_loss, past_key_values
 
     def path(self, x_BTD, backend, cached=False):
@@ -460,14 +513,14 @@ class HSPMNBlock(GradientCheckpointingLayer):
         single = cached and x_BTD.shape[1] == 1
         return ("token", "one token of a cached row") if single else ("fused", "several tokens, or no cache")
 
-    def _run_modules(self, x_BTD, stream, layer_cache, router_bias):
+    def _run_modules(self, x_BTD, stream, layer_cache):
         """Every module is called, norms included: training, adapters, hooks, offloading, and CPUs."""
         h_BTD, route, stored = self.input_layernorm(x_BTD), None, None
         heads = self.projection(h_BTD, stream, layer_cache)
         sinks = (self.sink_keys, self.sink_values) if self.config.num_sink_tokens else None
         merged_BTHE = self.reflexive(h_BTD, heads, stream, layer_cache, sinks)
         if self.router is not None:
-            route = self.router(h_BTD, stream.start_BT, stream.length_B, router_bias, stream.backend)
+            route = self.router(h_BTD, stream.start_BT, stream.length_B, stream.backend)
         if layer_cache is not None:
             operations = OPERATIONS[stream.backend]
             stored = layer_cache.update(heads.k_BTGE, heads.v_BTGE, stream, route, operations)
@@ -483,7 +536,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK)
         return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype), route
 
-    def _run_fused(self, x_BTD, stream, layer_cache, router_bias):
+    def _run_fused(self, x_BTD, stream, layer_cache):
         """`_run_modules` for prompts on kernels: norms, gates, decisions and sums are made where their inputs are."""
         operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
@@ -512,9 +565,9 @@ class HSPMNBlock(GradientCheckpointingLayer):
             gate_BTH, reflexive.norm.weight, reflexive.norm.eps,
         )  # fmt: skip
         if router is not None:
-            bias, floor = router.bias if router_bias is None else router_bias, config.router_noise_floor
+            floor, capacity = config.router_noise_floor, x_BTD.shape[1]
             route = Route(score_BT, *operations.route(
-                score_BT, bias, start_BT, length_B, floor, router.initial, x_BTD.shape[1]
+                score_BT, router.bias, start_BT, length_B, floor, router.initial, capacity
             ))  # fmt: skip
         if layer_cache is not None:
             stored = layer_cache.update(k_BTGE, v_BTGE, stream, route, operations)
@@ -530,7 +583,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         operations.linear_add(x_BTD, product(h_BTD, mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight)
         return x_BTD, route
 
-    def _run_token(self, x_BTD, stream, layer_cache, router_bias):
+    def _run_token(self, x_BTD, stream, layer_cache):
         """`_run_modules` of a single token on kernels: products share a launch with what stands before or after."""
         operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
@@ -540,7 +593,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             layer_cache.lazy_initialization(x_BTD)
         score_weight = decision = score_BT = None
         if router is not None:
-            score_weight, decision = router.weight, router.bias if router_bias is None else router_bias
+            score_weight, decision = router.weight, router.bias
         x_BTC, head_BTX, scores = operations.project_token(
             x_BTD, norm.weight, norm.eps, projection.qkv_proj.weight, reflexive.head_proj.weight, score_weight
         )
@@ -580,6 +633,7 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         seen_B = cache.seen
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)
+        placed = placed and not (rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in rotary.__dict__)
         if placed and rotary.rope_type in FIXED_FREQUENCIES:
             cos, sin, start_BT, position_BT = OPERATIONS[backend].place(
                 T, position_BT, cache.document_seen, cache.last_position, rotary.inv_freq,

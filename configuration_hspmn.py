@@ -57,7 +57,11 @@ class HSPMNConfig(PreTrainedConfig):
     """
 
     model_type = "hspmn"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # every output but loss and logits, which alone are predictions to Trainer
+    keys_to_ignore_at_inference = [
+        "last_hidden_state", "past_key_values", "hidden_states", "aux_loss", "router_scores", "router_mask",
+        "router_load", "router_overflow", "router_entropy",
+    ]  # fmt: skip
 
     vocab_size: int = 16384  # number of token ids, at least 1
     hidden_size: int = 512  # width D of the residual stream, at least 1
@@ -89,12 +93,12 @@ class HSPMNConfig(PreTrainedConfig):
     # First tokens of every document that are routed whatever their score, counted in the load. What the window shows
     # as well gains nothing as a query, which is all that a router learns from, but its keys may be asked for later.
     router_initial_tokens: int = 0
-    router_bias_rate: float = 0.05  # largest change of the routing bias in a training step, in logits; 0.0 freezes it
+    router_bias_rate: float = 0.05  # largest change of the routing bias per optimizer step, in logits; 0.0 freezes it
     # Share of `router_bias_rate` applied per unit of load error, above 0; the product is clipped to [-1, 1]
     router_bias_gain: float = 5.0
     router_token_entropy_coef: float = 0.0  # weight of the loss that pushes every gate towards 0 or 1, at least 0
-    # Weight of the KL loss that draws each layer's mean gate to its `sparsity_k`, at least 0. Nothing else lowers the
-    # score of a token that does not matter: without it the router does not find those that associative recall needs.
+    # Weight of the KL loss that draws each row's mean gate to its layer's `sparsity_k`, at least 0. Nothing else
+    # lowers the score of a token that does not matter: without it the router does not find those that recall needs.
     router_load_entropy_coef: float = 0.1
     # Share of the training steps over which the target falls from 1.0 to `sparsity_k` and states are bounded more and
     # more, up to `linear_attention_horizon`; 0.0 (both stand from the first step) to 1.0

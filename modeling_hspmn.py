@@ -8,16 +8,19 @@ share one Q/K/V projection, and only routed tokens enter the key/value cache.
 Shape suffixes as in `operations_hspmn`; D hidden size, L layers.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .block_hspmn import (
     ContextualStream,
@@ -45,6 +48,11 @@ STOP_EVERY = 16  # decoded tokens between two looks for the end of text
 # What chooses tokens on the device alone; anything else goes through the loop of transformers
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
 STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
+# What trainers, collators and `generate` pass to any decoder beside what `forward` names; most of it says nothing here
+COMMON_ARGUMENTS = {
+    *TransformersKwargs.__optional_keys__, "seq_idx", "shift_labels", "token_type_ids", "cache_position", "tokenizer",
+    "assistant_tokenizer", "skip_logits",
+}  # fmt: skip
 
 
 @dataclass
@@ -93,6 +101,25 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         if isinstance(module, HSPMNRouter | SharedProjection | ReflexiveStream | HSPMNBlock):
             module.reset_parameters()
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):
+        """What each rank counts for itself: DistributedDataParallel would put rank 0's in its place."""
+        return [name for name, _ in self.named_buffers() if name.endswith(".counts")]
+
+    def _asked(self, switch, given):
+        """An output switch of the call, or the configuration's where the call leaves it open."""
+        return getattr(self.config, switch) if given is None else given
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. FSDP2 gives a model a class made in a file of torch: the code saved is that of ours."""
+        kind = type(self)
+        if kind.__module__.startswith("torch."):
+            self.__class__ = kind.__bases__[-1]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = kind
+
     def set_sparsity_progress(self, progress):
         """Move every layer's target share, and the bound on its linear states, along their annealing.
 
@@ -114,7 +141,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     @property
     def router_targets(self):
         """Current target share of each layer that has a router, float32, shape [number of routers]."""
-        targets = [module.target for module in self.modules() if isinstance(module, HSPMNRouter)]
+        targets = [layer.router.target for layer in self.base_model.layers if layer.router is not None]
         return torch.stack(targets) if targets else torch.zeros(0)
 
     def kv_bytes_per_token(self, dtype=None):
@@ -157,18 +184,28 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, output_hidden_states=None, output_attentions=None, return_dict=None,
+        use_cache=None, output_hidden_states=None, output_attentions=None, return_dict=None, row_weights=None,
+        **kwargs,
     ):  # fmt: skip
         """Hidden states of every token.
 
         input_ids: int64 [B, T], or inputs_embeds: [B, T, D]; exactly one of them. attention_mask: [B, T] or [B, cached
         columns + T], 1 for real tokens, padding anywhere; compiled with a static cache it must have width T.
         position_ids: int64 [B, T]; where they do not go up by one, a new document begins (packing). past_key_values:
-        `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and None.
+        `HSPMNCache` or `HSPMNStaticCache` to continue; the former is created if `use_cache` and None. Output switches
+        that are None are the config's. row_weights: float [B], shares of the rows in `aux_loss`, None for their shares
+        of the real tokens.
 
-        Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit.
+        kwargs: what any decoder of transformers is given, `COMMON_ARGUMENTS`. Of these seq_idx, int [B, T] (number of
+        each token's document), and cu_seq_lens_q, int [documents + 1] (0, and the end of each document in all B T
+        tokens), say where documents begin: they stand for absent position_ids, and must agree with present ones.
+
+        Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit, and
+        TypeError for a name that is unknown.
         """
+        refuse_unknown(kwargs)
         use_cache = self._wants_cache(use_cache, past_key_values)
+        output_hidden_states = self._asked("output_hidden_states", output_hidden_states)
         x_BTD = self._embed(input_ids, inputs_embeds, output_attentions)
         (B, T), position_BT = x_BTD.shape[:2], position_ids
         if position_BT is not None and tuple(position_BT.shape) not in ((1, T), (B, T)):
@@ -180,6 +217,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
                 f"past_key_values must be an HSPMNCache or an HSPMNStaticCache, got {kind}; pass None and "
                 "continue with the cache that the output returns"
             )
+        documents = document_numbers((B, T), kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"))
+        if documents and position_BT is None and past_key_values is not None:
+            raise ValueError(f"{', '.join(documents)} without position_ids cannot continue a cache; pass position_ids")
         if use_cache and past_key_values is None:
             past_key_values = HSPMNCache(self.config)
 
@@ -191,17 +231,22 @@ class HSPMNModel(HSPMNPreTrainedModel):
             index_BT, slot_BT, length_B = compact(real_BT, T)
             rows, length_B = (slot_BT, index_BT), length_B.long()
             x_BTD = take_rows(x_BTD, index_BT, slot_BT)
+            moved_BT = index_BT.clamp(min=0)
+            documents = {name: number_BT.gather(1, moved_BT) for name, number_BT in documents.items()}
             if position_BT is not None:
-                position_BT = position_BT.expand(B, T).gather(1, index_BT.clamp(min=0))
+                position_BT = position_BT.expand(B, T).gather(1, moved_BT)
+        for name, number_BT in documents.items():
+            other = "seq_idx" if position_ids is None else "position_ids"
+            position_BT = document_positions(name, number_BT, position_BT, length_B, other)
         backend = pick_backend(self.config.backend, x_BTD.device, self.config.head_dim)
         stream = make_stream(x_BTD, past_key_values, self.rotary_emb, position_BT, length_B, backend)
 
         states, routes = [], []
         for layer in self.layers:
-            if output_hidden_states:
+            if output_hidden_states:  # each lies on the way of the gradient, padded rows too
                 states.append(restore_rows(x_BTD, rows))
-            bias = layer.router.bias.clone() if self.training and layer.router is not None else None
-            x_BTD, *route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True, router_bias=bias)
+                x_BTD = restore_rows(states[-1], rows and rows[::-1])
+            x_BTD, *route = layer(x_BTD, stream, past_key_values=past_key_values, output_router=True)
             routes.append(Route(*route) if route else None)
         x_BTD = restore_rows(self.norm(x_BTD), rows)
         if past_key_values is not None:
@@ -210,9 +255,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
             last_hidden_state=x_BTD,
             past_key_values=past_key_values,
             hidden_states=(*states, x_BTD) if output_hidden_states else None,
-            **self._router_outputs(routes, B * T if length_B is None else length_B.sum(), rows, x_BTD),
+            **self._router_outputs(routes, length_B, rows, x_BTD, row_weights),
         )
-        return outputs.to_tuple() if return_dict is False else outputs
+        return outputs if self._asked("return_dict", return_dict) else outputs.to_tuple()
 
     def _wants_cache(self, use_cache, past_key_values):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -228,7 +273,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
     def _embed(self, input_ids, inputs_embeds, output_attentions):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions:
+        if self._asked("output_attentions", output_attentions):
             raise ValueError("output_attentions=True is not supported: no attention matrix is ever formed")
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape [batch, tokens], got {tuple(input_ids.shape)}")
@@ -251,8 +296,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
             attention_mask = attention_mask[:, -T:]
         return attention_mask.bool()
 
-    def _router_outputs(self, routes, real, rows, x_BTD):
-        """Router fields of `HSPMNOutput`, zeros for layers that route nothing; a step of the biases in training."""
+    def _router_outputs(self, routes, length_B, rows, x_BTD, row_weights):
+        """Router fields of `HSPMNOutput`, zeros for layers that route nothing; counts loads in training."""
         device, shape, scores, slots, routed, routing = x_BTD.device, x_BTD.shape[:2], [], [], [], []
         found_L3, summed = None, True
         if None in routes:
@@ -265,11 +310,13 @@ class HSPMNModel(HSPMNPreTrainedModel):
                 routing.append(layer)
                 summed = summed and route.sums_B4 is not None  # kernels make no sums of a single token
         if routed and summed:
-            divisor = real.clamp(min=1) if isinstance(real, torch.Tensor) else real
+            length_B = torch.full(shape[:1], shape[1], device=device) if length_B is None else length_B
             routers = [layer.router for layer in routing]
-            found_L3, loss = router_statistics(routed, divisor, routers, self.config)
+            totals_L3, loss = router_statistics(routed, routers, length_B, self.config, row_weights)
+            real = length_B.sum().to(totals_L3)
+            found_L3 = totals_L3 / real.clamp(min=1)
             if self.training and self.config.router_mode != "topk":
-                self._update_biases(routing, found_L3, real)
+                self._count_routed(routing, totals_L3, real)
         scores_BTL, slots_BTL = torch.stack(scores, -1), torch.stack(slots, -1)
         outputs = {"router_scores": restore_rows(scores_BTL, rows).permute(2, 0, 1)}
         outputs |= {"router_mask": restore_rows(slots_BTL >= 0, rows).permute(2, 0, 1)}
@@ -282,21 +329,17 @@ class HSPMNModel(HSPMNPreTrainedModel):
             outputs["router_load"], outputs["router_overflow"], outputs["router_entropy"] = found_3L
         return outputs
 
-    @torch.no_grad()
-    def _update_biases(self, routing, found_L3, real):
-        """One bias step per layer from the loads of this forward, averaged over ranks by their real tokens."""
-        loads, overflows = found_L3[:, 0], found_L3[:, 1]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = torch.cat([loads * real, loads.new_ones(1) * real])
-            torch.distributed.all_reduce(sums)
-            loads = sums[:-1] / sums[-1].clamp(min=1)
-        looks = loads.device.type == "cpu" and not torch.compiler.is_compiling()
-        for layer, load, overflow in zip(routing, loads, overflows, strict=True):
-            layer.router.update_bias(load.to(layer.router.bias.device))
-            if looks and overflow > 0:
+    @staticmethod
+    def _count_routed(routing, totals_L3, real):
+        """Count what training passes with gradients route, for `step_biases`; a CPU looks at what was dropped."""
+        looks = real.device.type == "cpu" and not torch.compiler.is_compiling()
+        for layer, (routed, dropped, _) in zip(routing, totals_L3, strict=True):
+            if torch.is_grad_enabled() and layer.router.weight.requires_grad:
+                layer.router.count(routed, real)
+            if looks and dropped > 0:
                 logger.warning_once(
                     f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="
-                    f"{self.config.capacity_factor} holds; the latest were dropped (see router_overflow)"
+                    f"{layer.config.capacity_factor} holds; the latest were dropped (see router_overflow)"
                 )
 
 
@@ -315,24 +358,32 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
         labels=None, use_cache=None, output_hidden_states=None, output_attentions=None, logits_to_keep=0,
-        num_items_in_batch=None, return_dict=None,
+        num_items_in_batch=None, return_dict=None, **kwargs,
     ):  # fmt: skip
         """Next-token logits [B, T, vocab_size] in an `HSPMNOutput`, and the loss if `labels` are given.
 
         labels: int64 [B, T], shifted inside; -100 is ignored. logits_to_keep: last tokens to compute logits for, 0 for
         all, or a 1-D tensor of indices. num_items_in_batch: target tokens of the whole (accumulated, distributed)
-        batch, as Trainer passes it. The others are those of `HSPMNModel.forward`. The loss is the mean cross entropy
-        in nats plus, in training, the auxiliary losses.
+        batch, as Trainer passes it. kwargs may hold shift_labels, the target of each token, in the place of labels.
+        The others are those of `HSPMNModel.forward`. The loss is the mean cross entropy in nats plus, in training, the
+        auxiliary losses, in which rows weigh what their targets do in the mean. A trainer that calls the stack of
+        blocks and the head itself leaves those out (TRL's SFTTrainer does).
         """
+        shifted = kwargs.get("shift_labels")
+        targets = labels[:, 1:] if shifted is None and labels is not None else shifted
+        if targets is not None:
+            kwargs["row_weights"] = target_shares(targets, num_items_in_batch)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
-            output_attentions,
+            output_attentions, True, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        return with_head(outputs, logits, loss, self.training, return_dict)
+        if targets is not None:
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shifted
+            )
+        return with_head(outputs, logits, loss, self.training, self._asked("return_dict", return_dict))
 
     def piece_size(self, rows):
         """Tokens per row of `rows` rows that one forward may read in half of the memory that is free now, counting a
@@ -388,9 +439,10 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
                 positions = None if position_ids is None else position_ids[:, begin:end]
                 inputs = (input_ids[:, begin:end], mask, positions, cache)
                 if end < N:
-                    self.model(*inputs, use_cache=True)
+                    self.model(*inputs, use_cache=True, output_hidden_states=False)
                 else:
-                    outputs = self(*inputs, use_cache=True, logits_to_keep=logits_to_keep, **forward_kwargs)
+                    options = {"use_cache": True, "logits_to_keep": logits_to_keep, "return_dict": True}
+                    outputs = self(*inputs, **options | forward_kwargs)
                 bar.update(end - begin)
         return outputs
 
@@ -487,7 +539,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         draws, graph, layers, places = {}, None, cache.layers, None
 
         def step():
-            return self(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            options = {"use_cache": True, "logits_to_keep": 1, "return_dict": True}
+            return self(input_ids=step_ids, past_key_values=cache, **options).logits
 
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits
         for n in range(N, most):
@@ -555,16 +608,22 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
-        output_hidden_states=None, output_attentions=None, num_items_in_batch=None, return_dict=None,
+        output_hidden_states=None, output_attentions=None, num_items_in_batch=None, return_dict=None, **kwargs,
     ):  # fmt: skip
-        """Logits and, with labels, the loss, see the class; the other arguments are those of `HSPMNModel.forward`."""
+        """Logits and, with labels, the loss, see the class; the other arguments are those of `HSPMNModel.forward`.
+
+        num_items_in_batch: labels of the whole (accumulated, distributed) batch, as Trainer passes it.
+        """
         if not self.per_token and attention_mask is None and input_ids is not None and input_ids.shape[0] > 1:
             if self.config.pad_token_id is None:
                 raise ValueError("batches need an attention_mask or config.pad_token_id to find each row's last token")
             attention_mask = (input_ids != self.config.pad_token_id).long()
+        if labels is not None:
+            kwargs["row_weights"] = target_shares(labels, num_items_in_batch)
         outputs = self.model(
-            input_ids, attention_mask, position_ids, None, inputs_embeds, False, output_hidden_states,
-            output_attentions,
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **{"use_cache": False} | kwargs,
         )  # fmt: skip
         x_BTD, loss = outputs.last_hidden_state, None
         if not self.per_token:
@@ -575,23 +634,85 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
         if labels is not None and self.per_token:
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
         elif labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return with_head(outputs, logits, loss, self.training, return_dict)
+            options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(labels=labels, **options)
+            if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * (labels.numel() / num_items_in_batch)  # transformers leaves a mean over this call
+        return with_head(outputs, logits, loss, self.training, self._asked("return_dict", return_dict))
 
 
 class HSPMNForSequenceClassification(HSPMNClassifier):
     """HSPMN with a label per sequence, read from the last real token: logits [B, num_labels]; labels int64 [B], or
-    float for regression and multi-label problems. num_items_in_batch, which Trainer passes, is not used: the loss is
-    the mean over rows. Raises ValueError for a batch whose last tokens cannot be told from padding.
+    float for regression and multi-label problems. Raises ValueError for a batch whose last tokens cannot be told from
+    padding.
     """
 
     per_token = False
 
 
 class HSPMNForTokenClassification(HSPMNClassifier):
-    """HSPMN with a label per token: logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored.
-    num_items_in_batch: labelled tokens of the whole batch, as Trainer passes it.
+    """HSPMN with a label per token: logits [B, T, num_labels]; labels int64 [B, T], -100 is ignored."""
+
+
+def refuse_unknown(kwargs):
+    """TypeError for a keyword argument that no decoder is given, with the name that was probably meant."""
+    for name in kwargs:
+        if name not in COMMON_ARGUMENTS:
+            named = inspect.signature(HSPMNForCausalLM.forward).parameters.keys() | COMMON_ARGUMENTS
+            near = get_close_matches(name, sorted(named - {name, "self", "kwargs"}), 1, 0.0)[0]
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}; did you mean {near!r}?")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False is not supported: every stream is causal; leave it out")
+
+
+def document_numbers(shape, seq_idx, cu_seq_lens_q):
+    """By the name of the argument, the number of the document of each token, [B, T], as each argument says it."""
+    (B, T), numbers = shape, {}
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) not in ((1, T), (B, T)):
+            raise ValueError(f"seq_idx must have shape [{B}, {T}], got {tuple(seq_idx.shape)}")
+        numbers["seq_idx"] = seq_idx.expand(B, T)
+    if cu_seq_lens_q is not None:
+        ends, shape = cu_seq_lens_q, tuple(cu_seq_lens_q.shape)
+        if ends.dim() != 1 or not len(ends):
+            raise ValueError(f"cu_seq_lens_q must have shape [documents + 1], got {shape}")
+        token = torch.arange(B * T, device=ends.device, dtype=ends.dtype)
+        numbers["cu_seq_lens_q"] = torch.searchsorted(ends, token, right=True).view(B, T)
+        holds = (ends[0] == 0) & (ends[-1] == B * T)
+        demand(holds, f"cu_seq_lens_q must begin with 0 and end with the {B * T} tokens of this call")
+    return numbers
+
+
+def document_positions(name, number_BT, position_BT, length_B, other):
+    """Position ids of tokens whose documents the argument `name` numbers; real tokens come first in each row.
+
+    position_BT: those that `other` gives, which must agree, or None. Raises ValueError where they do not.
     """
+    token_T = torch.arange(number_BT.shape[1], device=number_BT.device)
+    begins_BT = F.pad(number_BT[:, 1:] != number_BT[:, :-1], (1, 0), value=True)
+    if position_BT is None:
+        return token_T - torch.where(begins_BT, token_T, 0).cummax(1).values
+    agrees_BT = begins_BT[:, 1:] == (position_BT[:, 1:] != position_BT[:, :-1] + 1)
+    if length_B is not None:
+        agrees_BT = agrees_BT | (token_T[1:] >= length_B[:, None])
+    demand(agrees_BT.all(), f"{name} and {other} contradict each other about where documents begin; pass one of them")
+    return position_BT
+
+
+def demand(holds, message):
+    """ValueError with `message` unless the scalar tensor `holds`; on CUDA, and compiled, an assertion of the device
+    instead, which nobody waits for."""
+    if holds.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise ValueError(message)
+
+
+def target_shares(targets, items):
+    """Share of each row in the targets of a step, float32 [B], -100 being none; items: their number, None for all."""
+    targets_B = (targets != -100).flatten(1).sum(1) if targets.dim() > 1 else (targets != -100)
+    items = targets_B.sum().clamp(min=1) if items is None else items
+    return targets_B / (items.to(targets.device) if isinstance(items, torch.Tensor) else items)
 
 
 def with_head(outputs, logits, loss, training, return_dict):
@@ -603,7 +724,7 @@ def with_head(outputs, logits, loss, training, return_dict):
         loss = loss + outputs.aux_loss.to(loss.device, loss.dtype)
     # built anew, because a field set later would come last in the tuple
     outputs = HSPMNOutput(**dict(outputs) | {"loss": loss, "logits": logits})
-    return outputs.to_tuple() if return_dict is False else outputs
+    return outputs if return_dict else outputs.to_tuple()
 
 
 HSPMNModel.register_for_auto_class("AutoModel")

@@ -518,6 +518,8 @@ def main(argv=None):
         if not training_args.learning_rate:
             training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
         check_plan(training_args, config)
+        # not by evaluate() before train(): that prepares the model without gradients, and ranks then train apart
+        training_args.eval_on_start = True
 
         def start():
             stack.enter_context(runs.alone_in(folder))
@@ -531,10 +533,10 @@ def main(argv=None):
             return json.loads((folder / "results.json").read_text())
         with refusing(), runs.disk_errors(folder):
             trainer, results, tokens = prepare(model_args, data_args, training_args, config, record)
-        results["loss_before"] = trainer.evaluate()["eval_loss"]
         tokens["read"].zero_()
         outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         metrics = trainer.evaluate()
+        results["loss_before"] = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
         results |= {"loss_after": metrics["eval_loss"], "steps": outcome.global_step}
         blocks = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
         results["tokens"] = settle(tokens, outcome.global_step * blocks * data_args.seq_len)
@@ -590,20 +592,22 @@ def finish(trainer, tokenizer, results):
     whole = folder / runs.PARTIAL  # until it is
     if trainer.args.should_save:
         shutil.rmtree(whole, ignore_errors=True)
+    if trainer.is_fsdp_enabled:  # whatever form its checkpoints have
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(whole))
-    if not trainer.is_world_process_zero():
-        return
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
     options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
     results["sample"] = ""
     if args.sample_tokens:
         try:
-            inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+            inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
             set_seed(0)
-            ids_BT = model.generate(**inputs, max_new_tokens=args.sample_tokens, **options)
+            ids_BT = model.generate(**inputs, max_new_tokens=args.sample_tokens, **options)  # on every rank, for shards
             results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
         except Exception as error:  # whatever it is, what was measured is kept
             results["sample"] = f"none: {error}"
+    if not trainer.is_world_process_zero():
+        return
     lines = []
     for layer, (load, target) in enumerate(zip(results["loads"], model.config.layer_sparsity, strict=True)):
         remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"

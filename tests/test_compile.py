@@ -65,7 +65,8 @@ def test_compiled_inference_equals_eager_without_recompiling(tiny_model):
 def test_padding_and_packing_compile_to_one_graph_each(tiny_model):
     model = tiny_model(**SIZES, router_bias_rate=0.0).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for inputs in ({"attention_mask": left_padded(2, 33, 9)}, {"position_ids": pack([12, 21], [12, 21])}):
+    packed = {"position_ids": pack([12, 21], [12, 21]), "seq_idx": (torch.arange(33) >= 12).expand(2, 33).int()}
+    for inputs in ({"attention_mask": left_padded(2, 33, 9)}, packed):
         got, expected = (m(tokens(2, 33), **inputs).logits for m in (compiled, model))
         torch.testing.assert_close(got, expected, **ROUNDING)
     assert counters["stats"]["unique_graphs"] == 2

@@ -3,11 +3,13 @@
 import copy
 import inspect
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
 import torch
-from caches import CLOSE, VARIANTS, feed, left_padded, pack, tokens
+from accelerate import cpu_offload, disk_offload
+from caches import CLOSE, VARIANTS, feed, generate, left_padded, pack, tokens
 from hspmn.block_hspmn import Heads, HSPMNBlock, ReflexiveStream, Route, Stream, SwiGLU
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
@@ -15,6 +17,7 @@ from hspmn.modeling_hspmn import (
     HSPMNForSequenceClassification,
     HSPMNForTokenClassification,
     HSPMNModel,
+    HSPMNOutput,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.utils import logging
 
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -53,6 +56,11 @@ def routers(model):
 
 def biases(model):
     return torch.stack([router.bias.clone() for router in routers(model)])
+
+
+def step(*models):
+    """A step of one optimizer of all `models`, whose biases it moves."""
+    torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.01).step()
 
 
 def route_everything(model):
@@ -238,17 +246,53 @@ def test_fresh_queries_match_successors_in_one_key_head_and_equal_tokens_in_the_
     assert weights.argmax(-1).tolist() == [[6, 6], [5, 5]] and (weights.amax(-1) > 0.5).all()
 
 
-@pytest.mark.parametrize("rate, training", [(0.07, True), (0.0, True), (0.07, False)])
-def test_bias_moves_once_by_the_clipped_load_error_in_training_alone(tiny_model, rate, training):
-    model = tiny_model(router_bias_gain=3.0, router_bias_rate=rate, capacity_factor=100.0).train(training)
+@pytest.mark.parametrize("rate", [0.07, 0.0])
+def test_bias_moves_once_per_optimizer_step_by_the_clipped_error_of_the_whole_load(tiny_model, monkeypatch, rate):
+    model = tiny_model(router_bias_gain=3.0, router_bias_rate=rate, capacity_factor=100.0).train()
     routers(model)[0].bias.fill_(5.0)  # routes everything: the step is clipped
-    before, twin = biases(model), copy.deepcopy(model)
-    load = model(tokens(4, 50)).router_load[[0, 2]]
-    error = 3.0 * (torch.tensor([0.4, 0.5]) - load)
+    before, twin, others = biases(model), copy.deepcopy(model), torch.tensor([[20.0, 40.0], [30.0, 40.0]])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.add_(others))  # one for all layers
+    mask = left_padded(2, 30, 0, 13)
+    routed = model(tokens(4, 50)).router_mask.sum((1, 2))
+    routed = (routed + model(tokens(2, 30, 1), attention_mask=mask).router_mask.sum((1, 2)))[[0, 2]]
+    assert torch.equal(biases(model), before)
+    step(model)
+    error = 3.0 * (torch.tensor([0.4, 0.5]) - (routed + others[:, 0]) / (200 + mask.sum() + 40))
     assert error[0] < -1 < error[1] < 1 and error[1]
-    torch.testing.assert_close(biases(model), before + training * rate * error.clamp(-1, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(biases(model), before + rate * error.clamp(-1, 1), rtol=0, atol=1e-6)
+    others.zero_()
+    moved = biases(model)
+    step(model)
+    assert torch.equal(biases(model), moved)  # nothing was read
     assert torch.equal(biases(twin), before)  # a copy shares nothing
-    assert not any("router.bias" in name for name, _ in model.named_parameters())
+    assert not any(part in name for name, _ in model.named_parameters() for part in ("router.bias", "counts"))
+
+
+@pytest.mark.parametrize("kind", ["eval", "no_grad", "generate", "frozen", "topk"])
+def test_bias_rests_but_for_training_passes_with_gradients(tiny_model, kind):
+    model = tiny_model(router_mode="topk" if kind == "topk" else "threshold").train(kind != "eval")
+    model.requires_grad_(kind != "frozen").lm_head.requires_grad_()
+    before, ids = biases(model), tokens(2, 20)
+    with torch.set_grad_enabled(kind != "no_grad"):
+        generate(model, ids) if kind == "generate" else model(ids)
+    step(model)
+    assert torch.equal(biases(model), before)
+
+
+def test_an_optimizer_moves_the_routers_it_holds_or_else_those_that_none_does(tiny_model):
+    """Flat partitions, as DeepSpeed and FSDP make them, hold no weight of a model."""
+    held = tiny_model().train()
+    copied, unpickled = copy.deepcopy(held), pickle.loads(pickle.dumps(held))
+    optimizer, flat = (torch.optim.SGD(p, lr=0.01) for p in (held.parameters(), [nn.Parameter(torch.zeros(9))]))
+    before, models = biases(held), (held, copied, unpickled)
+    for stepped, moves in ((optimizer, [True, False, False]), (flat, [False, True, True])):
+        start = [biases(model) for model in models]
+        for model in models:
+            model(tokens(2, 30))
+        stepped.step()
+        assert [not torch.equal(biases(m), x) for m, x in zip(models, start, strict=True)] == moves
+    torch.testing.assert_close(biases(copied) - before, biases(held) - before)  # of both passes: the same load
 
 
 @checkpointing
@@ -258,7 +302,9 @@ def test_bias_moves_once_under_gradient_checkpointing(tiny_model, reentrant):
     ids, start = tokens(2, 30), biases(plain)
     for _ in range(2):
         for model in (plain, checkpointed):
+            model.zero_grad()
             model(ids, labels=ids).loss.backward()
+            step(model)
     assert torch.equal(biases(plain), biases(checkpointed)) and not torch.equal(biases(plain), start)
     assert_same_gradients(checkpointed, gradients(plain), rtol=1e-4, atol=1e-5)
 
@@ -363,13 +409,16 @@ def test_aux_loss_and_its_gradient_are_those_of_both_weighted_entropies_per_laye
     mask = left_padded(2, 30, 0, 13)
     labels = ids.masked_fill(mask == 0, -100)
     outputs = model.train()(ids, attention_mask=mask, labels=labels)
-    entropy, mean = (x[[0, 2]] for x in entropies(outputs, mask.bool()))
-    divergence = targets * (targets / mean).log() + (1 - targets) * ((1 - targets) / (1 - mean)).log()
-    expected = (token_coef * entropy + load_coef * divergence).sum()
+    rows, expected = [entropies(outputs, mask.bool() & (torch.arange(2) == row)[:, None]) for row in range(2)], 0.0
+    for (entropy, mean), share in zip(rows, (29 / 46, 17 / 46), strict=True):  # a row's share of the targets
+        entropy, mean = entropy[[0, 2]], mean[[0, 2]]
+        divergence = targets * (targets / mean).log() + (1 - targets) * ((1 - targets) / (1 - mean)).log()
+        expected = expected + share * (token_coef * entropy + load_coef * divergence).sum()
     torch.testing.assert_close(outputs.aux_loss.double(), expected, rtol=1e-5, atol=1e-6)
     weights = [router.weight for router in routers(model)]
     got, want = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in (outputs.aux_loss, expected))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    entropy = entropies(outputs, mask.bool())[0][[0, 2]]
     torch.testing.assert_close(outputs.router_entropy[[0, 2]].double(), entropy, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(outputs.loss, cross_entropy(outputs, labels) + outputs.aux_loss)
     outputs = model.eval()(ids, attention_mask=mask, labels=labels)
@@ -490,6 +539,14 @@ def test_embeddings_are_tied_as_configured_and_survive_saving(tiny_model, tmp_pa
 
 IDS = tokens(2, 9)
 BAD_INPUTS = [
+    ("seq_idx", {"input_ids": IDS, "seq_idx": IDS[:, :8]}),
+    ("seq_idx and position_ids", {"input_ids": IDS, "seq_idx": IDS // 30, "position_ids": torch.arange(9)[None]}),
+    *(
+        (f"cu_seq_lens_q and {other}", {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 9, 12, 18]), other: x})
+        for other, x in (("position_ids", torch.arange(9)[None]), ("seq_idx", torch.zeros(2, 9)))
+    ),
+    ("cu_seq_lens_q", {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 9])}),
+    ("cu_seq_lens_q", {"input_ids": IDS, "cu_seq_lens_q": IDS}),
     *(("attention_mask", {"input_ids": IDS, "attention_mask": torch.ones(s)}) for s in ((2, 8), (1, 9), (9,))),
     ("attention_mask", {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 9, 9)}),
     *(("position_ids", {"input_ids": IDS, "position_ids": IDS.new_zeros(s)}) for s in ((2, 8), (3, 9), (9,))),
@@ -540,6 +597,120 @@ def test_classification_losses_with_what_trainer_passes(tiny_model, kind, classe
     torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
     labelled = (labels != -100).sum()
     torch.testing.assert_close(model(IDS, **inputs, num_items_in_batch=labelled).loss, outputs.loss)
+
+
+WHOLE, LENGTHS = tokens(4, 20), torch.tensor([20, 6, 11, 3])
+REAL = (torch.arange(20) < LENGTHS[:, None]).long()
+TARGETS = [
+    (HSPMNForCausalLM, {}, WHOLE.masked_fill(REAL == 0, -100), 36),
+    (HSPMNForTokenClassification, {"num_labels": 3}, (WHOLE % 3).masked_fill(REAL == 0, -100), 40),
+    (HSPMNForSequenceClassification, {"num_labels": 3}, torch.tensor([0, 2, 1, 0]), 4),
+    (HSPMNForSequenceClassification, {"num_labels": 1}, torch.tensor([0.1, 0.9, 0.4, 3.0]), 4),
+    (HSPMNForSequenceClassification, {"num_labels": 2}, torch.tensor([[0.0, 1.0]] * 4), 8),
+]
+
+
+@pytest.mark.parametrize("kind, options, labels, items", TARGETS, ids=["lm", "tokens", "class", "regression", "multi"])
+def test_loss_and_gradients_do_not_depend_on_how_the_rows_of_a_step_are_cut(tiny_model, kind, options, labels, items):
+    coefficients = {"router_load_entropy_coef": 10.0, "router_token_entropy_coef": 1.0}
+    model = tiny_model(kind, capacity_factor=100.0, **coefficients, **options).train()
+    outputs = model(WHOLE, attention_mask=REAL, labels=labels)
+    outputs.loss.backward()
+    expected = gradients(model)
+    assert outputs.aux_loss > 0.1
+    for cut in ([4], [1, 3], [1, 1, 1, 1]):
+        model.zero_grad()
+        total = 0.0
+        for rows in torch.arange(4).split(cut):
+            width = LENGTHS[rows].max()  # no more padding than the rows have among themselves
+            part = labels[rows, :width] if labels.shape == WHOLE.shape else labels[rows]
+            mask = REAL[rows, :width]
+            loss = model(WHOLE[rows, :width], attention_mask=mask, labels=part, num_items_in_batch=items).loss
+            loss.backward()
+            total += loss.item()
+        assert total == pytest.approx(outputs.loss.item(), rel=1e-5)
+        assert_same_gradients(model, expected, rtol=1e-3, atol=1e-5)
+
+
+PACKED = {
+    "seq_idx": torch.tensor([[0] * 9 + [1] * 4 + [2] * 7]),
+    "cu_seq_lens_q": torch.tensor([0, 9, 13, 20], dtype=torch.int32),
+}
+HEADS = (HSPMNModel, HSPMNForCausalLM, HSPMNForSequenceClassification, HSPMNForTokenClassification)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_any_decoder_is_given_is_taken_and_a_misspelt_name_is_not(tiny_model, kind):
+    model, ids = tiny_model(kind), tokens(1, 20)
+    said = dict.fromkeys(("token_type_ids", "cache_position", "max_length_q", "max_length_k", "cu_seq_lens_k"), ids)
+    said |= {"use_cache": False, "num_items_in_batch": torch.tensor(3), "tokenizer": object()}
+    for extra in (said, {"position_ids": pack([9, 4, 7])}, *({name: x} for name, x in PACKED.items())):
+        expected = model(ids, position_ids=None if extra is said else pack([9, 4, 7]), return_dict=False)[0]
+        torch.testing.assert_close(model(ids, **extra, return_dict=False)[0], expected, **CLOSE)
+    with pytest.raises(TypeError, match="'atention_mask'; did you mean 'attention_mask'"):
+        model(ids, atention_mask=ids)
+    with pytest.raises(ValueError, match="is_causal"):
+        model(ids, is_causal=False)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("said", ["return_seq_idx", "return_flash_attn_kwargs"])
+def test_a_flattened_batch_is_its_documents_with_whatever_says_where_they_begin(tiny_model, positions, said):
+    model, rows = tiny_model().train(), [{"input_ids": tokens(1, length, length)[0].tolist()} for length in (9, 1, 13)]
+    batch = DataCollatorWithFlattening(return_position_ids=positions, **{said: True})(rows)
+    assert torch.equal(model(**batch).loss, model(**DataCollatorWithFlattening()(rows)).loss)
+
+
+def test_document_numbers_are_read_without_padding(tiny_model):
+    model, mask = tiny_model(), left_padded(2, 20, 5)
+    seq_idx, positions = torch.cat([torch.full((2, 12), 3), torch.full((2, 8), 4)], 1), pack([5, 7, 8], [12, 8])
+    expected, _ = feed(model, tokens(2, 20), mask=mask, positions=positions)
+    for position_ids in (None, positions):
+        logits = model(tokens(2, 20), attention_mask=mask, seq_idx=seq_idx, position_ids=position_ids).logits
+        torch.testing.assert_close(logits, expected)
+
+
+def test_shifted_labels_stand_for_labels(tiny_model):
+    model, ids = tiny_model().train(), tokens(2, 20)
+    expected, shifted = model(ids, labels=ids).loss, F.pad(ids[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model(ids, shift_labels=shifted).loss, expected)
+    assert torch.equal(model(ids, labels=ids + 1, shift_labels=shifted, num_items_in_batch=38).loss, expected)
+
+
+def test_output_switches_of_the_config_act_as_in_the_call(tiny_model):
+    ids = tokens(2, 9)
+    for kind in HEADS:
+        model = tiny_model(kind, output_hidden_states=True, return_dict=False, pad_token_id=0)
+        outputs = model(ids)
+        assert isinstance(outputs, tuple) and any(isinstance(x, tuple) and len(x) == 4 for x in outputs)
+        assert model(ids, output_hidden_states=False, return_dict=True).hidden_states is None
+    assert generate(tiny_model(return_dict=False), ids).shape == (2, 21)
+
+
+def test_only_loss_and_logits_are_predictions(tiny_config):
+    fields = set(HSPMNOutput.__dataclass_fields__)
+    assert {*tiny_config().keys_to_ignore_at_inference, "loss", "logits"} == fields
+
+
+@pytest.mark.parametrize("linear_attention", ["gated", "elu"])
+def test_every_module_is_called_so_that_hooks_see_it(tiny_model, linear_attention):
+    options = {"routed_intermediate_size": 8, "num_sink_tokens": 1, "linear_attention": linear_attention}
+    model, ids, called = tiny_model(**options), tokens(2, 9), set()
+    modules = {name: module for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(ids)
+    assert called == modules.keys()
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_models_compute_the_same(tiny_model, tmp_path, place):
+    model, ids = tiny_model(num_sink_tokens=1), tokens(2, 9)
+    logits, made = model(ids).logits, generate(model, ids)
+    options = {"execution_device": torch.device("cpu"), "offload_buffers": True}
+    model = cpu_offload(model, **options) if place == "cpu" else disk_offload(model, tmp_path, **options)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(model(ids).logits, logits) and torch.equal(generate(model, ids), made)
 
 
 def test_forward_names_its_inputs():

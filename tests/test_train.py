@@ -11,7 +11,16 @@ from hspmn import corpus, train
 from hspmn.results import config_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 TINY = (
     "--dim 32 --layers 2 --head_dim 16 --seq_len 32 --batch 4 --vocab_size 300 --validation_blocks 8 "
@@ -199,26 +208,72 @@ def test_packing_keeps_every_token_in_order_and_isolated_documents_restart_their
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0]]
 
 
-def test_lora_trains_adapters_alone(tmp_path):
-    config = config_with({
-        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "intermediate_size": 32, "router_bias_rate": 0.0,
-    })  # fmt: skip
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [None, ["router"]], ids=["frozen", "router"])
+def test_lora_trains_adapters_alone_and_reloads_to_what_was_trained(tmp_path, saved):
+    config = config_with(SIZES | {"router_bias_rate": 0.5})
     base = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
-    model = get_peft_model(base, LoraConfig(target_modules=["qkv_proj", "o_proj"], r=4, task_type="CAUSAL_LM"))
+    lora = LoraConfig(target_modules=["qkv_proj", "o_proj"], r=4, task_type="CAUSAL_LM", modules_to_save=saved)
+    model = get_peft_model(base, lora)
     arguments = train.HSPMNTrainingArguments(str(tmp_path), max_steps=3, use_cpu=True, learning_rate=1e-2)
     rows = [{"input_ids": [i % 300 for i in range(k, k + 32)]} for k in range(64)]
     anneal = [train.AnnealingCallback()]
     train.HSPMNTrainer(model, arguments, corpus.collate, rows, rows[:4], callbacks=anneal).train()
+    state = {n.replace(".base_layer", "").replace(".original_module", ""): w for n, w in model.state_dict().items()}
     for name, weight in before.items():
-        trained = [w for n, w in model.state_dict().items() if n.replace(".base_layer", "").endswith("model." + name)]
-        assert any(torch.equal(weight, w) for w in trained), name
+        assert torch.equal(weight, state["base_model.model." + name]), name
     model.save_pretrained(tmp_path / "adapter")
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     fresh.load_state_dict(before)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected, plain = (m.eval()(ids).logits for m in (model, fresh))
-        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(ids).logits
+        adapted = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        loaded = adapted(ids).logits
     assert not torch.allclose(plain, expected, atol=1e-4) and torch.allclose(loaded, expected, atol=1e-5)
+    biases = [m.base_model.model.model.layers[1].router.bias for m in (model, adapted)]
+    assert torch.equal(*biases) and torch.equal(biases[0], before["model.layers.1.router.bias"]) == (saved is None)
+
+
+RAGGED = [{"input_ids": [(7 * k + i) % 300 for i in range(k)]} for k in range(5, 29, 3)]
+LABELS = {
+    AutoModelForCausalLM: lambda ids: ids,
+    AutoModelForSequenceClassification: lambda ids: len(ids) % 2,
+    AutoModelForTokenClassification: lambda ids: [i % 2 for i in ids],
+}
+
+
+def pad(rows):
+    """Right-padded batch of rows with labels per token or per row, as a collator of transformers makes it."""
+    batch = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+    batch["attention_mask"] = [torch.ones_like(ids) for ids in batch["input_ids"]]
+    fill = dict.fromkeys(batch, 0) | {"labels": -100}
+    return {name: pad_sequence(x, True, fill[name]) if x[0].dim() else torch.stack(x) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("auto", LABELS, ids=lambda auto: auto.__name__)
+def test_a_plain_trainer_cuts_steps_as_it_likes_and_predicts_logits(auto, tmp_path):
+    config, runs = config_with(SIZES | {"router_load_entropy_coef": 10.0}), []
+    rows = [row | {"labels": LABELS[auto](row["input_ids"])} for row in RAGGED]
+    for batch, accumulated in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = auto.from_config(config, trust_remote_code=True)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, use_cpu=True, per_device_train_batch_size=batch, optim="sgd", logging_steps=1,
+            gradient_accumulation_steps=accumulated, learning_rate=0.1, report_to="none", save_strategy="no",
+            per_device_eval_batch_size=3,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, pad, rows)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        runs.append((losses, model.model.layers[1].router.bias.item()))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5) and runs[0][1] == runs[1][1]
+    predictions = trainer.predict(rows).predictions
+    shape = model(**pad(rows)).logits.shape
+    assert isinstance(predictions, np.ndarray) and predictions.shape == shape
