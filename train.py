@@ -602,7 +602,8 @@ def finish(trainer, tokenizer, results):
         try:
             inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
             set_seed(0)
-            ids_BT = model.generate(**inputs, max_new_tokens=args.sample_tokens, **options)  # on every rank, for shards
+            # on every rank, which may hold a shard only
+            ids_BT = model.generate(**inputs, max_new_tokens=args.sample_tokens, **options)
             results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
         except Exception as error:  # whatever it is, what was measured is kept
             results["sample"] = f"none: {error}"
