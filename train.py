@@ -193,6 +193,8 @@ def check_plan(args, config):
         check_name("--metric_for_best_model", metric.removeprefix("eval_"), known)
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         refuse("--dataloader_persistent_workers needs workers; add --dataloader_num_workers 2")
+    if args.label_names not in (None, ["labels"]):
+        refuse(f"--label_names {' '.join(args.label_names)} cannot work: the labels are named labels; leave it out")
     faults = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
     steps = args.max_steps if args.max_steps > 0 else 100
     flags = f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
@@ -567,6 +569,9 @@ def prepare(model_args, data_args, training_args, config, record):
     resumed = training_args.resume_from_checkpoint
     if resumed and (Path(resumed) / "model.safetensors").is_file():  # sharded optimizers may keep weights otherwise
         runs.check_tensors(resumed, model)
+    if training_args.dataloader_drop_last and len(validation) < training_args.eval_batch_size:
+        few = f"the only {len(validation)} blocks of validation"
+        refuse(f"--dataloader_drop_last drops {few}; lower --per_device_eval_batch_size")
     collator = partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None)
     callbacks = [AnnealingCallback()]
     trainer = HSPMNTrainer(model, training_args, collator, train, validation, tokenizer, callbacks=callbacks)

@@ -369,7 +369,7 @@ REFUSED = {
     "--dataloader_persistent_workers true": "--dataloader_persistent_workers needs workers",
     "--save_strategy best": "--save_strategy best needs a metric", "--save_strategy nope": "--save_strategy",
     "--metric_for_best_model f1": "--metric_for_best_model f1 is unknown", "--save_steps 0": "--save_steps must lie",
-    "--report_to nope": "--report_to nope is unknown", "--report_to mlflow": "pip install mlflow",
+    "--label_names x": "--label_names x cannot work", "--report_to nope": "--report_to nope is unknown", "--report_to mlflow": "pip install mlflow",
     "--optim nope": "--optim", "--optim lion_8bit": "--optim lion_8bit cannot work",
     "--lr_scheduler_type warmup_stable_decay": "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs None",
     "--lr_scheduler_type cosine_with_min_lr": "cosine_with_min_lr", "--lr_scheduler_kwargs x": "--lr_scheduler_kwargs",
