@@ -28,10 +28,24 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)  # the firs
 KEPT_OUT_OF_COMMAND = ("folder", "output", "data_cache", "checkpoints", "help")  # paths of one machine
 
 
-def refuse(message):
-    """End the program with exit code 2 and one line on standard error: the flag, its value and the way out."""
+def complain(message):
+    """One line on standard error."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+
+
+def refuse(message, code=2):
+    """End the program with an exit code and one line on standard error: the flag, its value and the way out."""
+    complain(message)
+    raise SystemExit(code)
+
+
+@contextmanager
+def refusing(*more):
+    """What libraries raise about a user's input, and errors of `more` kinds, end the program in one line."""
+    try:
+        yield
+    except (ImportError, OSError, OverflowError, StrictDataclassError, ValueError, *more) as error:
+        refuse(error)
 
 
 def check_name(flag, name, known):

@@ -10,30 +10,41 @@ The result is a folder of weights, tokenizer, code and model card that the Auto 
 every option: those of this file first, then those of `transformers.TrainingArguments`.
 """
 
+import hashlib
+import json
 import logging
+import math
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import is_tensorboard_available, is_wandb_available
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType, rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
+from hspmn import runs
 from hspmn.corpus import bigram_loss, collate, count_tokens, fit_tokenizer, load_documents, pack
-from hspmn.results import check_name, config_with, loading, parse_overrides, refuse, write_json
+from hspmn.results import ROOT, check_name, config_with, loading, parse_overrides, refuse, refusing, write_json
 
 Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
@@ -42,6 +53,30 @@ DEFAULTS = {  # of the command line, where they are not those of `TrainingArgume
     "adam_beta2": 0.95, "logging_steps": 20, "save_steps": 0.5, "save_total_limit": 2,
 }  # fmt: skip
 SIZES = ("hidden_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "intermediate_size")
+TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")  # of a new model's configuration
+LEAST = dict.fromkeys(SIZES, 1) | {  # flags, and the least that each may be
+    "seq_len": 2, "vocab_size": 258, "validation_blocks": 1, "tokenizer_documents": 1, "baseline_tokens": 0,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0,
+    "label_smoothing_factor": 0, "neftune_noise_alpha": 0, "logging_steps": 0, "eval_steps": 0, "eval_delay": 0,
+    "save_total_limit": 0, "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1, "torch_empty_cache_steps": 1,
+    "eval_accumulation_steps": 1, "ddp_bucket_cap_mb": 1, "ddp_timeout": 1, "sample_tokens": 0,
+}  # fmt: skip
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
+BELOW |= {"dataloader_num_workers": 1025, "vocab_size": 2**24, "neftune_noise_alpha": 2**20}
+OPEN = {"validation_fraction": (0, 1), "adam_epsilon": (0, math.inf), "save_steps": (0, math.inf)}
+CHOICES = {
+    "lr_scheduler_type": SchedulerType, "optim": OptimizerNames, "save_strategy": SaveStrategy, "debug": DebugOption,
+    "eval_strategy": IntervalStrategy, "logging_strategy": IntervalStrategy, "hub_strategy": HubStrategy,
+}  # fmt: skip
+# Flags that leave what is trained as it is; a resumed run may change them
+FREE = {
+    "output_dir", "resume_from_checkpoint", "accept_changes", "validation_blocks", "baseline_tokens", "prompt",
+    "sample_tokens", "wandb", "report_to", "run_name", "project", "disable_tqdm", "per_device_eval_batch_size",
+    "prediction_loss_only", "skip_memory_metrics", "local_rank", "torch_empty_cache_steps", "push_to_hub",
+    "dataset", "include_num_input_tokens_seen", "debug",
+}  # fmt: skip
+FREE_PREFIXES = ("eval_", "logging_", "log_", "save_", "hub_", "trackio_", "dataloader_p", "ddp_", "enable_", "do_")
 
 
 @dataclass
@@ -94,6 +129,9 @@ class HSPMNTrainingArguments(TrainingArguments):
     wandb: str | None = HfArg(default=None, help="report to Weights & Biases under this run name")
     full_precision: bool = HfArg(default=False, help="float32 on a GPU too (default there: bfloat16 autocast)")
     prompt: str = HfArg(default="def ", help="prompt of the sample generated at the end")
+    sample_tokens: int = HfArg(default=64, help="tokens of that sample; 0: no sample")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="checkpoint folder to go on from, or last")
+    accept_changes: bool = HfArg(default=False, help="resume although flags or data are not those of the checkpoint")
     learning_rate: float = HfArg(default=0.0, help="peak (0: 0.5 / hidden_size, or a tenth of that in fine-tuning)")
     lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate after the warm-up")
     save_strategy: str = HfArg(default="steps", help="no, steps or epoch")
@@ -113,50 +151,141 @@ class HSPMNTrainingArguments(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
 
 
-def parse_arguments(argv):
-    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
+def json_object(text):
+    """An argparse type: a JSON object or the path of a file, kept as text."""
+    if not (isinstance(json.loads(text), dict) if text.lstrip().startswith("{") else Path(text).is_file()):
+        raise ValueError
+    return text
+
+
+def check_values(values, parser):
+    """Refuse numbers that no training can use, and empty names."""
+    for name, value in values.items():
+        flag, number = f"--{name}", isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or value == parser.get_default(name):
+            continue
+        if "" in (value if isinstance(value, list) else [value]):
+            refuse(f"{flag} is empty; give a value, or leave it out")
+        if not number:
+            continue
+        least, below, (low, high) = LEAST.get(name), BELOW.get(name), OPEN.get(name, (-math.inf, math.inf))
+        if name == "max_steps" and value < 1:
+            refuse(f"{flag} must be at least 1, or -1 for epochs, got {value}")
+        if name in OPEN and not low < value < high:
+            refuse(f"{flag} must lie in ({low}, {high}), got {value}")
+        if least is not None and not value >= least:
+            refuse(f"{flag} must be at least {least}, got {value}")
+        if below is not None and not (least or 0) <= value < below:
+            refuse(f"{flag} must lie in [{least or 0}, {below}), got {value}")
+        if not (abs(value) < 2**63 or (isinstance(value, float) and value < math.inf) or name == "max_grad_norm"):
+            refuse(f"{flag} must be a number below 2**63, got {value}")
+
+
+def check_plan(args, config):
+    """Refuse, before any text is read, what would fail later: the sample, the metric, the optimizer, the schedule."""
+    if args.sample_tokens and config.router_mode == "topk":
+        refuse("--config_overrides router_mode=topk cannot generate the sample at the end; add --sample_tokens 0")
+    metric = args.metric_for_best_model
+    if args.save_strategy == "best" and (metric is None or args.eval_strategy == "no"):
+        refuse("--save_strategy best needs a metric; add --metric_for_best_model loss and --eval_strategy steps")
+    if metric is not None:
+        known = ["loss", *(f"load/{layer}" for layer in range(config.num_hidden_layers))]
+        check_name("--metric_for_best_model", metric.removeprefix("eval_"), known)
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        refuse("--dataloader_persistent_workers needs workers; add --dataloader_num_workers 2")
+    if args.label_names not in (None, ["labels"]):
+        refuse(f"--label_names {' '.join(args.label_names)} cannot work: the labels are named labels; leave it out")
+    faults = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+    steps = args.max_steps if args.max_steps > 0 else 100
+    flags = f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+        optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        flags = f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        warmup = args.get_warmup_steps(steps)
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)
+        for step in (1, steps // 2, steps):
+            for rate in getattr(schedule, "lr_lambdas", ()):
+                if not math.isfinite(rate(step)):
+                    raise ValueError(f"the learning rate of step {step} is not finite")
+    except faults as error:
+        refuse(f"{flags} cannot work: {error}")
+    if args.torch_compile:
+        check_name("--torch_compile_backend", args.torch_compile_backend, torch.compiler.list_backends(()))
+        with refusing(RuntimeError):
+            torch.compile(check_plan, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def flags_of(*arguments):
+    """Names and values of the flags that decide what is trained, and the number of processes, as JSON has them."""
+    values = {field.name: getattr(part, field.name) for part in arguments for field in fields(part)}
+    values = {name: value for name, value in values.items() if name not in FREE and not name.startswith(FREE_PREFIXES)}
+    return json.loads(json.dumps(values | {"num_processes": arguments[-1].world_size}, default=str))
+
+
+def fingerprint(train, names):
+    """A digest of what is trained on; of a stream, its names."""
+    if not isinstance(train, datasets.Dataset):
+        return names
+    total = hashlib.sha256()
+    for batch in train.with_format("numpy").iter(1024):
+        total.update(np.ascontiguousarray(batch["input_ids"], dtype=np.int32))
+    return total.hexdigest()
+
+
+def make_parser():
+    """The command line: all options, whose errors are one line."""
     parser = HfArgumentParser((ModelArguments, DataArguments, HSPMNTrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     parser.error = refuse  # one line, not the several hundred of the usage
-    try:
-        model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except ValueError as error:
-        refuse(error)
-    if unknown:
-        check_name("argument", unknown[0].split("=")[0], parser._option_string_actions)
-    values = vars(data) | vars(training)
-    least = {"seq_len": 2, "vocab_size": 258, "validation_blocks": 1, "tokenizer_documents": 1, "baseline_tokens": 0}
-    least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    for name, minimum in least.items():
-        if values[name] < minimum:
-            refuse(f"--{name} must be at least {minimum}, got {values[name]}")
-    if not 0.0 < data.validation_fraction < 1.0:
-        refuse(f"--validation_fraction must lie in (0, 1), got {data.validation_fraction}")
-    for name, installed in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
-        if name in training.report_to and not installed():
+    for action in parser._actions:
+        if action.dest in CHOICES:
+            action.choices = [choice.value for choice in CHOICES[action.dest]]
+        if action.dest in TrainingArguments._VALID_DICT_FIELDS:
+            action.type = json_object
+    return parser
+
+
+def parse_arguments(argv):
+    """`argv` as (ModelArguments, DataArguments, HSPMNTrainingArguments); refuses what no work should start with."""
+    parser = make_parser()
+    with refusing(AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):  # no code of ours runs here
+        given, unknown = parser.parse_known_args(argv)
+        if unknown:
+            check_name("argument", unknown[0].split("=")[0], parser._option_string_actions)
+        check_values(vars(given), parser)
+        model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    installed = {*get_available_reporting_integrations()} - {"tensorboard", "wandb"}
+    installed |= {"tensorboard"} if is_tensorboard_available() else set()
+    installed |= {"wandb"} if is_wandb_available() else set()
+    for name in training.report_to:
+        check_name("--report_to", name, INTEGRATION_TO_CALLBACK)
+        if name not in installed:
             refuse(f"--report_to {name} needs a package that is not installed; pip install {name}")
     if model.model_name_or_path and data.tokenizer_name:
         refuse(f"--tokenizer_name {data.tokenizer_name} contradicts --model_name_or_path, which brings its own")
-    resume, folder = training.resume_from_checkpoint, training.output_dir
-    if resume and resume.lower() in ("true", "last"):
-        resume = training.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if resume is None:
-            refuse(f"--resume_from_checkpoint last: no checkpoint in --output_dir {folder}; name a checkpoint folder")
-    if resume and not (Path(resume) / "trainer_state.json").is_file():
-        refuse(f"--resume_from_checkpoint {resume} is no checkpoint folder (it has no trainer_state.json)")
+    if (model.model_name_or_path or data.tokenizer_name) and data.vocab_size != DataArguments.vocab_size:
+        brings = "model_name_or_path" if model.model_name_or_path else "tokenizer_name"
+        refuse(f"--vocab_size {data.vocab_size} contradicts --{brings}, which brings its own; leave it out")
+    folder = Path(training.output_dir)
+    if folder.resolve() == ROOT or folder.is_file():
+        kind = "a file" if folder.is_file() else "this checkout, whose files the model's would replace"
+        refuse(f"--output_dir {folder} is {kind}; give a folder of its own")
     return model, data, training
 
 
 def make_data(model_args, data_args, training_args):
     """Tokenizer (of checkpoint, saved model or that name, or fitted on the documents), train and validation blocks,
     and what `settle` takes: tokens held out, to train on and, of a stream, read so far, in shared memory."""
-    with training_args.main_process_first(desc="reading documents"):
-        documents = tuple(load_documents(data_args))
     name = training_args.resume_from_checkpoint or model_args.model_name_or_path or data_args.tokenizer_name
     if name:
         with loading(name):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name != data_args.tokenizer_name)
-    else:
+        if training_args.sample_tokens and not tokenizer(training_args.prompt)["input_ids"]:
+            refuse(f"--prompt {training_args.prompt!r} has no tokens in the tokenizer of {name}; give other words")
+    with training_args.main_process_first(desc="reading documents"):
+        documents = tuple(load_documents(data_args))
+    if not name:
         texts = (row["text"] for row in islice(documents[0], data_args.tokenizer_documents) if row["text"])
         tokenizer = fit_tokenizer(texts, data_args.vocab_size, padding=True)
     T, batch = data_args.seq_len, training_args.train_batch_size * training_args.world_size
@@ -199,10 +328,16 @@ def make_config(model_args, vocab_size, seq_len):
     changes = {name: getattr(model_args, name) for name in SIZES if getattr(model_args, name) is not None}
     if shares:
         changes["sparsity_k"] = shares if len(shares) > 1 else shares[0]
-    changes |= parse_overrides("--config_overrides", model_args.config_overrides)
+    overrides = parse_overrides("--config_overrides", model_args.config_overrides)
+    for name, value in overrides.items():
+        if name in SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            refuse(f"--config_overrides {name}={value} must be a whole number of at least 1")
+        if name in TOKENIZER_FIELDS and not source:
+            refuse(f"--config_overrides {name}={value}: the tokenizer decides it; give --vocab_size instead")
+    changes |= overrides
     if source:
         saved = config_with({}, source=source)
-        for name in SIZES:
+        for name in (*SIZES, "vocab_size"):
             if changes.get(name, has := getattr(saved, name)) != has:
                 refuse(f"--{name} {changes[name]} differs from {source}, which has {has}; leave it out")
         # a trained router needs no annealing
@@ -247,7 +382,60 @@ class LogCallback(ProgressCallback):
 
 
 class HSPMNTrainer(Trainer):
-    """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean)."""
+    """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean).
+
+    It stops where numbers are not finite, seals its checkpoints (`runs.py`), and trains no step too many.
+    """
+
+    record = {}  # of the flags and the data, for the seals
+    begun = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.finite = runs.FiniteCallback(self.accelerator, self.args.output_dir)
+        self.add_callback(self.finite)
+
+    def train(self, *args, **kwargs):
+        """Training; what it cannot begin with is refused in one line."""
+        try:
+            return super().train(*args, **kwargs)
+        except (ImportError, KeyError, ValueError) as error:
+            if self.begun:
+                raise
+            refuse(f"training cannot begin: {error}")
+
+    def training_step(self, *args, **kwargs):
+        """A forward and backward pass, whose loss is looked at."""
+        self.begun = True
+        loss = super().training_step(*args, **kwargs)
+        self.finite.see("loss", loss, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16:  # whose scaler skips steps that overflow
+            self.finite.see("gradient norm", norm, self.state.global_step + 1)
+        return norm
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True  # a resumed run that was complete; Trainer would add a step
+
+    def _save_checkpoint(self, model, trial):
+        self.finite.check(self.model)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # older checkpoints go when this one is sealed, not before
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            runs.seal(folder, self.record)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; keeps the loads on the device, so that only a log line waits for them."""
@@ -326,24 +514,69 @@ def main(argv=None):
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs it raises too
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
-    if not training_args.learning_rate:
-        training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
-    # not by evaluate() before train(): that prepares the model without gradients, and ranks then train apart
-    training_args.eval_on_start = True
-    tokenizer, train, validation, tokens = make_data(model_args, data_args, training_args)
+    record, folder = {"flags": flags_of(model_args, data_args, training_args)}, Path(training_args.output_dir)
+    with refusing(), ExitStack() as stack:
+        config = make_config(model_args, data_args.vocab_size, data_args.seq_len)
+        if not training_args.learning_rate:
+            training_args.learning_rate = (0.05 if model_args.model_name_or_path else 0.5) / config.hidden_size
+        check_plan(training_args, config)
+        # not by evaluate() before train(): that prepares the model without gradients, and ranks then train apart
+        training_args.eval_on_start = True
+
+        def start():
+            stack.enter_context(runs.alone_in(folder))
+            return runs.starting_point(training_args, record)
+
+        training_args.resume_from_checkpoint, finished = runs.on_main_process(training_args, start)
+        kept = stack.pop_all()
+    with kept, runs.disk_errors(folder):
+        if finished:
+            print(f"nothing to do: {training_args.resume_from_checkpoint} ends the run, and {folder} holds its model")
+            return json.loads((folder / "results.json").read_text())
+        with refusing(), runs.disk_errors(folder):
+            trainer, results, tokens = prepare(model_args, data_args, training_args, config, record)
+        tokens["read"].zero_()
+        outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        metrics = trainer.evaluate()
+        results["loss_before"] = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+        results |= {"loss_after": metrics["eval_loss"], "steps": outcome.global_step}
+        blocks = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+        results["tokens"] = settle(tokens, outcome.global_step * blocks * data_args.seq_len)
+        results["train_data"] += f", {results['tokens']['train']:,} training tokens"
+        results["train_seconds"], results["seconds"] = outcome.metrics["train_runtime"], time.monotonic() - begin
+        results["loads"] = [value for name, value in metrics.items() if name.startswith("eval_load/")]
+        if not math.isfinite(results["loss_after"]):
+            refuse(f"the validation loss is {results['loss_after']}, so no model is written to {folder}", code=1)
+        finish(trainer, trainer.processing_class, results)
+    return results
+
+
+def prepare(model_args, data_args, training_args, config, record):
+    """The trainer with its model and data, the first results, and the tokens that `settle` counts."""
     set_seed(training_args.seed)
-    options = {"trust_remote_code": True, "dtype": torch.float32}
-    if model_args.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, config=config, **options)
-    else:
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    options, use_cache = {"trust_remote_code": True, "dtype": torch.float32}, config.use_cache
+    if model_args.model_name_or_path:  # before the data, in case it is refused
+        model = runs.load_model(model_args.model_name_or_path, config=config, **options)
+    tokenizer, train, validation, tokens = make_data(model_args, data_args, training_args)
+    record |= {"dataset": data_args.dataset, "data": fingerprint(train, data_args.dataset)}
+    runs.check_data(training_args, record)
+    if not model_args.model_name_or_path:
+        set_seed(training_args.seed)
+        special = {name: getattr(tokenizer, name) for name in TOKENIZER_FIELDS if name != "vocab_size"}
         config.update({"vocab_size": len(tokenizer)} | special)
-        model = AutoModelForCausalLM.from_config(config, **options)
+        with refusing(MemoryError, RuntimeError):  # sizes that no memory holds
+            model = AutoModelForCausalLM.from_config(config, **options)
+    resumed = training_args.resume_from_checkpoint
+    if resumed and (Path(resumed) / "model.safetensors").is_file():  # sharded optimizers may keep weights otherwise
+        runs.check_tensors(resumed, model)
+    if training_args.dataloader_drop_last and len(validation) < training_args.eval_batch_size:
+        few = f"the only {len(validation)} blocks of validation"
+        refuse(f"--dataloader_drop_last drops {few}; lower --per_device_eval_batch_size")
     collator = partial(collate, isolate_after=tokenizer.eos_token_id if data_args.isolate_documents else None)
     callbacks = [AnnealingCallback()]
     trainer = HSPMNTrainer(model, training_args, collator, train, validation, tokenizer, callbacks=callbacks)
-    model.config.use_cache = True  # Trainer turns it off, and the saved folder would keep that
+    trainer.record = record
+    model.config.use_cache = use_cache  # Trainer turns it off, and the saved folder would keep that
     trainer.remove_callback(ProgressCallback)
     if not training_args.disable_tqdm:
         trainer.add_callback(LogCallback())
@@ -351,46 +584,47 @@ def main(argv=None):
     device = f"{training_args.device.type.upper()} with {torch.get_num_threads()} threads"
     if training_args.device.type == "cuda":
         device = f"{training_args.world_size} x {torch.cuda.get_device_name()}"
-    results = {"validation_tokens": sum(map(len, validation["input_ids"]))}
+    results = {"train_data": source, "validation_tokens": sum(map(len, validation["input_ids"]))}
     results |= {"parameters": model.num_parameters(), "device": device}
     if data_args.baseline_tokens:
         results["bigram_loss"] = bigram_loss(train, validation, len(tokenizer), data_args.baseline_tokens)
-    tokens["read"].zero_()
-    outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    metrics = trainer.evaluate()
-    results["loss_before"] = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
-    results |= {"loss_after": metrics["eval_loss"], "steps": outcome.global_step}
-    blocks = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
-    results["tokens"] = settle(tokens, outcome.global_step * blocks * data_args.seq_len)
-    results["train_data"] = f"{source}, {results['tokens']['train']:,} training tokens"
-    results["train_seconds"], results["seconds"] = outcome.metrics["train_runtime"], time.monotonic() - begin
-    results["loads"] = [value for name, value in metrics.items() if name.startswith("eval_load/")]
-    finish(trainer, tokenizer, results)
-    return results
+    return trainer, results, tokens
 
 
 def finish(trainer, tokenizer, results):
-    """Save the model, its card and `results.json`, and print what the run measured."""
+    """Save the model, its card and `results.json`, all of them or none, and print what the run measured."""
+    folder = Path(trainer.args.output_dir)
+    whole = folder / runs.PARTIAL  # until it is
+    if trainer.args.should_save:
+        shutil.rmtree(whole, ignore_errors=True)
     if trainer.is_fsdp_enabled:  # whatever form its checkpoints have
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    trainer.save_model(str(whole))
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
-    set_seed(0)
-    ids_BT = model.generate(**inputs, max_new_tokens=64, **options)  # on every rank, which may hold a shard only
+    results["sample"] = ""
+    if args.sample_tokens:
+        try:
+            inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+            set_seed(0)
+            # on every rank, which may hold a shard only
+            ids_BT = model.generate(**inputs, max_new_tokens=args.sample_tokens, **options)
+            results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
+        except Exception as error:  # whatever it is, what was measured is kept
+            results["sample"] = f"none: {error}"
     if not trainer.is_world_process_zero():
         return
-    results["sample"] = tokenizer.decode(ids_BT[0], skip_special_tokens=True)
     lines = []
     for layer, (load, target) in enumerate(zip(results["loads"], model.config.layer_sparsity, strict=True)):
         remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
         lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
     bigram = f", bigram {results['bigram_loss']:.4f}" if "bigram_loss" in results else ""
     texts = {"left_over": results["tokens"]["left_over"], "bigram": bigram, "layers": "\n".join(lines)}
-    text, folder = REPORT.format(**results, **texts), Path(args.output_dir)
-    (folder / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
-    write_json(folder / "results.json", results)
+    text = REPORT.format(**results, **texts)
+    (whole / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
+    write_json(whole / "results.json", results)
+    runs.seal(whole, trainer.record)
+    runs.publish(whole, folder)
     print(f"{text}\nsaved in {folder}")
 
 
