@@ -186,12 +186,6 @@ class HSPMNRouter(nn.Module):
         self.target.fill_(1.0 + (self.sparsity_k - 1.0) * progress)
 
     @torch.no_grad()
-    def count(self, routed, real):
-        """Count a training pass: routed and real tokens, scalars."""
-        self.counts += torch.stack([routed, real]).to(self.counts.device)
-        self.counted = True
-
-    @torch.no_grad()
     def update_bias(self, counts):
         """One step of b += rate * clip(gain * (target - load), -1, 1) with load = routed / real tokens, the two
         `counts`, none without tokens; the router's own counts start anew."""
@@ -315,7 +309,7 @@ class SharedProjection(nn.Module):
         """`Heads` of every token [B, T, D]; moves the convolution's history on."""
         x_BTC, config, history_BLC = self.qkv_proj(h_BTD), self.config, None
         if layer_cache is not None:
-            if layer_cache.dtype != x_BTC.dtype:
+            if (layer_cache.dtype, layer_cache.device) != (x_BTC.dtype, x_BTC.device):
                 layer_cache.lazy_initialization(x_BTC)
             history_BLC = layer_cache.conv_state
         x_BTC = causal_conv(x_BTC, self.conv_weight, history_BLC, stream.start_BT, stream.length_B)
@@ -561,7 +555,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         x_BTD = x_BTD.contiguous()
         history = state = ring_k = ring_v = route = stored = None
         if layer_cache is not None:
-            if layer_cache.dtype != x_BTD.dtype:
+            if (layer_cache.dtype, layer_cache.device) != (x_BTD.dtype, x_BTD.device):
                 layer_cache.lazy_initialization(x_BTD)
             history, state = layer_cache.conv_state, layer_cache.linear_state
             ring_k, ring_v = layer_cache.window_keys, layer_cache.window_values
@@ -606,7 +600,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
         x_BTD = x_BTD.contiguous()
-        if layer_cache.dtype != x_BTD.dtype:
+        if (layer_cache.dtype, layer_cache.device) != (x_BTD.dtype, x_BTD.device):
             layer_cache.lazy_initialization(x_BTD)
         score_weight = decision = score_BT = None
         if router is not None:
@@ -647,7 +641,9 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
     (B, T), position_BT = x_BTD.shape[:2], None if position_BT is None else position_BT.contiguous()
     seen_B = start_BT = None
     if cache is not None:
-        cache.start_call(B, T, x_BTD.device)
+        kind = x_BTD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+        cache.start_call(B, T, x_BTD.device, dtype)
         seen_B = cache.seen
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)

@@ -6,8 +6,8 @@ own number of real tokens, so every count is a tensor per row.
 """
 
 import copy
-import math
 import weakref
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,12 +16,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .operations_hspmn import read_slots
 
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
-ALIGNMENT = 256  # bytes from which every tensor of an allocation begins
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
 # What the shapes of a cache follow from
 FIELDS = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-    *("conv_kernel_size", "linear_attention", "kv_cache_dtype"),
+    *("conv_kernel_size", "linear_attention", "kv_cache_dtype", "sparsity_k"),
 )
 
 
@@ -76,12 +75,6 @@ class Rows:
     def batch_select_indices(self, indices):
         """Keep the rows named by `indices`."""
         self.map_rows(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
-
-
-def shape_fields(config):
-    """By name, what the shapes of a cache follow from."""
-    routing = [i for i, share in enumerate(config.layer_sparsity) if share > 0]
-    return {field: getattr(config, field) for field in FIELDS} | {"routing layers": routing}
 
 
 def normal(tensor):
@@ -167,29 +160,33 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
 
     def lazy_initialization(self, key_states, value_states=None):
         """Allocate for the rows, dtype and device of `key_states` [B, T, ...], with slots for all of its tokens, or
-        take on its dtype: that of a call is what all of it is read in, and a cache may see autocast come and go."""
+        take on both: the dtype of a call is what all of it is read in, and a cache may see autocast come and go."""
         if self.is_initialized:
-            return self._cast(key_states.dtype)
-        tokens = key_states.shape[1] if self.routes else 0
+            return self._move(key_states.dtype, key_states.device)
+        tokens = key_states.shape[1] * self.routes
         self.allocate(key_states.shape[0], -(-tokens // SLOT_BLOCK) * SLOT_BLOCK, key_states.dtype, key_states.device)
         self.most_used = tokens
 
-    def _cast(self, dtype):
+    def _move(self, dtype, device):
         if torch.compiler.is_compiling():
             raise ValueError(
                 f"past_key_values holds {self.dtype} but the call computes in {dtype}; compiled code cannot convert "
                 "it: make the cache with that dtype, or make one eager call first"
             )
-        wide, self.dtype = torch.promote_types(dtype, torch.float32), dtype
-        kept = ("conv_state", "window_keys", "window_values", *(() if self.quantized else ("keys", "values")))
-        for names, kind in ((kept, dtype), (("linear_state", "key_scales", "value_scales"), wide)):
-            for name in names:
-                held = getattr(self, name).to(kind)
-                setattr(self, name, mark_static(held) if self.static else held)
+        wide, self.dtype, self.device = torch.promote_types(dtype, torch.float32), dtype, device
+        wider = ("linear_state", "key_scales", "value_scales")
+        for name in self._batched:
+            held = getattr(self, name)
+            kind = held.dtype if not held.is_floating_point() else wide if name in wider else dtype
+            held = held.to(device, kind)
+            setattr(self, name, mark_static(held) if self.static else held)
 
-    def allocate(self, batch_size, slots, dtype, device):
-        """Begin anew with `slots` empty sparse slots per row; keys, values and convolution inputs in `dtype`."""
-        self.dtype, self.device = dtype, torch.device(device)
+    def allocate(self, batch_size, slots, dtype, device, fill=torch.zeros):
+        """Begin anew with `slots` empty sparse slots per row; keys, values and convolution inputs in `dtype`.
+
+        Every tensor has memory of its own: torch 2.11 compiles writes to a part of a larger one wrongly. fill: what
+        makes a tensor; a caller that gives `torch.empty` fills them with zeros.
+        """
         wide, kept = torch.promote_types(dtype, torch.float32), torch.int8 if self.quantized else dtype
         scales = (wide, slots + 1 if self.quantized else 1, self._head_shape[0])
         window, store = (dtype, self.window, *self._head_shape), (kept, slots + 1, *self._head_shape)
@@ -199,19 +196,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             "value_scales": scales, "positions": (torch.int32, slots + 1), "count": (torch.int32,),
             "document_slot": (torch.int32,),
         }  # fmt: skip
-        # What stays in one launch, and in another what is replaced as the store grows
-        replaced = self.slot_tensors if self.routes else ()
-        for group in ([name for name in shapes if name not in replaced], replaced):
-            begin, places = 0, {}
-            for name in group:
-                kind, *shape = shapes[name]
-                places[name] = begin, math.prod((batch_size, *shape)) * kind.itemsize
-                begin += -(-places[name][1] // ALIGNMENT) * ALIGNMENT
-            whole = torch.zeros(begin, dtype=torch.uint8, device=device) if group else None
-            for name, (place, size) in places.items():
-                kind, *shape = shapes[name]
-                tensor = whole[place : place + size].view(kind).view(batch_size, *shape)
-                setattr(self, name, mark_static(tensor) if self.static else tensor)
+        for name, (kind, *shape) in shapes.items():
+            tensor = fill(batch_size, *shape, dtype=kind, device=device)
+            setattr(self, name, mark_static(tensor) if self.static else tensor)
+        self.dtype, self.device = dtype, tensor.device
         self.most_used = 0  # upper bound of `count` over the rows, known without reading the device
         self.is_initialized = True
 
@@ -237,21 +225,20 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         unless a static store is full: the latest are left out).
         """
         chosen = (None, None, None) if route is None else (route.index_BK, route.slot_BT, route.count_B)
-        first_BK, numbers_4B = operations.extend(
+        first_BK, numbers_2B, count_B, document_slot_B = operations.extend(
             key_states, value_states, stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B, *chosen,
             self.window_keys, self.window_values, self.keys, self.values, self.positions, self.count,
             self.document_slot, self.key_scales, self.value_scales,
         )  # fmt: skip
         if route is None:
             return None
-        before_B, kept_B, count_B, document_slot_B = numbers_4B.unbind()
         self.keep("count", count_B)
         self.keep("document_slot", document_slot_B)
         keys, values = self.keys[:, :-1], self.values[:, :-1]
         if self.quantized:
             keys = read_slots(self.keys, self.key_scales, key_states.dtype)
             values = read_slots(self.values, self.value_scales, key_states.dtype)
-        return keys, values, first_BK, before_B, kept_B
+        return keys, values, first_BK, *numbers_2B.unbind()
 
     def get_mask_sizes(self, query_length):
         """Key length and offset of a dense mask over all columns, as transformers asks for it."""
@@ -302,7 +289,8 @@ class HSPMNCache(Rows, Cache):
         super().__init__(layers=[HSPMNCacheLayer(config, i, self.static) for i in range(config.num_hidden_layers)])
         self.columns = self.reserved = 0  # reserved: tokens for which there is room already, for the next call
         self.seen = self.document_seen = self.last_position = None
-        self.fields, self.owner = shape_fields(config), None  # owner: weak reference to the model that fills it
+        self.fields = attrgetter(*FIELDS)(config)
+        self.owner = None  # weak reference to the model that fills it
         self.running = self.recorded = False  # a call began; the last one recorded gradients
         self.rollback, self.record_past = rollback, False  # record_past: go back over the last call, whatever its size
         self.checkpoints, self.pieces = [], []
@@ -369,11 +357,11 @@ class HSPMNCache(Rows, Cache):
         compiling = torch.compiler.is_compiling()
         if not compiling and self.owner is not None and self.owner() is model:
             return
-        for field, value in shape_fields(model.config).items():
-            if self.fields[field] != value:
+        for field, has, wants in zip(FIELDS, self.fields, attrgetter(*FIELDS)(model.config), strict=True):
+            if has != wants:
                 raise ValueError(
-                    f"past_key_values was made for {field}={self.fields[field]!r} but this model has {value!r}; pass "
-                    "a cache made with this model's config, or None"
+                    f"past_key_values was made for {field}={has!r} but this model has {wants!r}; pass a cache made "
+                    "with this model's config, or None"
                 )
         if compiling:
             return
@@ -392,10 +380,10 @@ class HSPMNCache(Rows, Cache):
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache"
             )
 
-    def start_call(self, batch_size, tokens, device):
-        """Before a call of `tokens` columns changes anything: begin the rows, make room, or refuse the call with a
-        ValueError: if the batch size changed, a static cache is too small, the call before was interrupted, or
-        gradients are recorded where they cannot be right."""
+    def start_call(self, batch_size, tokens, device, dtype=None):
+        """Before a call of `tokens` columns in `dtype` (None: not known yet) changes anything: begin the rows, make
+        room, or refuse the call with a ValueError: if the batch size changed, a static cache is too small, the call
+        before was interrupted, or gradients are recorded where they cannot be right."""
         if self.running:
             raise ValueError(
                 "a call on past_key_values was interrupted, so some layers hold its tokens and others do not; "
@@ -409,7 +397,7 @@ class HSPMNCache(Rows, Cache):
                 f"an {type(self).__name__} with a rollback length records no gradients; call the model under "
                 "torch.no_grad(), or use one without"
             )
-        if records and self.fields["kv_cache_dtype"] == "int8" and self.columns:
+        if records and self.layers[0].quantized and self.columns:
             raise ValueError(
                 "past_key_values holds kv_cache_dtype='int8', through which no gradient passes; call the model under "
                 "torch.no_grad(), or with all tokens at once"
@@ -423,6 +411,21 @@ class HSPMNCache(Rows, Cache):
         if tokens != self.reserved:
             self.reserve(tokens)
         self.reserved, self.running, self.recorded = 0, True, records
+        if dtype is not None and not self.layers[0].is_initialized:
+            self._begin_layers(batch_size, tokens, dtype, device)
+
+    def _begin_layers(self, batch_size, tokens, dtype, device):
+        """All layers at once, so that a launch fills them all; one of another device or dtype moves on its own."""
+        made, slots = {}, -(-tokens // SLOT_BLOCK) * SLOT_BLOCK
+        for layer in self.layers:
+            if layer.is_initialized:
+                continue
+            layer.allocate(batch_size, slots * layer.routes, dtype, device, torch.empty)
+            layer.most_used = tokens * layer.routes
+            for name in layer._batched:
+                made.setdefault(getattr(layer, name).dtype, []).append(getattr(layer, name))
+        for tensors in made.values():
+            torch._foreach_zero_(tensors)
 
     def _start_rows(self, batch_size, device):
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -599,12 +602,14 @@ class HSPMNCache(Rows, Cache):
 
     def thaw(self):
         """Take tensors made in inference mode for normal ones, those of the layers too."""
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        # one of each way to make them
-        some = [x for layer in layers for x in (layer.linear_state, layer.count, layer.keys)]
-        if any(x.is_inference() for x in (self.seen, *some)):
+        frozen = self.seen.is_inference()
+        for layer in self.layers:  # by one tensor of each way to make them
+            frozen = frozen or layer.is_initialized and (
+                layer.linear_state.is_inference() or layer.count.is_inference() or layer.keys.is_inference()
+            )
+        if frozen:
             super().thaw()
-            for layer in layers:
+            for layer in self.layers:
                 layer.thaw()
             if self.static:
                 self.columns = mark_static(normal(self.columns))
@@ -655,7 +660,7 @@ class HSPMNStaticCache(HSPMNCache):
             layer.allocate(batch_size, slots if layer.routes else 0, dtype, device)
             layer.columns, layer.max_length = self.columns, max_length
 
-    def start_call(self, batch_size, tokens, device):
+    def start_call(self, batch_size, tokens, device, dtype=None):
         """As in `HSPMNCache`, and ValueError where gradients are recorded."""
         if torch.is_grad_enabled():
             raise ValueError(
@@ -665,4 +670,4 @@ class HSPMNStaticCache(HSPMNCache):
         # In this order: asking a stream breaks the graph of code that is being compiled
         if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self.reserved = tokens  # reading what it was would compile that code anew for each value
-        super().start_call(batch_size, tokens, device)
+        super().start_call(batch_size, tokens, device, dtype)

@@ -284,7 +284,7 @@ def tokens_before(index, token, used, BITS):
 @kernel("B", "T", "K", "P", "POSITION_STEP", "BITS")
 def extend_kernel(
     k, v, position, start, length, seen, index, count, ring_k, ring_v, keys, values, positions, held, document_slot,
-    key_scales, value_scales, first, numbers, B, T, K, P, POSITION_STEP, BITS,
+    key_scales, value_scales, first, numbers, after, document, B, T, K, P, POSITION_STEP, BITS,
     G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """BLOCK slots of one row and head: of the window's ring in the first programs, else of the sparse store.
@@ -329,8 +329,8 @@ def extend_kernel(
                 if block == 0:
                     tl.store(numbers + b, before)
                     tl.store(numbers + B + b, kept)
-                    tl.store(numbers + 2 * B + b, total + used)
-                    tl.store(numbers + 3 * B + b, tl.where(latest < 0, opened, total + before_latest))
+                    tl.store(after + b, total + used)
+                    tl.store(document + b, tl.where(latest < 0, opened, total + before_latest))
 
 
 def _gather(x_BTX, y_BTX, index_BK, count_B=None):
@@ -524,13 +524,14 @@ def _extend(
             raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {E}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
     blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)
-    first_BK, numbers_4B = held_B.new_empty((B, K) if routes else 0), held_B.new_empty((4, B) if routes else 0)
+    shapes = ((B, K), (2, B), B, B) if routes else (0,) * 4
+    outputs = tuple(map(held_B.new_empty, shapes))
     if not (B and T and blocks * G):
-        return first_BK, numbers_4B
+        return outputs
     extend_kernel[(blocks * G, B)](
         k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, count_B, *written.values(), positions_BP,
-        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, first_BK, numbers_4B, B, T, K, P,
+        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, *outputs, B, T, K, P,
         T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
         START=0 if start_BT is None else min(2, start_BT.shape[1]), num_warps=4,
     )  # fmt: skip
-    return first_BK, numbers_4B
+    return outputs

@@ -204,7 +204,8 @@ class HSPMNModel(HSPMNPreTrainedModel):
         Returns `HSPMNOutput`; hidden states of padding are zero. Raises ValueError for inputs that do not fit, and
         TypeError for a name that is unknown.
         """
-        refuse_unknown(kwargs)
+        if kwargs:
+            refuse_unknown(kwargs)
         use_cache = self._wants_cache(use_cache, past_key_values)
         output_hidden_states = self._asked("output_hidden_states", output_hidden_states)
         x_BTD = self._embed(input_ids, inputs_embeds, output_attentions)
@@ -218,7 +219,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
                 f"past_key_values must be an HSPMNCache or an HSPMNStaticCache, got {kind}; pass None and "
                 "continue with the cache that the output returns"
             )
-        documents = document_numbers((B, T), kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"))
+        documents = document_numbers((B, T), kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")) if kwargs else {}
         if documents and position_BT is None and past_key_values is not None:
             raise ValueError(f"{', '.join(documents)} without position_ids cannot continue a cache; pass position_ids")
         if use_cache and past_key_values is None:
@@ -371,7 +372,7 @@ class HSPMNModel(HSPMNPreTrainedModel):
 
     def _router_outputs(self, routes, length_B, rows, x_BTD, row_weights):
         """Router fields of `HSPMNOutput`, zeros for layers that route nothing; counts loads in training."""
-        device, shape, scores, slots, routed, routing = x_BTD.device, x_BTD.shape[:2], [], [], [], []
+        device, shape, scores, slots, routed, routing, routers = x_BTD.device, x_BTD.shape[:2], [], [], [], [], []
         found_L3, summed = None, True
         if None in routes:
             no_score, no_slot = torch.zeros(shape, device=device), torch.full(shape, -1, device=device)
@@ -381,9 +382,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
             if route is not None:
                 routed.append(route)
                 routing.append(layer)
+                routers.append(layer.router)
                 summed = summed and route.sums_B4 is not None  # kernels make no sums of a single token
         if routed and summed:
-            routers, length = [layer.router for layer in routing], shape[1] if length_B is None else length_B
+            length = shape[1] if length_B is None else length_B
             totals_L3, loss = router_statistics(routed, routers, length, self.config, row_weights)
             real = shape[0] * shape[1] if length_B is None else length_B.sum().to(totals_L3)
             found_L3 = totals_L3 / (real if length_B is None else real.clamp(min=1))
@@ -407,8 +409,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
         looks = totals_L3.device.type == "cpu" and not torch.compiler.is_compiling()
         real = real if isinstance(real, torch.Tensor) else totals_L3.new_full((), real)
         for layer, (routed, dropped, _) in zip(routing, totals_L3, strict=True):
-            if torch.is_grad_enabled() and layer.router.weight.requires_grad:
-                layer.router.count(routed, real)
+            router = layer.router
+            if torch.is_grad_enabled() and router.weight.requires_grad:
+                router.counts.add_(torch.stack([routed, real]).to(router.counts.device))
+                router.counted = True
             if looks and dropped > 0:
                 logger.warning_once(
                     f"layer {layer.layer_idx}: more tokens were routed than capacity_factor="

@@ -607,7 +607,7 @@ def extend(
     index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor,
     keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor,
     key_scales_BPG: Tensor, value_scales_BPG: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a call leaves to the next: its last tokens in the window's ring, its routed tokens in the sparse store.
 
     k_BTGE, v_BTGE: of `split_heads`. position_BT: position ids, first dimension 1 or B. seen_B: real tokens before
@@ -615,9 +615,9 @@ def extend(
     `local_attention`. keys, values [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot
     takes discarded writes. held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B
     (int32): the first slot of each row's document. *_scales_BPG: of `quantize` for int8, else unused. Ring and store
-    are written IN PLACE. Returns first_BK of `sqsk_attention` (int32) and, int32 [4, B]: slots held before, tokens of
-    this call that have one (the latest are left out of a full store), and the next call's `held_B` and
-    `document_slot_B`; empty ones for a layer that routes nothing.
+    are written IN PLACE. Returns, int32, first_BK of `sqsk_attention`; slots held before, and tokens of this call that
+    have one (the latest are left out of a full store) [2, B]; and the next call's `held_B` and `document_slot_B`, each
+    in memory of its own, as a compiled call asks of what it writes; empty ones for a layer that routes nothing.
     """
     T, W = k_BTGE.shape[1], ring_k_BWGE.shape[1]
     if W:
@@ -627,7 +627,7 @@ def extend(
         for ring_BWGE, x_BTGE in ((ring_k_BWGE, k_BTGE), (ring_v_BWGE, v_BTGE)):
             ring_BWGE.copy_(torch.where(new, x_BTGE.gather(1, token).to(ring_BWGE.dtype), ring_BWGE))
     if index_BK is None:
-        return held_B[:0], held_B[:0]
+        return held_B[:0], held_B[:0], held_B[:0], held_B[:0]
     (B, K), P = index_BK.shape, keys_BPGE.shape[1] - 1
     before_B, after_B = held_B.clamp(max=P), held_B + count_B
     kept_B = after_B.clamp(max=P) - before_B
@@ -641,7 +641,7 @@ def extend(
     first_BK = first_slot(index_BK, slot_BT, start_BT, held_B, document_slot_B)
     last_B1 = torch.full_like(slot_BT[:, :1], slot_BT.shape[1] - 1)
     document_B = first_slot(last_B1, slot_BT, start_BT, held_B, document_slot_B)[:, 0]
-    return first_BK, torch.stack([before_B, kept_B, after_B, document_B])
+    return first_BK, torch.stack([before_B, kept_B]), after_B, document_B
 
 
 @operation()
@@ -688,13 +688,13 @@ def attend_token(
         gate_BT, index_BK, slot_BT, count_B, _ = route.reference(
             score_BT, bias, start_BT, length_B, noise_floor, initial, 1
         )
-    first_BK, numbers_4B = extend.reference(
+    first_BK, numbers_2B, after_B, document_B = extend.reference(
         k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, *ring, keys_BPGE,
         values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
     )  # fmt: skip
     if score_BT is None:
         return merged_BTHE, slot_BT
-    before_B, kept_B, after_B, document_B = numbers_4B
+    before_B, kept_B = numbers_2B
     held_B.copy_(after_B)
     document_slot_B.copy_(document_B)
     kv = (read_slots(keys_BPGE, key_scales_BPG, q_BTHE.dtype), read_slots(values_BPGE, value_scales_BPG, q_BTHE.dtype))

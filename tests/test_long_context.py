@@ -30,6 +30,7 @@ KINDS = ("growing", "static")
 # last layer 0.8 %, 3 % at the 99.9th percentile (6,000 tokens, CPU, 2026-11-24); kernels round in other places too,
 # and 1.5 million scores have longer tails. float32 gave 6e-7: here as in the shorter tests, 1e-4, it hides no lost key
 ROUNDING = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 0.1)}
+REACH = 1e-2  # deviations by which one key more or less moved another score: 9e-4 (float32, H200, 2026-11-29)
 
 
 class Context(NamedTuple):
@@ -104,8 +105,9 @@ def assert_agree(context, got, want, rows=slice(None)):
     """Both are logits [B, N, V] of the last tokens of `rows` and routed tokens [L, B, T], for which this must hold:
 
     A decision may differ only where its score lies within rounding of the threshold, or where one before it differed:
-    in an earlier layer, for the same token or for one that its convolution reads. Logits of tokens that no such
-    decision touches differ by rounding. In float32 the short context has no decision that may differ.
+    in an earlier layer, for the same token or for one that its convolution reads; later tokens of that row, which may
+    attend to one that differs, have scores that lie REACH nearer. Logits of tokens that no such decision touches
+    differ by rounding. In float32 the short context has no decision that may differ.
     """
     (logits, routed_LBT), (want_logits, want_routed_LBT) = got, want
     flipped_LBT = routed_LBT != want_routed_LBT
@@ -114,7 +116,8 @@ def assert_agree(context, got, want, rows=slice(None)):
     assert CUDA or context.model.dtype != torch.float32 or not flipped_LBT.any()
     taps, touched_BT = context.model.config.conv_kernel_size, torch.zeros_like(flipped_LBT[0])
     for flipped_BT, distance_BT in zip(flipped_LBT, distance_LBT, strict=True):
-        assert not (flipped_BT & ~touched_BT & (distance_BT > margin)).any()
+        excused_BT = touched_BT | (distance_BT <= torch.where(touched_BT.cumsum(1) > 0, max(margin, REACH), margin))
+        assert not (flipped_BT & ~excused_BT).any()
         touched_BT = F.max_pool1d(F.pad((touched_BT | flipped_BT).float(), (taps - 1, 0)), taps, 1) > 0
     clean_BN = ~touched_BT[:, -logits.shape[1] :]
     assert clean_BN.float().mean() > 0.7

@@ -278,7 +278,7 @@ def test_extend_keeps_each_rows_last_and_routed_tokens(data):
         kv, position = normal(2, B, T, G, E, seed=call).float(), torch.arange(T).expand(B, T) + 100 * call
         start, length, wanted = data.draw(documents(B, T)), data.draw(lengths(B, T)), data.draw(masks(B, T))
         start, wanted = unpadded(start, length), wanted & (torch.arange(T) < length[:, None])
-        first, numbers = ops.extend.reference(
+        first, numbers, held, document = ops.extend.reference(
             *kv, position, start, length, seen, *ops.compact(wanted, T), *ring, *store, positions, held, document,
             *torch.zeros(2, B, 1, G),
         )  # fmt: skip
@@ -290,12 +290,13 @@ def test_extend_keeps_each_rows_last_and_routed_tokens(data):
             kept[row] += [(kv[:, row, t], 100 * call + t) for t in fresh]
             opened[row], total = begins[-1], len(kept[row])
             used = min(before, P)
-            assert numbers[:, row].tolist() == [used, min(total, P) - used, total, opened[row]]
+            assert numbers[:, row].tolist() == [used, min(total, P) - used]
+            assert (held[row], document[row]) == (total, opened[row])
             for i in range(max(0, len(tokens[row]) - W), len(tokens[row])):
                 assert torch.equal(ring[:, row, i % W], tokens[row][i])
             for slot, (token, place) in enumerate(kept[row][:P]):
                 assert torch.equal(store[:, row, slot], token) and positions[row, slot] == place
-        seen, (_, _, held, document) = seen + length, numbers
+        seen = seen + length
 
 
 def test_whole_numbers_are_within_half_a_step_of_what_they_stand_for():
@@ -400,8 +401,9 @@ def test_attend_token_by_token_is_one_call():
     window = (q, k, v, start, W, ring_k, ring_v, zeros)
     merged = ops.reflexive_merge.reference(*window, linear, head[..., G * R :], norm, 1e-6)
     gate, *route_of, _ = ops.route.reference(score, bias, start, length, 0.3, 1, T)
-    first, numbers = ops.extend.reference(k, v, position, start, length, zeros, *route_of, *caches[1][1:])
-    used, kept, *now = numbers
+    first, (used, kept), *now = ops.extend.reference(
+        k, v, position, start, length, zeros, *route_of, *caches[1][1:]
+    )
     ops.sqsk_merge.reference(merged, gate, q, keys[:, :-1], values[:, :-1], route_of[0], first, used, kept)
     real, used = torch.arange(T) < length[:, None], torch.arange(P) < now[0].clamp(max=P)[:, None]
     found = torch.where(real & (route_of[1] >= 0) & (route_of[1] < P), 0, -1)
