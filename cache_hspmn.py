@@ -604,8 +604,10 @@ class HSPMNCache(Rows, Cache):
         """Take tensors made in inference mode for normal ones, those of the layers too."""
         frozen = self.seen.is_inference()
         for layer in self.layers:  # by one tensor of each way to make them
-            frozen = frozen or layer.is_initialized and (
-                layer.linear_state.is_inference() or layer.count.is_inference() or layer.keys.is_inference()
+            frozen = (
+                frozen
+                or layer.is_initialized
+                and (layer.linear_state.is_inference() or layer.count.is_inference() or layer.keys.is_inference())
             )
         if frozen:
             super().thaw()
