@@ -401,9 +401,7 @@ def test_attend_token_by_token_is_one_call():
     window = (q, k, v, start, W, ring_k, ring_v, zeros)
     merged = ops.reflexive_merge.reference(*window, linear, head[..., G * R :], norm, 1e-6)
     gate, *route_of, _ = ops.route.reference(score, bias, start, length, 0.3, 1, T)
-    first, (used, kept), *now = ops.extend.reference(
-        k, v, position, start, length, zeros, *route_of, *caches[1][1:]
-    )
+    first, (used, kept), *now = ops.extend.reference(k, v, position, start, length, zeros, *route_of, *caches[1][1:])
     ops.sqsk_merge.reference(merged, gate, q, keys[:, :-1], values[:, :-1], route_of[0], first, used, kept)
     real, used = torch.arange(T) < length[:, None], torch.arange(P) < now[0].clamp(max=P)[:, None]
     found = torch.where(real & (route_of[1] >= 0) & (route_of[1] < P), 0, -1)
