@@ -79,9 +79,9 @@ class HSPMNConfig(PreTrainedConfig):
     """Configuration of an HSPMN model; the checkout's `config.json` holds the same defaults.
 
     Fields that every transformers decoder has keep their usual names and meaning; `rope_theta`,
-    `partial_rotary_factor` and `rope_scaling` are taken as by LlamaConfig. `validate()` runs at construction and again
-    when a model is built, because overrides passed to `from_pretrained` skip construction; types are checked whenever
-    a field is set, and whole numbers become floats where a float is due. Raises ValueError for a field out of range,
+    `partial_rotary_factor` and `rope_scaling` are taken as by LlamaConfig. `validate()` runs at construction, after
+    the overrides of `from_pretrained`, and again when a model is built, as fields can be set; types are checked when
+    one is set, and whole numbers become floats where a float is due. Raises ValueError for a field out of range,
     all of which `LIMITS` holds, or two that contradict each other, with a message that names field and fix.
     """
 
@@ -162,6 +162,13 @@ class HSPMNConfig(PreTrainedConfig):
             if given is not None and (held := self.rope_parameters.setdefault(name, given)) not in (given,):
                 raise ValueError(f"{name}={given!r} contradicts rope_parameters[{name!r}]={held!r}; give one of them")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, which sets overrides after construction: they are validated too."""
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).validate()
+        return made
 
     @property
     def rope_theta(self) -> float:

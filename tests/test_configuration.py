@@ -162,6 +162,13 @@ def test_override_after_construction_is_refused_by_the_model(tiny_config, kind, 
         kind(config)
 
 
+@pytest.mark.parametrize("field, value", [("sparsity_k", 3.0), ("rope_parameters", {"rope_theta": float("nan")})])
+def test_override_in_loading_is_refused_at_once(tiny_config, tmp_path, field, value):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=field):
+        HSPMNConfig.from_pretrained(tmp_path, **{field: value})
+
+
 def test_refusals_name_what_would_be_valid():
     with pytest.raises(ValueError, match="router_initial_tokens=4 .*router_mode='threshold'"):
         HSPMNConfig(router_mode="topk", router_initial_tokens=4)
