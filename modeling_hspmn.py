@@ -43,7 +43,6 @@ logger = logging.get_logger(__name__)
 
 READ_AGAIN = 256  # tokens after a rewound state that a GPU reads in about the time of one
 LEAST_PIECE = 1024  # tokens per row that are read at once however little memory is free
-SHORT_CALL = 4096  # tokens of all rows that are read at once without asking how much that is
 MEMORY_SHARE = 0.5  # of the free memory that reading a prompt may take
 BAR_DELAY = 5.0  # seconds after which reading a prompt shows a progress bar
 STOP_EVERY = 16  # decoded tokens between two looks for the end of text
@@ -588,7 +587,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length=new, is_first_iteration=is_first_iteration, **model_kwargs
         )
         inputs.pop("use_cache", None)
-        size = generation_config.prefill_chunk_size or (new if new * len(input_ids) <= SHORT_CALL else None)
+        size = generation_config.prefill_chunk_size or self.piece_size(len(input_ids))
         return self.prefill(chunk_size=size, **inputs)
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
