@@ -30,7 +30,7 @@ LIMITS = (  # fields, the least value and the largest: where memory, time to bui
     (("router_initial_tokens", "linear_attention_horizon"), 0, MOST),
     (("router_bias_rate", "router_token_entropy_coef", "router_load_entropy_coef"), 0.0, 1e4),
     (("router_bias_gain",), 1e-6, 1e6),
-    (("initializer_range", "rms_norm_eps"), 1e-9, 1.0),
+    (("initializer_range", "rms_norm_eps"), 1e-12, 1.0),  # transformers' own tests draw weights of 1e-10
     (("capacity_factor",), 1.0, 1e6),
     (("router_noise_floor",), 0.0, 1 - 2**-24),
     (("sparsity_anneal_fraction", "rope_parameters['partial_rotary_factor']"), 0.0, 1.0),
