@@ -40,7 +40,8 @@ DOCUMENTED = {
     "decode": {f"{model}/B{B}_S{S}": {"tok_s", "ms", "floor_ratio", "bytes"}
                for model in ("hspmn", "hspmn_even", "dense") for B in (1, 2) for S in (64, 128)},
     "serve": {case: {"ttft_ms" if "prompt" in case else "tok_s"} for case in SERVED | {"hspmn/sampled_static_B1"}}
-    | {"hspmn/captured_B1": {"ms", "tok_s", "static_share"}} | {case: {"host_us"} for case in LAYER_COSTS},
+    | {"hspmn/captured_B1": {"ms", "tok_s", "static_share"}, "hspmn/drafted_B1": {"tok_s", "speedup"}}
+    | {case: {"host_us"} for case in LAYER_COSTS},
 }  # fmt: skip
 
 
