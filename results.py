@@ -69,18 +69,9 @@ def parse_overrides(flag, items):
     return fields
 
 
-@contextmanager
-def valid():
-    """Refuse in one line what a configuration raises within."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        refuse(error)
-
-
 def config_with(fields, flag="--set", source=ROOT):
     """The `HSPMNConfig` of this checkout, or of the model saved at `source`, with other values; refuses wrong ones."""
-    with valid():
+    with refusing(TypeError):
         config = AutoConfig.from_pretrained(source, trust_remote_code=True)
         for field, value in fields.items():
             check_name(flag, field, config.to_dict())

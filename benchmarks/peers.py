@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..evaluate import low_precision
-from ..results import config_with, valid
+from ..results import config_with, refusing
 
 MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
 
@@ -19,7 +19,7 @@ def comparison_config(case, sizes, overrides=None):
     sizes = sizes | {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "tie_word_embeddings": True}
     if case == "dense":
         config_with(sizes)  # refuses what neither can have
-        with valid():
+        with refusing(TypeError):
             return LlamaConfig(**sizes, rms_norm_eps=1e-6, max_position_embeddings=1048576)
     layers = sizes["num_hidden_layers"]
     full = [1.0 if i % 4 == 3 or (layers < 4 and i == layers - 1) else 0.0 for i in range(layers)]

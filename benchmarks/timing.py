@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
-from ..results import config_with, parse_overrides, valid
+from ..results import config_with, parse_overrides, refusing
 
 SLOW_MS = 300.0  # calls longer than this are timed five times
 
@@ -134,7 +134,7 @@ def model_config(args, name, layers, intermediate_size):
         "num_hidden_layers": layers, "intermediate_size": intermediate_size, "tie_word_embeddings": True,
         "max_position_embeddings": 1048576, "rms_norm_eps": 1e-6}  # fmt: skip
     if name == "dense":
-        with valid():
+        with refusing(TypeError):
             return LlamaConfig(**sizes, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)
     routing = [CONCENTRATED_SHARE * ROUTING_PERIOD]
     shares = {"hspmn": None, "hspmn_even": args.sparsity_k, "hspmn_reflexive": [0.0], "hspmn_routing": routing}
