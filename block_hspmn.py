@@ -38,33 +38,33 @@ if HAS_TRITON:
     from .kernels_hspmn import HEAD_WIDTHS, interpreted, swiglu_fits
 
 # Kernels go through the dispatcher, "triton", only where a compiler looks on
-OPERATIONS = {backend: operations(backend) for backend in ("reference", "flex", "triton", "launch")}
+OPERATIONS = {backend: operations(backend) for backend in ("reference", "flex", "train", "triton", "launch")}
 SHARE_UNIT = 10**6  # shares are whole multiples of 1 / SHARE_UNIT where tokens are counted, also of a symbolic length
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
 
 
 def pick_backend(requested, device, head_dim):
-    """What runs the operations on `device` now: "reference", "flex" (with gradients) or "triton" (without).
+    """What runs the operations on `device` now: "reference", "flex" (FlexAttention), "train" (kernels with gradients)
+    or "triton" (those without).
 
-    "auto" takes the reference on CPU; on CUDA the kernels where no gradient is recorded, else FlexAttention.
+    "auto" takes the reference on CPU; on CUDA the kernels or, where these cannot run, FlexAttention.
     Raises ValueError if the requested one cannot run there; a forced choice is never replaced silently.
     """
+    kernels = "train" if torch.is_grad_enabled() else "triton"
     if requested == "auto":
         if device.type != "cuda":
             return "reference"
-        usable = HAS_TRITON and head_dim in HEAD_WIDTHS and not torch.is_grad_enabled()
-        return "triton" if usable else "flex"
+        return kernels if HAS_TRITON and head_dim in HEAD_WIDTHS else "flex"
     if requested == "flex" and device.type != "cuda":
         raise ValueError(f"backend='flex' needs a CUDA device, got {device.type}; set backend='auto' or 'reference'")
-    if requested == "triton":
-        if not HAS_TRITON:
-            raise ValueError("backend='triton' needs the triton package; install it or set backend='auto'")
-        if device.type != "cuda" and not interpreted():
-            raise ValueError(f"backend='triton' needs a CUDA device, got {device.type}; set backend='auto'")
-        if torch.is_grad_enabled():
-            raise ValueError("backend='triton' computes no gradients; use torch.no_grad(), or backend='auto' to train")
-    return requested
+    if requested != "triton":
+        return requested
+    if not HAS_TRITON:
+        raise ValueError("backend='triton' needs the triton package; install it or set backend='auto'")
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(f"backend='triton' needs a CUDA device, got {device.type}; set backend='auto'")
+    return kernels
 
 
 class Stream(NamedTuple):
@@ -489,7 +489,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
     def path(self, x_BTD, backend, cached=False):
         """Which body runs a call, "modules" (each is called), "fused" or "token" (kernels), and the first reason."""
         for holds, reason in (
-            (backend != "triton", "kernels compute no gradients and need CUDA"),
+            (backend != "triton", "gradients are recorded, or there is no CUDA device"),
             (self.training, "training calls every module"),
             (torch.is_autocast_enabled(x_BTD.device.type), "autocast casts what modules are given"),
             (self.unfused, f"there is no fused form of {', '.join(self.unfused)}"),

@@ -352,16 +352,9 @@ def _take_rows(x_BTX, index_BK, inverse_BT):
     return _gather(x_BTX, None, index_BK)[0]
 
 
-def _keep_maps(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _take_rows_back(form, ctx, grad):
-    index_BK, inverse_BT = ctx.saved_tensors
-    return form(grad, inverse_BT, index_BK), None, None
-
-
-take_rows.gradient(_keep_maps, _take_rows_back)
+@take_rows.gradient(wrt=("x_BTX",))
+def _take_rows_back(grad_BKX, x_BTX, index_BK, inverse_BT):
+    return _gather(grad_BKX, None, inverse_BT)[:1]
 
 
 def _tile_sizes(q_shape, k_shape, rows, block_n, warps, stages, **more):

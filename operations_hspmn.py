@@ -22,8 +22,9 @@ Tensors of the cache are written IN PLACE by every form of an operation; None st
 import hashlib
 import math
 from functools import cache, partial, update_wrapper
-from inspect import signature
+from inspect import Parameter, Signature, signature
 from types import SimpleNamespace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -52,22 +53,23 @@ KEPT = ("ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP"
 class Operation:
     """A typed reference function and the other forms that compute it, called as `route(*args, backend="triton")`.
 
-    Attributes: `reference`; `mutates`, the arguments written in place; `differentiable`, whether the kernel trains.
+    Attributes: `reference`; `mutates`, the arguments written in place.
     """
 
     def __init__(self, reference, mutates=()):
         update_wrapper(self, reference)
-        self.reference, self.mutates, self.differentiable = reference, mutates, False
+        self.reference, self.mutates = reference, mutates
         self._forms = {"reference": reference}
+        self.trains = lambda *args: False  # whether the kernel has the gradient of a call with these arguments
 
     def __call__(self, *args, backend="reference"):
         """Run the form of `backend`."""
         return self.form(backend)(*args)
 
     def form(self, backend):
-        """The function that runs on a backend: its own form, where it has a gradient if one is needed."""
-        if backend == "flex" and "flex" not in self._forms and self.differentiable:
-            backend = "triton"
+        """The function that runs on a backend: its own form, or the reference."""
+        if backend == "flex" and "flex" not in self._forms:
+            backend = "train"
         return self._forms.get(backend, self.reference)
 
     def kernel(self, launch=None, strided=()):
@@ -80,32 +82,89 @@ class Operation:
         """
         if launch is None:
             return partial(self.kernel, strided=strided)
-        name, as_is = self.__name__, {*self.mutates, *strided}
-        kept = [parameter in as_is for parameter in signature(self.reference).parameters]
+        self._forms["triton"] = self._define(
+            self.__name__, self._parameters(), launch, self._fake, self.mutates, strided
+        )
+        self._forms["launch"] = launch
+        return launch
+
+    def _parameters(self, without=()):
+        return [each for name, each in signature(self.reference).parameters.items() if name not in without]
+
+    def _define(self, name, parameters, launch, fake, mutates=(), strided=(), returns=None):
+        """A custom operator of `parameters` that runs `launch`, given contiguous tensors but for those `strided`."""
+        kept = [each.name in (*mutates, *strided) for each in parameters]
 
         def contiguous(*args):
             pairs = zip(args, kept, strict=True)
             return launch(*[x if keep or not isinstance(x, Tensor) else x.contiguous() for x, keep in pairs])
 
-        LIBRARY.define(name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
+        returns = signature(self.reference).return_annotation if returns is None else returns
+        contiguous.__signature__ = Signature(parameters, return_annotation=returns)
+        LIBRARY.define(name + torch.library.infer_schema(contiguous, mutates_args=mutates))
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, contiguous, key)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=LIBRARY)
-        self._forms["triton"] = getattr(getattr(torch.ops, NAMESPACE), name).default
-        self._forms["launch"] = launch
-        return launch
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def flex(self, function):
         """Register the form that FlexAttention computes, with gradients, on CUDA."""
         self._forms["flex"] = function
         return function
 
-    def gradient(self, setup, backward):
-        """Register the kernel's gradient, with which it trains too: setup(ctx, inputs, output) keeps what is needed;
-        backward(kernel, ctx, *grads) has one gradient per argument. The reference has autograd's."""
-        name, back = f"{NAMESPACE}::{self.__name__}", partial(backward, self._forms["triton"])
-        torch.library.register_autograd(name, back, setup_context=setup, lib=LIBRARY)
-        self.differentiable = True
+    def gradient(self, launch=None, wrt=(), keeps=(), takes=None):
+        """Register the gradient of the kernel, with which it trains: launch(*gradients of the outputs, *arguments,
+        *outputs) gives those of the arguments `wrt`, in their order. It becomes an operator of its own, so that a
+        compiler sees neither. Of what the operation returns it is given the outputs numbered `keeps`; what the
+        operation writes in place it is not given: a call with any of that, or that `takes` (a function of the
+        arguments) refuses, is the reference's, with autograd's gradient.
+        """
+        if launch is None:
+            return partial(self.gradient, wrt=wrt, keeps=keeps, takes=takes)
+        everything, given = self._parameters(), self._parameters(self.mutates)
+        at = [i for i, each in enumerate(everything) if each.name not in self.mutates]
+        places = [i for i, each in enumerate(given) if each.name in wrt]
+        outputs = len(get_args(signature(self.reference).return_annotation)) or 1
+        extra = [f"grad_{i}" for i in range(outputs)] + [f"output_{i}" for i in keeps]
+        extra = [Parameter(each, Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for each in extra]
+
+        def whole(args):
+            found = dict(zip(at, args, strict=True))
+            return [found.get(i) for i in range(len(everything))]
+
+        def back_fake(*args):
+            return [args[outputs + i].new_empty(args[outputs + i].shape) for i in places]
+
+        train = self._define(
+            f"{self.__name__}_train", given, lambda *args: self._forms["launch"](*whole(args)),
+            lambda *args: self._fake(*whole(args)),
+        )  # fmt: skip
+        back = self._define(
+            f"{self.__name__}_backward", [*extra[:outputs], *given, *extra[outputs:]],
+            lambda *args: list(launch(*args)), back_fake, returns=list[Tensor],
+        )  # fmt: skip
+
+        def keep(ctx, inputs, output):
+            output = output if isinstance(output, tuple) else (output,)
+            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *(output[i] for i in keeps))
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+        def backward(ctx, *grads):
+            saved = iter(ctx.saved_tensors)
+            inputs = [next(saved) if other is None else other[0] for other in ctx.others]
+            found = dict(zip(places, back(*grads, *inputs, *saved), strict=True))
+            return tuple(found.get(i) for i in range(len(inputs)))
+
+        torch.library.register_autograd(train.name(), backward, setup_context=keep, lib=LIBRARY)
+
+        def trains(*args):
+            return all(x is None for i, x in enumerate(args) if i not in at) and (takes is None or takes(*args))
+
+        def form(*args):
+            return train(*[args[i] for i in at]) if trains(*args) else self.reference(*args)
+
+        self._forms["train"], self.trains = form, trains
+        return launch
 
     def _fake(self, *args):
         """Outputs of the reference as fresh tensors, as kernels allocate them."""
@@ -124,8 +183,8 @@ def operation(*mutates):
 @cache
 def operations(backend):
     """The form of every operation on a backend, as attributes by name: "reference"; "flex", with gradients, on CUDA;
-    "triton", which a compiler may see; "launch", the same without the dispatcher, for eager calls without gradients
-    whose tensors are contiguous.
+    "train", kernels with gradients; "triton", those without, which a compiler may see; "launch", the same without the
+    dispatcher, for eager calls without gradients whose tensors are contiguous.
     """
     return SimpleNamespace(**{name: op.form(backend) for name, op in REGISTRY.items()})
 

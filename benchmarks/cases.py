@@ -177,8 +177,8 @@ def _project_token(m, scored=True):
 
 
 @variants("linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
-          packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True},
-          normaliser={"columns": 1})  # fmt: skip
+          packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True}, normaliser={"columns": 1},
+          training={"kind": "packed", "padded": True, "state": False, "columns": 1})  # fmt: skip
 def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
     length_B, width = m.length(padded), m.E + columns
     heads, decay_BTH = m.heads(m.T, width), -(torch.rand(m.B, m.T, m.H, device=m.device) ** 3)

@@ -156,19 +156,19 @@ def test_an_operation_without_a_form_for_a_backend_runs_its_reference():
     assert [operation.form(backend) for backend in ("reference", "flex", "triton")] == [reference] * 3
     operation.flex(abs)
     assert operation.form("flex") is abs and operation(-1, backend="flex") == 1
-    flex, triton = operations("flex"), operations("triton")
-    assert flex.take_rows is triton.take_rows  # with a gradient of its own
-    assert flex.linear_attention is not triton.linear_attention  # without one
+    flex, train, triton = (operations(backend) for backend in ("flex", "train", "triton"))
+    assert flex.take_rows is train.take_rows is not triton.take_rows  # with a gradient of its own
+    assert flex.place is train.place is not triton.place  # without one
 
 
 @pytest.mark.parametrize("backend, device, width, world, picked", [
     ("auto", "cpu", 64, None, "reference"), ("auto", "cuda", 64, None, "triton"),
-    ("auto", "cuda", 48, None, "flex"), ("auto", "cuda", 64, "gradients", "flex"),
+    ("auto", "cuda", 48, None, "flex"), ("auto", "cuda", 64, "gradients", "train"),
     ("auto", "cuda", 64, "HAS_TRITON", "flex"),
     ("flex", "cpu", 64, None, "refused: backend='flex' needs a CUDA device"),
     ("triton", "cpu", 64, "interpreted", "refused: backend='triton' needs a CUDA device"),
     ("triton", "cuda", 64, "HAS_TRITON", "refused: backend='triton' needs the triton package"),
-    ("triton", "cuda", 64, "gradients", "refused: backend='triton' computes no gradients"),
+    ("triton", "cuda", 64, "gradients", "train"), ("flex", "cuda", 64, "gradients", "flex"),
 ])  # fmt: skip
 def test_a_backend_is_picked_or_refused_where_it_cannot_run(monkeypatch, backend, device, width, world, picked):
     """By the device, the width of a head, and whether there are gradients, Triton and its interpreter."""

@@ -14,7 +14,7 @@ import torch
 from caches import CUDA, DEVICE, needs_gpu
 from hspmn import kernels_attention_hspmn, kernels_decode_hspmn, kernels_hspmn  # noqa: F401  registers every kernel
 from hspmn.benchmarks.cases import CASES, Sizes, case, check
-from hspmn.operations_hspmn import REGISTRY, linear_add_token, split_heads, sqsk_merge, swiglu, swiglu_token, take_rows
+from hspmn.operations_hspmn import NAMESPACE, REGISTRY, linear_add_token, split_heads, sqsk_merge, swiglu, swiglu_token
 
 FILES = [file for name, file in sys.modules.items() if name.startswith("hspmn.kernels_")]
 PLANS = [plan for file in FILES for plan in vars(file).values() if hasattr(plan, "cache_clear")]
@@ -195,14 +195,43 @@ def test_a_store_with_spare_slots_is_not_copied():
     assert kernels_attention_hspmn._store_rows(k, v)[0] is k
 
 
-def test_the_gradient_of_take_rows_is_that_of_the_reference():
-    _, inputs = make("take_rows", "plain", SMALL, torch.float32)
-    x, *maps = inputs.values()
-    x.requires_grad_()
-    weight, grads = torch.randn_like(take_rows(x, *maps)), []
-    for backend in ("triton", "reference"):
-        grads += torch.autograd.grad((take_rows(x, *maps, backend=backend) * weight).sum(), x)
-    assert torch.equal(*grads) and grads[0].any()
+def gradients(operation, arguments, backend, weights):
+    """Of all its inputs in floating point, by name, given those of its outputs; None where there is none."""
+    inputs = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    with torch.enable_grad():
+        out = REGISTRY[operation](*(arguments | inputs).values(), backend=backend)
+    out = out if isinstance(out, tuple) else (out,)
+    taken = [(x, weight.to(x.dtype)) for x, weight in zip(out, weights, strict=True) if x.requires_grad]
+    out, weights = zip(*taken, strict=True)
+    found = torch.autograd.grad(out, list(inputs.values()), weights, allow_unused=True)
+    return dict(zip(inputs, found, strict=True))
+
+
+TRAINED = [each for each in VARIANTS if REGISTRY[each[0]].trains(*make(*each, TINY, torch.float32)[0].args)]
+
+
+@pytest.mark.parametrize("sizes, dtype", RUNS)
+@pytest.mark.parametrize("operation, variant", TRAINED)
+def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant, sizes, dtype):
+    """Of every argument, zeros where it is not read; inputs that may not be read, and memory not written, are NaN."""
+    made, arguments = make(operation, variant, SIZES[sizes], dtype)
+    exact_arguments = exactly(arguments)
+    exact_out = outputs(operation, exact_arguments, "reference")
+    weights = [torch.randn_like(x) * x.isfinite() for x in exact_out.values()]
+    for number, mask in made.compared.items():
+        weights[number] *= mask.reshape(*mask.shape, *[1] * (weights[number].dim() - mask.dim()))
+    exact = gradients(operation, exact_arguments, "reference", weights)
+    eager = gradients(operation, arguments, "reference", weights)
+    for name, mask in made.unread.items():
+        arguments[name][mask] = float("nan")
+    with poison():
+        got = gradients(operation, arguments, "train", weights)
+    assert [x is None for x in got.values()] == [x is None for x in exact.values()]
+    got, eager, exact = ({n: x for n, x in each.items() if x is not None} for each in (got, eager, exact))
+    for name, x in got.items():
+        assert x.dtype == eager[name].dtype and x.shape == eager[name].shape, name
+    check(got, eager, exact, {})
 
 
 def cut(*index):
@@ -275,9 +304,15 @@ def test_registered_operators_are_what_they_say(operation):
     """A kernel of its own; schema, gradient and fake tensors, of sizes that change too."""
     assert CASES.keys() == REGISTRY.keys() and REGISTRY[operation].form("triton") != REGISTRY[operation].reference
     made, arguments = make(operation, list(CASES[operation])[-1], TINY, torch.float32)
-    if REGISTRY[operation].differentiable:
-        made.args[0].requires_grad_()
     torch.library.opcheck(REGISTRY[operation].form("triton"), made.args)
+
+
+@pytest.mark.parametrize("operation, variant", TRAINED)
+def test_registered_gradients_are_what_they_say(operation, variant):
+    _, arguments = make(operation, variant, TINY, torch.float32)
+    given = [x for name, x in arguments.items() if name not in REGISTRY[operation].mutates]
+    given = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
+    torch.library.opcheck(getattr(getattr(torch.ops, NAMESPACE), f"{operation}_train"), given)
 
 
 def assert_equal(got, want, compared):
