@@ -512,12 +512,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
             hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
             if type(module) is not kind or hooked:
                 return "modules", f"a {type(module).__name__} is adapted, replaced or hooked (offloading does too)"
-            weight = module.weight if weighs else None
+            held = module._parameters  # the modules' own lookup takes longer than all other checks
+            weight = held.get("weight") if weighs else None
             if weighs and (type(weight) is not nn.Parameter or weight.dtype != x_BTD.dtype):
                 return "modules", f"a {kind.__name__} is quantised or not in the dtype of the hidden states"
             if weighs and not weight.is_contiguous():
                 return "modules", f"the weight of a {kind.__name__} is not contiguous"
-            if kind is nn.Linear and module.bias is not None:
+            if kind is nn.Linear and held.get("bias") is not None:
                 return "modules", "a linear layer has a bias"
         single = cached and x_BTD.shape[1] == 1
         return ("token", "one token of a cached row") if single else ("fused", "several tokens, or no cache")

@@ -8,6 +8,7 @@ own number of real tokens, so every count is a tensor per row.
 import copy
 import weakref
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -286,10 +287,12 @@ class HSPMNCache(Rows, Cache):
     def __init__(self, config, rollback=0):
         if rollback < 0:
             raise ValueError(f"rollback must be at least 0 tokens, got {rollback}")
-        super().__init__(layers=[HSPMNCacheLayer(config, i, self.static) for i in range(config.num_hidden_layers)])
+        self.fields = attrgetter(*FIELDS)(config)
+        # each look at a field of a configuration takes transformers a microsecond
+        sizes = SimpleNamespace(layer_sparsity=config.layer_sparsity, **dict(zip(FIELDS, self.fields, strict=True)))
+        super().__init__(layers=[HSPMNCacheLayer(sizes, i, self.static) for i in range(sizes.num_hidden_layers)])
         self.columns = self.reserved = 0  # reserved: tokens for which there is room already, for the next call
         self.seen = self.document_seen = self.last_position = None
-        self.fields = attrgetter(*FIELDS)(config)
         self.owner = None  # weak reference to the model that fills it
         self.running = self.recorded = False  # a call began; the last one recorded gradients
         self.rollback, self.record_past = rollback, False  # record_past: go back over the last call, whatever its size

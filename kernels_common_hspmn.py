@@ -27,9 +27,11 @@ GAIN = tl.constexpr(SCORE_GAIN)
 LEAST = tl.constexpr(LEAST_PEAK)
 # Finite, so that rows that see no key need no special case: exp2(-inf - FLOOR) is 0 and exp2(FLOOR - FLOOR) is 1
 FLOOR = tl.constexpr(-1.0e30)
+MOST_INT = 2**31 - 1  # of a kernel's int32
 ROW_START, TOKEN_START = tl.constexpr(1), tl.constexpr(2)  # how `start_BT` is read: min(2, its width)
 
 
+@cache
 def interpreted():
     """Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
     return triton.knobs.runtime.interpret
@@ -73,19 +75,20 @@ class Kernel:
         """Launch the build for these arguments; the first of its kind makes it."""
         kinds, passed = [], []
         for x in args:
-            kind = type(x)
             if x is None:
-                kind = None
+                kinds.append(None)
             elif isinstance(x, torch.Tensor):
                 # as a number: for a tensor the driver would look up its address and whose memory that is again
-                tensor, kind, x = x, x.dtype, x.data_ptr()
-                kind = (kind,) if x & 15 else kind
-            elif kind is int:
-                kind = x.bit_length() > 31
-            elif kind is Tiles:
-                kind, tensor = (x.base.dtype, x.block_shape), x.base
+                tensor, x = x, x.data_ptr()
+                kinds.append((tensor.dtype,) if x & 15 else tensor.dtype)
+            elif type(x) is int:
+                kinds.append(x > MOST_INT)
+            elif type(x) is Tiles:
+                tensor = x.base
+                kinds.append((tensor.dtype, x.block_shape))
+            else:
+                kinds.append(type(x))
             passed.append(x)
-            kinds.append(kind)
         device = tensor.device
         if several_devices() and device.index != torch.cuda.current_device():  # a model spread over several GPUs
             with torch.cuda.device(device):

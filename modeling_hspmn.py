@@ -473,8 +473,9 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         widest, size = max(heads, config.intermediate_size + config.routed_intermediate_size), self.dtype.itemsize
         per_token = (4 * D + widest) * size + sum(map(bool, config.layer_sparsity)) * (2 * G * E * size + 64)
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            free -= torch.cuda.memory_allocated(device)
+            held = torch.cuda.memory_stats(device)  # asked once: it takes 0.15 ms
+            cached = held["reserved_bytes.all.current"] - held["allocated_bytes.all.current"]
+            free = torch.cuda.mem_get_info(device)[0] + cached
         else:
             pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 2**20
             free = pages * os.sysconf("SC_PAGE_SIZE")
