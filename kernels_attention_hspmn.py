@@ -449,9 +449,10 @@ def key_gradient_kernel(
     used = T if count is None else tl.minimum(tl.load(count + b).to(tl.int32), T)
     m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
     key = s_begin + n
-    at = ((b * T + s_begin) * G + g) * E + (n[:, None] * (G * E) + e[None, :])
-    k_tile = tl.load(k + at, mask=(key < used)[:, None], other=0.0)
-    v_tile = tl.load(v + at, mask=(key < used)[:, None], other=0.0)
+    at = ((b * T + s_begin) * G + g) * E
+    kv_at = n[:, None] * (G * E) + e[None, :]
+    k_tile = tl.load(k + at + kv_at, mask=(key < used)[:, None], other=0.0)
+    v_tile = tl.load(v + at + kv_at, mask=(key < used)[:, None], other=0.0)
     row_at = m // R_ROWS * H + m % R_ROWS
     q_at = row_at[:, None] * E + e[None, :]
 
@@ -500,8 +501,8 @@ def key_gradient_kernel(
             acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision="tf32x3")
             slopes = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="tf32x3") - change[None, :])
             acc_k = tl.dot(slopes.to(q_tile.dtype), q_tile, acc_k, input_precision="tf32x3")
-    tl.store(grad_k + at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < T)[:, None])
-    tl.store(grad_v + at, acc_v.to(grad_v.dtype.element_ty), mask=(key < T)[:, None])
+    tl.store(grad_k + at + kv_at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < T)[:, None])
+    tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < T)[:, None])
 
 
 def _gather(x_BTX, y_BTX, index_BK, count_B=None):
