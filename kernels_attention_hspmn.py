@@ -18,12 +18,12 @@ from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_att
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
 # Rows, keys, warps and stages of the gradients of queries and of keys: of float32, the window, and compacted rows
 GRADIENT_TILES = {
-    "float32": ((32, 32, 4, 1), (32, 32, 4, 1)),
+    "float32": ((32, 32, 8, 1), (32, 32, 8, 1)),
     "window": ((64, 32, 4, 2), (64, 64, 4, 2)),
     "rows": ((64, 64, 4, 2), (64, 64, 4, 2)),
 }
 SMALL_GRADIENT_TILES = {
-    "float32": ((32, 32, 4, 1), (32, 32, 4, 1)),
+    "float32": ((32, 32, 8, 1), (32, 32, 8, 1)),
     "window": ((64, 32, 4, 2), (32, 64, 8, 2)),
     "rows": ((64, 32, 4, 2), (32, 64, 8, 2)),
 }
@@ -366,6 +366,8 @@ def query_gradient_kernel(
     row's scores fall so that its weights still sum to 1. WINDOW: 0 for none. start: of `from_start`. count: queries
     and keys of each row that are used, or None for all; the gradient of the others is 0."""
     R: tl.constexpr = H // G
+    # Scores are multiplied into log2 units before the log-sum-exp is taken off or, more exactly, after
+    UNIT: tl.constexpr = LOG2E if q.dtype.element_ty == tl.float32 else 1.0
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0  # a window is too short for a loop of its own over whole blocks
     tiles = tl.cdiv(T, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
@@ -384,8 +386,13 @@ def query_gradient_kernel(
     out_tile = tl.load(out + row * E + q_at, mask=real[:, None], other=0.0)
     level = tl.load(lse + row + row_at, mask=real, other=float("-inf"))
     seen = level > FLOOR  # else the log-sum-exp has no slope
-    level = tl.where(seen, level * LOG2E, -FLOOR)
-    change = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    level = tl.where(seen, level * (LOG2E / UNIT), -FLOOR)
+    if grad.dtype.element_ty == tl.float32:
+        # Added up as the products of a row that sees a single key are, whose difference is then exactly 0
+        change = tl.dot(grad_tile, tl.trans(out_tile), input_precision="tf32x3")
+        change = tl.sum(tl.where(m[:, None] == m[None, :], change, 0.0), 1)
+    else:
+        change = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     change = tl.where(seen, change - tl.load(grad_lse + row + row_at, mask=real, other=0.0), 0.0)
     tl.store(delta + row + row_at, change, mask=real)
 
@@ -426,7 +433,7 @@ def query_gradient_kernel(
             if MASKED:
                 visible = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
-            weights = tl.exp2(scores * SCALE - level[:, None])
+            weights = tl.exp2((scores * (SCALE / UNIT) - level[:, None]) * UNIT)
             slopes = weights * (tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3") - change[:, None])
             acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision="tf32x3")
     tl.store(grad_q + row * E + q_at, (acc * (SCALE * LN2)).to(grad_q.dtype.element_ty), mask=held[:, None])
@@ -441,6 +448,7 @@ def key_gradient_kernel(
     """Gradients of BLOCK_N keys and values of one key head, over the queries that see them; the rest is that of
     `query_gradient_kernel`. BITS: of T, the steps of a bisection."""
     R: tl.constexpr = H // G
+    UNIT: tl.constexpr = LOG2E if q.dtype.element_ty == tl.float32 else 1.0
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0
     tiles = tl.cdiv(T, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
@@ -487,7 +495,7 @@ def key_gradient_kernel(
             q_tile = load_tile(q, some_q, b, t_begin, g * R, row * E + q_at, real, BLOCK_Q * R_ROWS, E)
             grad_tile = load_tile(grad, some_grad, b, t_begin, g * R, row * E + q_at, real, BLOCK_Q * R_ROWS, E)
             level = tl.load(lse + row + row_at, mask=real, other=float("-inf"))
-            level = tl.where(level > FLOOR, level * LOG2E, -FLOOR)
+            level = tl.where(level > FLOOR, level * (LOG2E / UNIT), -FLOOR)
             change = tl.load(delta + row + row_at, mask=real, other=0.0)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")
             if MASKED:
@@ -497,7 +505,7 @@ def key_gradient_kernel(
                 first = from_start(first, start, b, b * T + t, t < used, 0, START)
                 visible = (key[:, None] <= t[None, :]) & (key[:, None] >= first[None, :])
                 scores = tl.where(visible, scores, float("-inf"))
-            weights = tl.exp2(scores * SCALE - level[None, :])
+            weights = tl.exp2((scores * (SCALE / UNIT) - level[None, :]) * UNIT)
             acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision="tf32x3")
             slopes = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="tf32x3") - change[None, :])
             acc_k = tl.dot(slopes.to(q_tile.dtype), q_tile, acc_k, input_precision="tf32x3")
