@@ -16,17 +16,13 @@ from .kernels_common_hspmn import (  # isort: skip
 from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
 
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
-# Rows, keys, warps and stages of the gradients of queries and of keys: of float32, the window, and compacted rows
+# Rows, keys, warps and stages of the gradients of queries and of keys, on chips with descriptors and on the others
 GRADIENT_TILES = {
     "float32": ((32, 32, 8, 1), (32, 32, 8, 1)),
     "window": ((64, 32, 4, 2), (64, 64, 4, 2)),
     "rows": ((64, 64, 4, 2), (64, 64, 4, 2)),
 }
-SMALL_GRADIENT_TILES = {
-    "float32": ((32, 32, 8, 1), (32, 32, 8, 1)),
-    "window": ((64, 32, 4, 2), (32, 64, 8, 2)),
-    "rows": ((64, 32, 4, 2), (32, 64, 8, 2)),
-}
+OTHER_GRADIENT_TILES = GRADIENT_TILES | dict.fromkeys(("window", "rows"), ((64, 32, 4, 2), (32, 64, 8, 2)))
 
 
 @triton.jit
@@ -362,12 +358,11 @@ def query_gradient_kernel(
     E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr, R_ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BLOCK_Q queries of the heads of one key head (arXiv 2205.14135), and their `delta`: how much each
-    row's scores fall so that its weights still sum to 1. WINDOW: 0 for none. start: of `from_start`. count: queries
-    and keys of each row that are used, or None for all; the gradient of the others is 0."""
+    """Gradient of BLOCK_Q queries of the heads of one key head (arXiv 2205.14135), and `delta`: what is taken off the
+    products of each row's `grad` with the values, `grad_lse` apart in float32. WINDOW: 0 for none. start: of
+    `from_start`. count: queries and keys of each row that are used, None for all; the others' gradient is 0."""
     R: tl.constexpr = H // G
-    # Scores are multiplied into log2 units before the log-sum-exp is taken off or, more exactly, after
-    UNIT: tl.constexpr = LOG2E if q.dtype.element_ty == tl.float32 else 1.0
+    FINE: tl.constexpr = q.dtype.element_ty == tl.float32
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0  # a window is too short for a loop of its own over whole blocks
     tiles = tl.cdiv(T, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
@@ -386,14 +381,14 @@ def query_gradient_kernel(
     out_tile = tl.load(out + row * E + q_at, mask=real[:, None], other=0.0)
     level = tl.load(lse + row + row_at, mask=real, other=float("-inf"))
     seen = level > FLOOR  # else the log-sum-exp has no slope
-    level = tl.where(seen, level * (LOG2E / UNIT), -FLOOR)
-    if grad.dtype.element_ty == tl.float32:
-        # Added up as the products of a row that sees a single key are, whose difference is then exactly 0
+    rise = tl.load(grad_lse + row + row_at, mask=seen, other=0.0)
+    level = tl.where(seen, level * LOG2E, -FLOOR)
+    if FINE:
+        # Added up as the products of a row that sees a single key are, so that nothing is left of their difference
         change = tl.dot(grad_tile, tl.trans(out_tile), input_precision="tf32x3")
         change = tl.sum(tl.where(m[:, None] == m[None, :], change, 0.0), 1)
     else:
-        change = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    change = tl.where(seen, change - tl.load(grad_lse + row + row_at, mask=real, other=0.0), 0.0)
+        change = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1) - rise
     tl.store(delta + row + row_at, change, mask=real)
 
     high = tl.where(t_begin < used, tl.minimum(t_begin + BLOCK_Q, used), 0)
@@ -433,22 +428,25 @@ def query_gradient_kernel(
             if MASKED:
                 visible = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
-            weights = tl.exp2((scores * (SCALE / UNIT) - level[:, None]) * UNIT)
-            slopes = weights * (tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3") - change[:, None])
+            weights = tl.exp2(scores * SCALE - level[:, None])
+            slopes = tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3") - change[:, None]
+            if FINE:
+                slopes += rise[:, None]
+            slopes *= weights
             acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision="tf32x3")
     tl.store(grad_q + row * E + q_at, (acc * (SCALE * LN2)).to(grad_q.dtype.element_ty), mask=held[:, None])
 
 
 @kernel("T", "BITS")
 def key_gradient_kernel(
-    q, k, v, q_map, grad_map, start, count, grad, lse, delta, grad_k, grad_v, T, BITS, H: tl.constexpr,
-    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
+    q, k, v, q_map, grad_map, start, count, grad, grad_lse, lse, delta, grad_k, grad_v, T, BITS,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
     R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one key head, over the queries that see them; the rest is that of
     `query_gradient_kernel`. BITS: of T, the steps of a bisection."""
     R: tl.constexpr = H // G
-    UNIT: tl.constexpr = LOG2E if q.dtype.element_ty == tl.float32 else 1.0
+    FINE: tl.constexpr = q.dtype.element_ty == tl.float32
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0
     tiles = tl.cdiv(T, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
@@ -495,7 +493,8 @@ def key_gradient_kernel(
             q_tile = load_tile(q, some_q, b, t_begin, g * R, row * E + q_at, real, BLOCK_Q * R_ROWS, E)
             grad_tile = load_tile(grad, some_grad, b, t_begin, g * R, row * E + q_at, real, BLOCK_Q * R_ROWS, E)
             level = tl.load(lse + row + row_at, mask=real, other=float("-inf"))
-            level = tl.where(level > FLOOR, level * (LOG2E / UNIT), -FLOOR)
+            seen = level > FLOOR
+            level = tl.where(seen, level * LOG2E, -FLOOR)
             change = tl.load(delta + row + row_at, mask=real, other=0.0)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")
             if MASKED:
@@ -505,9 +504,12 @@ def key_gradient_kernel(
                 first = from_start(first, start, b, b * T + t, t < used, 0, START)
                 visible = (key[:, None] <= t[None, :]) & (key[:, None] >= first[None, :])
                 scores = tl.where(visible, scores, float("-inf"))
-            weights = tl.exp2((scores * (SCALE / UNIT) - level[None, :]) * UNIT)
+            weights = tl.exp2(scores * SCALE - level[None, :])
             acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision="tf32x3")
-            slopes = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="tf32x3") - change[None, :])
+            slopes = tl.dot(v_tile, tl.trans(grad_tile), input_precision="tf32x3") - change[None, :]
+            if FINE:
+                slopes += tl.load(grad_lse + row + row_at, mask=seen, other=0.0)[None, :]
+            slopes *= weights
             acc_k = tl.dot(slopes.to(q_tile.dtype), q_tile, acc_k, input_precision="tf32x3")
     tl.store(grad_k + at + kv_at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < T)[:, None])
     tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < T)[:, None])
@@ -679,7 +681,7 @@ def _gradient_plan(q_shape, k_shape, device, element_size, window):
     """Grid, whether tiles come through descriptors, and constants, of the gradient of the queries and of the keys."""
     (B, T, H, _), G = q_shape, k_shape[2]
     kind = "float32" if element_size == 4 else "window" if window else "rows"
-    tables = GRADIENT_TILES[kind] if capability(device) in (90, 100) else SMALL_GRADIENT_TILES[kind]
+    tables = GRADIENT_TILES[kind] if capability(device) in (90, 100) else OTHER_GRADIENT_TILES[kind]
     tiled, both = has_descriptors(device, element_size), []
     for block, options in zip(("BLOCK_Q", "BLOCK_N"), tables, strict=True):
         sizes = _tile_sizes(q_shape, k_shape, *options, WINDOW=window)
@@ -705,8 +707,9 @@ def _attention_gradient(grad, grad_lse, q, k, v, start, count, window, out, lse)
         q, k, v, *kv_maps, start, count, grad, grad_lse, out, lse, delta, grads[0], T, START=kind, **q_sizes
     )
     key_gradient_kernel[kv_grid](
-        q, k, v, *q_maps, start, count, grad, lse, delta, *grads[1:], T, T.bit_length(), START=kind, **kv_sizes
-    )
+        q, k, v, *q_maps, start, count, grad, grad_lse, lse, delta, *grads[1:], T, T.bit_length(), START=kind,
+        **kv_sizes,
+    )  # fmt: skip
     return grads
 
 
