@@ -10,12 +10,19 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    FLOOR, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start, has_descriptors,
-    kernel, power_of_2, processors, tile_maps, tl, triton,
+    DTYPES, FLOOR, HEAD_WIDTHS, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start,
+    has_descriptors, kernel, power_of_2, processors, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
 
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
+# Rows, keys, warps and stages of the gradients of queries and of keys, on chips with descriptors and on the others
+GRADIENT_TILES = {
+    "float32": ((32, 32, 8, 1), (32, 32, 8, 1)),
+    "window": ((64, 32, 4, 2), (64, 64, 4, 2)),
+    "rows": ((64, 64, 4, 2), (64, 64, 4, 2)),
+}
+OTHER_GRADIENT_TILES = GRADIENT_TILES | dict.fromkeys(("window", "rows"), ((64, 32, 4, 2), (32, 64, 8, 2)))
 
 
 @triton.jit
@@ -333,6 +340,181 @@ def extend_kernel(
                     tl.store(document + b, tl.where(latest < 0, opened, total + before_latest))
 
 
+@triton.jit
+def load_tile(x, x_map, b, t, h, at, real, ROWS: tl.constexpr, E: tl.constexpr):
+    """ROWS rows from token t and head h on, through a descriptor or from `at`; zeros where not `real`, None: all."""
+    if x_map is not None:
+        tile = x_map.load([b.to(tl.int32), t, h.to(tl.int32), 0]).reshape(ROWS, E)
+    elif real is None:
+        tile = tl.load(x + at)
+    else:
+        tile = tl.load(x + at, mask=real[:, None], other=0.0)
+    return tile
+
+
+@kernel("T")
+def query_gradient_kernel(
+    q, k, v, k_map, v_map, start, count, grad, grad_lse, out, lse, delta, grad_q, T, H: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr, R_ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK_Q queries of the heads of one key head (arXiv 2205.14135), and `delta`: what is taken off the
+    products of each row's `grad` with the values, `grad_lse` apart in float32. WINDOW: 0 for none. start: of
+    `from_start`. count: queries and keys of each row that are used, None for all; the others' gradient is 0."""
+    R: tl.constexpr = H // G
+    FINE: tl.constexpr = q.dtype.element_ty == tl.float32
+    MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0  # a window is too short for a loop of its own over whole blocks
+    tiles = tl.cdiv(T, BLOCK_Q)
+    program = tl.program_id(0).to(tl.int64)
+    # The longest tiles first, so that the last programs to start are the shortest
+    t_begin = (tiles - 1 - program % tiles).to(tl.int32) * BLOCK_Q
+    g, b = program // tiles % G, program // (tiles * G)
+    used = T if count is None else tl.minimum(tl.load(count + b).to(tl.int32), T)
+    m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
+    t = t_begin + m // R_ROWS
+    held, real = (t < T) & (m % R_ROWS < R), (t < used) & (m % R_ROWS < R)
+    row = (b * T + t_begin) * H + g * R
+    row_at = m // R_ROWS * H + m % R_ROWS
+    q_at = row_at[:, None] * E + e[None, :]
+    q_tile = tl.load(q + row * E + q_at, mask=real[:, None], other=0.0)
+    grad_tile = tl.load(grad + row * E + q_at, mask=real[:, None], other=0.0)
+    out_tile = tl.load(out + row * E + q_at, mask=real[:, None], other=0.0)
+    level = tl.load(lse + row + row_at, mask=real, other=float("-inf"))
+    seen = level > FLOOR  # else the log-sum-exp has no slope
+    rise = tl.load(grad_lse + row + row_at, mask=seen, other=0.0)
+    level = tl.where(seen, level * LOG2E, -FLOOR)
+    if FINE:
+        # Added up as the products of a row that sees a single key are, so that nothing is left of their difference
+        change = tl.dot(grad_tile, tl.trans(out_tile), input_precision="tf32x3")
+        change = tl.sum(tl.where(m[:, None] == m[None, :], change, 0.0), 1)
+    else:
+        change = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1) - rise
+    tl.store(delta + row + row_at, change, mask=real)
+
+    high = tl.where(t_begin < used, tl.minimum(t_begin + BLOCK_Q, used), 0)
+    first, low = 0 * t, 0
+    if WINDOW > 0:
+        first, low = t - WINDOW + 1, tl.maximum(t_begin - WINDOW + 1, 0)
+    first = from_start(first, start, b, b * T + t, t < used, 0, START)
+    if START == TOKEN_START:
+        low = tl.maximum(low, tl.load(start + b * T + t_begin).to(tl.int32))
+    low = low // BLOCK_N * BLOCK_N
+    # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear` on the diagonal
+    lead, clear = low, low
+    if WINDOW == 0:
+        clear = tl.maximum(tl.minimum(t_begin + 1, high) // BLOCK_N * BLOCK_N, low)
+        if START > 0:
+            lead = tl.minimum(tl.maximum(tl.cdiv(tl.max(first, 0), BLOCK_N) * BLOCK_N, low), clear)
+    kv_at = n[:, None] * (G * E) + e[None, :]
+    acc = tl.zeros([BLOCK_Q * R_ROWS, E], tl.float32)
+    for MASKED in tl.static_range(MASKED_ONLY, 2):  # those from `lead` to `clear`, then the others
+        begin, end = lead, clear
+        if MASKED:
+            begin, end = low, high - clear + lead
+        for block in range(begin, end, BLOCK_N):
+            s = block
+            if MASKED:
+                s = tl.where(block < lead, block, block + (clear - lead))
+            key = s + n
+            at = ((b * T + s) * G + g) * E + kv_at
+            # Slots past the count may hold anything, NaN too: a zero weight alone would not hide them
+            if MASKED:
+                k_tile = load_tile(k, k_map if count is None else None, b, s, g, at, key < used, BLOCK_N, E)
+                v_tile = load_tile(v, v_map if count is None else None, b, s, g, at, key < used, BLOCK_N, E)
+            else:
+                k_tile = load_tile(k, k_map, b, s, g, at, None, BLOCK_N, E)
+                v_tile = load_tile(v, v_map, b, s, g, at, None, BLOCK_N, E)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+            if MASKED:
+                visible = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
+                scores = tl.where(visible, scores, float("-inf"))
+            weights = tl.exp2(scores * SCALE - level[:, None])
+            slopes = tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3") - change[:, None]
+            if FINE:
+                slopes += rise[:, None]
+            slopes *= weights
+            acc = tl.dot(slopes.to(k_tile.dtype), k_tile, acc, input_precision="tf32x3")
+    tl.store(grad_q + row * E + q_at, (acc * (SCALE * LN2)).to(grad_q.dtype.element_ty), mask=held[:, None])
+
+
+@kernel("T", "BITS")
+def key_gradient_kernel(
+    q, k, v, q_map, grad_map, start, count, grad, grad_lse, lse, delta, grad_k, grad_v, T, BITS,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
+    R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_N keys and values of one key head, over the queries that see them; the rest is that of
+    `query_gradient_kernel`. BITS: of T, the steps of a bisection."""
+    R: tl.constexpr = H // G
+    FINE: tl.constexpr = q.dtype.element_ty == tl.float32
+    MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0
+    tiles = tl.cdiv(T, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    s_begin = (program % tiles).to(tl.int32) * BLOCK_N
+    g, b = program // tiles % G, program // (tiles * G)
+    used = T if count is None else tl.minimum(tl.load(count + b).to(tl.int32), T)
+    m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
+    key = s_begin + n
+    at = ((b * T + s_begin) * G + g) * E
+    kv_at = n[:, None] * (G * E) + e[None, :]
+    k_tile = tl.load(k + at + kv_at, mask=(key < used)[:, None], other=0.0)
+    v_tile = tl.load(v + at + kv_at, mask=(key < used)[:, None], other=0.0)
+    row_at = m // R_ROWS * H + m % R_ROWS
+    q_at = row_at[:, None] * E + e[None, :]
+
+    low, high = s_begin // BLOCK_Q * BLOCK_Q, used
+    # The queries from `lead`, past the diagonal, to `clear`, where the first key's document ends, see every key
+    lead, clear = low, low
+    if WINDOW > 0:
+        high = tl.minimum(used, s_begin + BLOCK_N - 1 + WINDOW)
+    else:
+        clear = used
+        if START == TOKEN_START:
+            ends = tokens_before(start + b * T, s_begin + 1 + (BLOCK_N - 1) * tl.arange(0, 2), used, BITS)
+            clear, high = tl.min(ends, 0), tl.max(ends, 0)
+        lead = tl.cdiv(s_begin + BLOCK_N - 1, BLOCK_Q) * BLOCK_Q
+        clear = tl.maximum(clear // BLOCK_Q * BLOCK_Q, lead)
+    acc_k, acc_v = tl.zeros([BLOCK_N, E], tl.float32), tl.zeros([BLOCK_N, E], tl.float32)
+    for MASKED in tl.static_range(MASKED_ONLY, 2):  # those from `lead` to `clear`, then the others
+        begin, end = lead, clear
+        if MASKED:
+            begin, end = low, high - clear + lead
+        for block in range(begin, end, BLOCK_Q):
+            t_begin = block
+            if MASKED:
+                t_begin = tl.where(block < lead, block, block + (clear - lead))
+            t = t_begin + m // R_ROWS
+            real = (t < used) & (m % R_ROWS < R)
+            row = (b * T + t_begin) * H + g * R
+            if MASKED:
+                some_q, some_grad = (q_map, grad_map) if count is None else (None, None)
+            else:
+                some_q, some_grad = q_map, grad_map
+            q_tile = load_tile(q, some_q, b, t_begin, g * R, row * E + q_at, real, BLOCK_Q * R_ROWS, E)
+            grad_tile = load_tile(grad, some_grad, b, t_begin, g * R, row * E + q_at, real, BLOCK_Q * R_ROWS, E)
+            level = tl.load(lse + row + row_at, mask=real, other=float("-inf"))
+            seen = level > FLOOR
+            level = tl.where(seen, level * LOG2E, -FLOOR)
+            change = tl.load(delta + row + row_at, mask=real, other=0.0)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")
+            if MASKED:
+                first = 0 * t
+                if WINDOW > 0:
+                    first = t - WINDOW + 1
+                first = from_start(first, start, b, b * T + t, t < used, 0, START)
+                visible = (key[:, None] <= t[None, :]) & (key[:, None] >= first[None, :])
+                scores = tl.where(visible, scores, float("-inf"))
+            weights = tl.exp2(scores * SCALE - level[None, :])
+            acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision="tf32x3")
+            slopes = tl.dot(v_tile, tl.trans(grad_tile), input_precision="tf32x3") - change[None, :]
+            if FINE:
+                slopes += tl.load(grad_lse + row + row_at, mask=seen, other=0.0)[None, :]
+            slopes *= weights
+            acc_k = tl.dot(slopes.to(q_tile.dtype), q_tile, acc_k, input_precision="tf32x3")
+    tl.store(grad_k + at + kv_at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < T)[:, None])
+    tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < T)[:, None])
+
+
 def _gather(x_BTX, y_BTX, index_BK, count_B=None):
     """Rows named by `index_BK`, of y too unless it is None; slots past `count_B` are left as they were allocated."""
     (B, T), K = x_BTX.shape[:2], index_BK.shape[1]
@@ -486,6 +668,66 @@ def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
     out_BKHE, lse_BKH = torch.empty_like(q_BKHE), q_BKHE.new_empty(B, K, H, dtype=torch.float32)
     _launch_sqsk(q_BKHE, *kv, None, first_BK, held_B, count_B, None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
+
+
+def _has_gradient(q, k, v):
+    """Whether the kernels have the gradient of such queries, keys and values, of one call alone."""
+    alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.shape[:2] == k.shape[:2]
+    return alike and q.dtype in DTYPES and q.shape[3] in HEAD_WIDTHS and not q.shape[2] % k.shape[2]
+
+
+@lru_cache(maxsize=1024)
+def _gradient_plan(q_shape, k_shape, device, element_size, window):
+    """Grid, whether tiles come through descriptors, and constants, of the gradient of the queries and of the keys."""
+    (B, T, H, _), G = q_shape, k_shape[2]
+    kind = "float32" if element_size == 4 else "window" if window else "rows"
+    tables = GRADIENT_TILES[kind] if capability(device) in (90, 100) else OTHER_GRADIENT_TILES[kind]
+    tiled, both = has_descriptors(device, element_size), []
+    for block, options in zip(("BLOCK_Q", "BLOCK_N"), tables, strict=True):
+        sizes = _tile_sizes(q_shape, k_shape, *options, WINDOW=window)
+        both.append(((cdiv(T, sizes[block]) * G * B,), tiled, sizes))
+        tiled = tiled and sizes["R_ROWS"] * G == H  # the heads of a key head are then rows of one tile
+    return both
+
+
+def _attention_gradient(grad, grad_lse, q, k, v, start, count, window, out, lse):
+    """Of queries, keys and values; T slots of which `count` are used, `window` 0 for none."""
+    T, R, E = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
+    (q_grid, kv_tiled, q_sizes), (kv_grid, q_tiled, kv_sizes) = _gradient_plan(
+        q.shape, k.shape, q.device, q.element_size(), window
+    )
+    grads, delta = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse)
+    if not q.numel():
+        return [x.zero_() for x in grads]
+    kind = 0 if start is None else min(2, start.shape[1])
+    kv_block, q_block = (1, q_sizes["BLOCK_N"], 1, E), (1, kv_sizes["BLOCK_Q"], R, E)
+    kv_maps = tile_maps(*((x, x.shape, x.stride(), kv_block) for x in (k, v))) if kv_tiled else (None, None)
+    q_maps = tile_maps(*((x, x.shape, x.stride(), q_block) for x in (q, grad))) if q_tiled else (None, None)
+    query_gradient_kernel[q_grid](
+        q, k, v, *kv_maps, start, count, grad, grad_lse, out, lse, delta, grads[0], T, START=kind, **q_sizes
+    )
+    key_gradient_kernel[kv_grid](
+        q, k, v, *q_maps, start, count, grad, grad_lse, lse, delta, *grads[1:], T, T.bit_length(), START=kind,
+        **kv_sizes,
+    )  # fmt: skip
+    return grads
+
+
+@local_attention.gradient(
+    wrt=("q_BTHE", "k_BTGE", "v_BTGE"), keeps=(0, 1),
+    takes=lambda q, k, v, start, window, ring_k, *_: ring_k is None and _has_gradient(q, k, v),
+)  # fmt: skip
+def _local_attention_back(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, window, ring_k, ring_v, seen_B, out, lse):
+    return _attention_gradient(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, None, window, out, lse)
+
+
+@sqsk_attention.gradient(
+    wrt=("q_BKHE", "k_BPGE", "v_BPGE"), keeps=(0, 1),
+    takes=lambda q, k, v, first, held, count: held is None and _has_gradient(q, k, v),
+)  # fmt: skip
+def _sqsk_attention_back(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, held_B, count_B, out, lse):
+    first_BK = None if first_BK is None else first_BK.expand(q.shape[:2]).contiguous()
+    return _attention_gradient(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, count_B, 0, out, lse)
 
 
 @sqsk_merge.kernel(strided=("k_BPGE", "v_BPGE"))

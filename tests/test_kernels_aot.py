@@ -107,6 +107,15 @@ def resources(cubin):
     return {"spilled": sum(int(x) for x in re.search(r"STACK:(\d+).*?LOCAL:(\d+)", text).groups())}
 
 
+def differentiate(operation, args):
+    """Call an operation and its gradient, of every argument in floating point."""
+    import torch
+
+    args = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    out = operation(*args, backend="train")
+    torch.autograd.backward(out, [torch.zeros_like(x) for x in (out if isinstance(out, tuple) else (out,))])
+
+
 def build_all(target, dtype, launches):
     """Call every operation at the sizes of the measured model and return what the builds take."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -133,6 +142,8 @@ def build_all(target, dtype, launches):
                 args = case(operation, variant, sizes, getattr(torch, dtype), "cpu").args
                 if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
                     REGISTRY[operation](*args, backend="triton")
+                    if REGISTRY[operation].trains(*args):
+                        differentiate(REGISTRY[operation], args)
     return list(recorder.builds.values())
 
 
