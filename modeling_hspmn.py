@@ -844,8 +844,8 @@ class TokenLosses(torch.autograd.Function):
     """Cross entropy in nats of each row of logits [N, V] with its target, int64 [N], of which -100 is ignored and
     gives 0: float32 or wider [N].
 
-    Logits exist in float32 `LOSS_LOGITS` at a time, and their gradient is written in their own dtype. Compiled they are
-    taken whole: there no wider copy is ever stored.
+    Logits exist in float32 `LOSS_LOGITS` at a time, and their gradient is written in their own dtype: beside bfloat16
+    logits 2 bytes each at the peak, where cross entropy takes 12. Compiled all are taken at once, and fused.
     """
 
     @staticmethod
