@@ -2,12 +2,14 @@
 
     python benchmark.py --mode throughput      one block, forward, at four shapes
     python benchmark.py --mode latency         one block, batch 1: eager, compiled, replayed from a CUDA graph
-    python benchmark.py --mode train           one block, forward and backward
+    python benchmark.py --mode train           training steps: one block, and whole models with their optimizer
     python benchmark.py --mode kernels         each kernel, checked against its reference, then timed beside its rivals
     python benchmark.py --mode context         a million tokens through a model; the longest context of one block
     python benchmark.py --mode decode          tokens per second after 8k, 128k and 1M tokens of context
     python benchmark.py --mode serve           generate(): time to the first token, tokens per second, host time
     python benchmark.py --mode all             all of these
+    torchrun --nproc_per_node 2 benchmark.py --mode train --parallel fsdp2 --cases model24/B4_S4096
+                                               a whole model in two processes, and in one of them before
     python benchmark.py --mode all --tiny      the same in a minute on a CPU, as on every machine without CUDA
 
 Models: hspmn, the default configuration, where every fourth layer routes 0.8 of the tokens and the others none: of
@@ -22,6 +24,7 @@ tokens, K routed tokens, H query heads, G key/value heads, E head width, D hidde
 """
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -39,6 +42,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"] = ModuleType("hspmn")
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
+from hspmn.benchmarks import training
 from hspmn.benchmarks.blocks import MODELS, MODES, block_cases
 from hspmn.benchmarks.cases import kernels_cases
 from hspmn.benchmarks.context import context_cases, decode_cases
@@ -47,13 +51,15 @@ from hspmn.benchmarks.timing import SLOW_MS, LeftOut, free_memory, model_config
 from hspmn.results import DEVICES, RESULTS, Parser, at_least, check_output, merge_results, refuse, row
 
 CASES = {mode: partial(block_cases, mode) for mode in MODES} | {
-    "kernels": kernels_cases, "context": context_cases, "decode": decode_cases, "serve": serve_cases}  # fmt: skip
+    "train": training.train_cases, "kernels": kernels_cases, "context": context_cases, "decode": decode_cases,
+    "serve": serve_cases}  # fmt: skip
 
 
 def run(args, modes):
     """Run all cases of `modes` one by one, save what each measured, and print the tables last. Returns how many
     failed: these are reported with their traceback and do not stop the others."""
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
+    # a log has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 160, quiet=args.process > 0)
     cases = [(mode, name, call) for mode in modes for name, call in CASES[mode](args)]
     begun, measured, failed = time.monotonic(), {}, 0
     for done, (mode, name, call) in enumerate(cases, 1):
@@ -65,8 +71,12 @@ def run(args, modes):
             first = " ".join(f"{metric} {number(value)}" for metric, value in list(metrics.items())[:4])
             text = f"{first} ({time.monotonic() - begun - spent:.0f} s)"
         except (LeftOut, torch.OutOfMemoryError) as reason:
+            if args.parallel and not isinstance(reason, LeftOut):
+                raise  # or the other processes would wait for this one
             text = f"left out, {str(reason).splitlines()[0]}"
         except Exception:  # whatever it is, it is shown, counted, and must not cost the cases after it
+            if args.parallel:
+                raise
             text, style, failed = f"FAILED\n{traceback.format_exc()}", "red", failed + 1
         console.print(f"[{done}/{len(cases)}] {mode} {name}: {text}", style=style, markup=False, highlight=False)
         console.file.flush()  # so that a log can be followed
@@ -95,7 +105,7 @@ def number(value):
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "model_intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "layers": 2, "sliding_window": 8, "reps": 3,
-    "shapes": ["2x64"], "kernel_shapes": ["2x70"], "sqsk_shapes": ["2x40"],
+    "shapes": ["2x64"], "cases": ["block/B2_S64", "model2/B2_S64"], "kernel_shapes": ["2x70"], "sqsk_shapes": ["2x40"],
     "chunk": 64, "context_tokens": 256, "new_tokens": 4, "static_tokens": 4, "block_tokens": 4096, "memory_gb": 2e-4,
     "contexts": [64, 128], "batches": [1, 2], "prompts": [32, 64], "pieces": [16, 32], "device": "cpu",
     "compile": "eager"}  # fmt: skip
@@ -116,6 +126,9 @@ NUMBERS = {
     "pieces": ([4096, 16384, 32768], "serve: pieces in which the shortest longer prompt is read, too")}  # fmt: skip
 # Routed tokens of the shapes of --mode throughput: in a routing layer of the default model, then a fifth of all
 SQSK_SHAPES = ["64x3277", "8x26214", "1x268698", "64x820", "8x6554", "1x67175"]
+TRAINED = [
+    "block/B32_S4096", "block/B4_S32768", "model8/B8_S4096", "model8/B2_S16384", "model8/B1_S65536",
+    "model24/B4_S4096"]  # fmt: skip
 
 
 def shape(text):
@@ -131,7 +144,9 @@ def make_parser():
     add = parser.add_argument
     add("--mode", required=True, choices=(*CASES, "all"))
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="all but kernels")
-    add("--shapes", nargs="+", type=shape, metavar="BxS", help="throughput, latency, train: such as 64x4096")
+    add("--shapes", nargs="+", type=shape, metavar="BxS", help="throughput, latency: such as 64x4096")
+    add("--cases", nargs="+", type=training.case, default=TRAINED, help="train: block/B4_S4096, model24/B4_S4096")
+    add("--parallel", choices=training.PARALLEL, help="train: models in all processes that torchrun starts, too")
     add("--output", type=Path, help="folder of the results; benchmarks/results on cuda, none on cpu")
     add("--time_budget", type=at_least(0, float), default=0.0, help="seconds after which no case starts; 0: no limit")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, such as backend=flex")
@@ -148,6 +163,25 @@ def make_parser():
     return parser
 
 
+def check_processes(args):
+    """Refuse several processes where one is meant, and the reverse; the first of them speaks."""
+    several, problem = args.processes > 1, None
+    if several and not args.parallel:
+        problem = f"torchrun started {args.processes} processes: give --parallel, or start python benchmark.py"
+    elif args.parallel and not several:
+        problem = f"--parallel {args.parallel} takes several processes: start torchrun --nproc_per_node 2 benchmark.py"
+    elif args.parallel and args.mode != "train":
+        problem = f"--parallel {args.parallel} belongs to --mode train, got --mode {args.mode}; leave it out"
+    elif args.parallel and (blocks := [text for text in args.cases if text.startswith("block")]):
+        problem = f"--cases {blocks[0]} runs in one process: name models beside --parallel, such as model24/B4_S4096"
+    elif args.parallel and args.time_budget:
+        problem = f"--time_budget {args.time_budget} beside --parallel: processes would differ about it; leave it out"
+    if problem and args.process == 0:
+        refuse(problem)
+    if problem:
+        raise SystemExit(2)
+
+
 def parse_arguments(argv=None):
     """Checked arguments; small sizes where they are asked for or there is no CUDA."""
     parser = make_parser()
@@ -156,9 +190,15 @@ def parse_arguments(argv=None):
     args = parser.parse(argv, TINY)
     if args.reps > 64:
         refuse(f"--reps {args.reps}: use at most 64, decoding steps fill a cache with room for no more")
+    args.process, args.processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    check_processes(args)
+    if args.parallel and args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args.device = torch.device(args.device)
     args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    if args.output is None and args.device.type == "cuda" and not args.tiny:
+    if args.process > 0:
+        args.output = None
+    elif args.output is None and args.device.type == "cuda" and not args.tiny:
         args.output = RESULTS
     if args.output is not None:
         for mode in CASES if args.mode == "all" else [args.mode]:
@@ -171,10 +211,13 @@ def parse_arguments(argv=None):
 def main(argv=None):
     """Run the cases of one mode or all; returns 1 if any failed."""
     args = parse_arguments(argv)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.process:
         print("no CUDA device: small sizes on the CPU with the reference backend; these are not results")
     transformers.utils.logging.disable_progress_bar()
-    return int(run(args, CASES if args.mode == "all" else [args.mode]) > 0)
+    failed = run(args, CASES if args.mode == "all" else [args.mode])
+    if args.parallel:
+        torch.distributed.destroy_process_group()
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -37,17 +37,13 @@ from hspmn.results import (
     check_weights,
     file_name,
     loading,
+    low_precision,
     merge_results,
     new_figure,
     refuse,
     row,
     weight_faults,
 )
-
-
-def low_precision(device):
-    """bfloat16 autocast on CUDA, nothing on CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def recall_targets(ids_BT):

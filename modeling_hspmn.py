@@ -37,13 +37,14 @@ from .block_hspmn import (
 )
 from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache, Piece
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
+from .operations_hspmn import LINEAR_CHUNK, QUERY_SPAN, compact, spans, take_rows
 
 logger = logging.get_logger(__name__)
 
 READ_AGAIN = 256  # tokens after a rewound state that a GPU reads in about the time of one
 LEAST_PIECE = 1024  # tokens per row that are read at once however little memory is free
 MEMORY_SHARE = 0.5  # of the free memory that reading a prompt may take
+LOSS_LOGITS = 2**24  # logits that the loss holds in float32 at once
 BAR_DELAY = 5.0  # seconds after which reading a prompt shows a progress bar
 STOP_EVERY = 16  # decoded tokens between two looks for the end of text
 # What chooses tokens on the device alone; anything else goes through the loop of transformers
@@ -430,6 +431,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         self.model = HSPMNModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = next_token_loss  # a property of transformers' models, which takes any other
         self.post_init()
 
     def forward(
@@ -837,6 +839,58 @@ def target_shares(targets, items):
     targets_B = (targets != -100).flatten(1).sum(1) if targets.dim() > 1 else (targets != -100)
     items = targets_B.sum().clamp(min=1) if items is None else items
     return targets_B / (items.to(targets.device) if isinstance(items, torch.Tensor) else items)
+
+
+class TokenLosses(torch.autograd.Function):
+    """Cross entropy in nats of each row of logits [N, V] with its target, int64 [N], of which -100 is ignored and
+    gives 0: float32 or wider [N].
+
+    Logits exist in float32 `LOSS_LOGITS` at a time, and their gradient is written in their own dtype: beside bfloat16
+    logits 2 bytes each at the peak, where cross entropy takes 12. Compiled all are taken at once, and fused.
+    """
+
+    @staticmethod
+    def pieces(logits_NV):
+        """Ranges (begin, end) of rows."""
+        N, V = logits_NV.shape
+        return [(0, N)] if torch.compiler.is_compiling() else spans(N, max(1, LOSS_LOGITS // V))
+
+    @staticmethod
+    def forward(ctx, logits_NV, target_N):
+        kind, target_N1 = torch.promote_types(logits_NV.dtype, torch.float32), target_N.clamp(min=0)[:, None]
+        loss_N = logits_NV.new_empty(len(target_N), dtype=kind)
+        for begin, end in TokenLosses.pieces(logits_NV):
+            log_share_NV = logits_NV[begin:end].log_softmax(-1, dtype=kind)
+            loss_N[begin:end] = -log_share_NV.gather(1, target_N1[begin:end])[:, 0]
+        loss_N = loss_N.masked_fill(target_N == -100, 0.0)
+        ctx.save_for_backward(logits_NV, target_N, loss_N)
+        return loss_N
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        logits_NV, target_N, loss_N = ctx.saved_tensors
+        grad_N1 = grad_N.masked_fill(target_N == -100, 0.0)[:, None]
+        grad_NV = torch.empty_like(logits_NV)
+        for begin, end in TokenLosses.pieces(logits_NV):
+            share_NV = logits_NV[begin:end].softmax(-1, dtype=loss_N.dtype)
+            torch.mul(share_NV, grad_N1[begin:end], out=grad_NV[begin:end])
+        at_target_N1 = torch.expm1(-loss_N)[:, None] * grad_N1  # the target's share less one, without cancellation
+        return grad_NV.scatter_(1, target_N.clamp(min=0)[:, None], at_target_N1.to(grad_NV.dtype)), None
+
+
+def next_token_loss(logits, labels, vocab_size=None, num_items_in_batch=None, shift_labels=None):
+    """As transformers' `ForCausalLMLoss`, through `TokenLosses`: the sum over targets by num_items_in_batch, or their
+    mean. Raises ValueError where targets and logits are not as many."""
+    targets = F.pad(labels[..., 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+    if targets.numel() != logits[..., 0].numel():
+        raise ValueError(
+            f"labels of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}; leave "
+            "logits_to_keep out, or give the shift_labels of the tokens that it keeps"
+        )
+    targets = targets.flatten().to(logits.device)
+    items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    items = items.to(logits.device) if isinstance(items, torch.Tensor) else items
+    return TokenLosses.apply(logits.flatten(0, -2), targets).sum() / items
 
 
 def check_ids(name, ids, size, ignored=None):

@@ -1,4 +1,4 @@
-"""What the scripts share at both ends: command lines that refuse bad input in one line, and files of results."""
+"""What the scripts share: command lines that refuse bad input in one line, and files of results."""
 
 import argparse
 import difflib
@@ -162,6 +162,11 @@ class Parser(argparse.ArgumentParser):
                 words += [] if value is True else map(str, value if isinstance(value, list) else [value])
         args.command = shlex.join(words)
         return args
+
+
+def low_precision(device):
+    """bfloat16 autocast on CUDA, nothing on CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def row(case, metric, value):

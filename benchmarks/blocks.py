@@ -1,4 +1,4 @@
-"""Modes throughput, latency and train of `benchmark.py`: one block beside compiled peers and beside its floor."""
+"""Modes throughput and latency of `benchmark.py`: one block beside compiled peers and beside its floor."""
 
 import importlib.util
 import math
@@ -67,7 +67,7 @@ def llama_block(args, name, x_BSD):
     config, (B, S, _) = timing.model_config(args, "dense", 1, args.intermediate_size), x_BSD.shape
     block = LlamaDecoderLayer(config, 0).to(args.device, args.dtype).eval()
     angles = LlamaRotaryEmbedding(config).to(args.device)(x_BSD, torch.arange(S, device=args.device)[None])
-    flops = gemm_flops(args, B * S) + 2 * B * args.num_attention_heads * args.head_dim * S**2
+    flops = llama_flops(args, B, S)
     if name == "gdn":
         sizes = {"hidden_size": args.hidden_size, "num_heads": args.num_attention_heads, "head_dim": args.head_dim}
         mixer = importlib.import_module("fla.layers").GatedDeltaNet(**sizes, expand_v=1, layer_idx=0)
@@ -109,6 +109,11 @@ def gemm_sizes(args):
 def gemm_flops(args, tokens):
     """Operations of the block's GEMMs."""
     return 2 * tokens * sum(inputs * outputs for inputs, outputs in gemm_sizes(args))
+
+
+def llama_flops(args, B, S):
+    """Operations of a Llama's block: its GEMMs and the causal half of attention."""
+    return gemm_flops(args, B * S) + 2 * B * args.num_attention_heads * args.head_dim * S**2
 
 
 def least_bytes(args, tokens):
@@ -155,21 +160,6 @@ def measure_latency(args, name, shape):
     return metrics | block.load
 
 
-def measure_training(args, name, shape):
-    """One block's compiled forward and backward, to the input and the weights."""
-    (x_BSD, block, forward), grad_BSD = prepare(args, name, shape), random_hidden(args, *shape, seed=1)
-    block.module.train()
-    x_BSD.requires_grad_()
-
-    def step():
-        block.module.zero_grad(set_to_none=True)
-        x_BSD.grad = None
-        forward(x_BSD).backward(grad_BSD)
-
-    metrics = spread(measure(step, args), tokens=math.prod(shape))
-    return metrics | peak_memory(args) | {"flops": 3 * block.flops} | block.load
-
-
 def mean_layer(found, tokens):
     """What a layer of the default model takes on average; one of ROUTING_PERIOD layers routes."""
     if not found.keys() >= set(DEFAULT_LAYERS):
@@ -185,7 +175,6 @@ def mean_layer(found, tokens):
 MODES = {  # what is measured, how case names call it, and at which shapes
     "throughput": (measure_forward, "fwd/", ("64x4096", "8x32768", "2x131072", "1x335872")),
     "latency": (measure_latency, "", ("1x1024", "1x2048", "1x4096", "1x8192")),
-    "train": (measure_training, "fwd_bwd/", ("32x4096", "4x32768")),
 }
 
 

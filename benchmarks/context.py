@@ -18,12 +18,17 @@ DECODE_REPS = 4  # HSPMN's steps per `--reps`: how many rows a step routes varie
 DECODE_SPARE = 6 * 10**9  # bytes that decoding needs beside the keys and values of the cache
 
 
+def new_model(args, name, layers):
+    """A whole model with random weights."""
+    torch.manual_seed(0)
+    config = timing.model_config(args, name, layers, args.model_intermediate_size)
+    with args.device:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=args.dtype)
+
+
 def causal_lm(args, name):
     """A whole model with random weights; HSPMN's loads are set on random tokens."""
-    torch.manual_seed(0)
-    config = timing.model_config(args, name, args.layers, args.model_intermediate_size)
-    with args.device:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=args.dtype).eval()
+    model = new_model(args, name, args.layers).eval()
     if name != "dense":
         set_model_loads(model, random_tokens(args, 1, min(args.chunk, 8192)))
     return model

@@ -22,7 +22,6 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from hspmn.benchmarks.peers import MODELS, build_model, comparison_config, train_steps
-from hspmn.evaluate import low_precision
 from hspmn.results import (
     DEVICES,
     RATE,
@@ -33,6 +32,7 @@ from hspmn.results import (
     at_least,
     check_output,
     file_name,
+    low_precision,
     merge_results,
     parse_overrides,
     refuse,

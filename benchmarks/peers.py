@@ -5,8 +5,7 @@ import math
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ..evaluate import low_precision
-from ..results import config_with, refusing
+from ..results import config_with, low_precision, refusing
 
 MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
 

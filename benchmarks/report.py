@@ -47,7 +47,8 @@ COLUMNS = {  # a function from a value to a text, and the metric, or two of them
     "tok/s": (millions, "tok_s"), "prefill tok/s": (millions, "prefill_tok_s"),
     "decode tok/s": (millions, "decode_tok_s"), "tokens": (WHOLE, "tokens"), "peak GB": (ONE_PLACE, "peak_gb"),
     "launches": (three_digits, "launches"), "host us": (three_digits, "host_us"), "TB/s": (three_digits, "tb_s"),
-    "TFLOP/s": (three_digits, "tflops"), "floor ratio": (TWO_PLACES, "floor_ratio")}  # fmt: skip
+    "TFLOP/s": (three_digits, "tflops"), "MFU": (TWO_PLACES, "mfu"), "first step s": (three_digits, "first_step_s"),
+    "scaling": (TWO_PLACES, "scaling"), "floor ratio": (TWO_PLACES, "floor_ratio")}  # fmt: skip
 # The command that measures it, its columns, the part of a case name that keeps rows together, and whether its cases
 # are of two configurations, which the table then names
 Section = namedtuple("Section", "command columns group has_even", defaults=(-1, False))
@@ -59,7 +60,8 @@ SECTIONS = {
         "first token ms", "one forward ms", "tok/s", "peak GB", "over dense", "launches", "host us")),
     "throughput": Section(MODE + "throughput", SPEEDS, has_even=True),
     "latency": Section(MODE + "latency", ("eager ms", "compiled ms", "graph ms"), has_even=True),
-    "train": Section(MODE + "train", SPEEDS, has_even=True),
+    "train": Section(MODE + "train", (
+        "ms", "tok/s", "MFU", "peak GB", "over dense", "first step s", "scaling"), has_even=True),
     "kernels": Section(MODE + "kernels", ("ms", "TFLOP/s", "TB/s"), group=0),
     "decode": Section(MODE + "decode", ("ms", "tok/s", "floor ratio", "over dense"), has_even=True),
     "context": Section(MODE + "context", ("tokens", "prefill tok/s", "decode tok/s", "peak GB"), has_even=True),

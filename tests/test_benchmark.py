@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 from caches import needs_gpu
 from hspmn import benchmark
-from hspmn.benchmarks import blocks, cases, context, timing
+from hspmn.benchmarks import blocks, cases, context, timing, training
 from hspmn.operations_hspmn import REGISTRY
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 needs_interpreter = pytest.mark.skipif(not cases.interpreted(), reason="needs Triton's interpreter")
 
@@ -34,7 +38,9 @@ LAYER_COSTS = {"hspmn/layer_prefill", "hspmn/layer_token_B1", "hspmn/layer_token
 DOCUMENTED = {
     "throughput": {case: {"ms", "p95_ms", "tok_s", "flops"} for case in {"floor/fwd/B2_S64"} | layers("fwd/")},
     "latency": {case: {"eager_ms", "compiled_ms"} for case in layers("")},
-    "train": {case: {"ms", "p95_ms", "tok_s", "flops"} for case in layers("fwd_bwd/")},
+    "train": {case: {"ms", "p95_ms", "tok_s", "flops"} for case in layers("block/")}
+    | {f"{name}/model2/B2_S64": {"ms", "tok_s", "flops", "first_step_s"} for name in ("hspmn", "hspmn_even", "dense")}
+    | {f"{block}/gradients": {"error"} for block in (*blocks.DEFAULT_LAYERS, "hspmn_even")},
     "context": {case: {"tokens", "peak_gb", "prefill_tok_s", "load"} for case in (
         "hspmn/model/256", "hspmn_routing/block/max", "hspmn_even/model/256", "hspmn_even/block/max")},
     "decode": {f"{model}/B{B}_S{S}": {"tok_s", "ms", "floor_ratio", "bytes"}
@@ -162,13 +168,52 @@ def test_the_recorded_command_gives_the_same_arguments():
     ["--mode", "nonsense"], [], ["--shapes", "64"], ["--shapes", "0x4"], ["--models", "hspnm"], ["--set", "x=1"],
     ["--set", "sliding_window"], ["--sparsity_k", "0"], ["--sparsity_k", "nan"], ["--reps", "0"], ["--reps", "65"],
     ["--layers", "-3"], ["--head_dim", "7"], ["--batches", "1", "0"], ["--device", "tpu"], ["--output", __file__],
-    ["--time_budget", "-1"],
+    ["--time_budget", "-1"], ["--cases", "block/4x64"], ["--cases", "model0/B1_S64"], ["--parallel", "ddp"],
 ], ids=" ".join)  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as ended:
         benchmark.main(words if not words or words[0] == "--mode" else ["--mode", "throughput", *words])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and all(word.strip("-") in error for word in words[:1])
+
+
+def test_a_wrong_gradient_ends_the_run_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    def wrong(*args):
+        x_BSD, block, forward = blocks.prepare(*args)
+        return x_BSD, block, lambda x: 1.01 * forward(x)
+
+    monkeypatch.setattr(training, "prepare", wrong)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, "train", "--compile", "none", "--models", "hspmn_even")
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.count("\n") == 1 and "hspmn_even: gradient, output input is" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_operations_of_a_step_are_those_of_its_products():
+    """Three times what a forward pass multiplies, of whose attention the causal half counts."""
+    args = benchmark.parse_arguments(["--mode", "train", "--tiny", "--compile", "none", "--reps", "1"])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        context.new_model(args, "dense", 2)(torch.zeros(2, 64, dtype=torch.long))
+    attention = 2 * 2 * 2 * args.num_attention_heads * args.head_dim * 64**2  # of 2 layers, the other half
+    metrics = training.measure_model(args, "dense", 2, (2, 64), {})
+    assert metrics["flops"] == 3 * (counter.get_total_flops() - attention)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", training.PARALLEL)
+def test_two_processes_train_beside_one(tmp_path, parallel):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch.append(benchmark.__file__)
+    words = ["--mode", "train", "--tiny", "--compile", "none", "--models", "hspmn", "--cases", "model2/B2_S64"]
+    command = [*launch, *words, "--parallel", parallel, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, case = values(tmp_path, "train"), "hspmn/model2/B2_S64"
+    both = {"ddp": f"{case}/ddp2", "fsdp2": f"{case}/fsdp2"}[parallel]
+    assert found[both, "scaling"] == pytest.approx(found[both, "tok_s"] / found[case, "tok_s"])
+    assert found[both, "tok_s"] == pytest.approx(2 * 1e3 * 128 / found[both, "ms"])
+    assert found[both, "load"] == pytest.approx(0.2, abs=0.1)
 
 
 @needs_gpu

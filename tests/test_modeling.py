@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from caches import CLOSE, VARIANTS, feed, generate, left_padded, pack, static_cache, tokens
+from hspmn import modeling_hspmn
 from hspmn.block_hspmn import Heads, HSPMNBlock, ReflexiveStream, Route, Stream, SwiGLU
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
@@ -24,6 +25,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.utils import logging
@@ -573,6 +576,56 @@ def test_labels_are_shifted_ignored_at_minus_100_and_divided_by_the_items_of_the
     torch.testing.assert_close(outputs.loss, cross_entropy(outputs, labels))
     part = model(ids, labels=labels, num_items_in_batch=torch.tensor(64)).loss
     torch.testing.assert_close(part, outputs.loss * 16 / 64)
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Notes the elements of the largest float32 tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+def test_loss_and_gradient_are_cross_entropys_and_no_logits_are_widened_as_a_whole(monkeypatch):
+    monkeypatch.setattr(modeling_hspmn, "LOSS_LOGITS", 100)  # three rows, and two at the end
+    loss, targets = modeling_hspmn.next_token_loss, tokens(1, 11).flatten()
+    targets[4:6] = -100
+    logits = 4 * torch.randn(11, 31, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = targets.where(targets < 31, 3)
+    assert torch.autograd.gradcheck(lambda x: loss(x, None, shift_labels=targets), logits.requires_grad_())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = logits.detach().to(dtype).requires_grad_()
+        expected = F.cross_entropy(x if dtype == torch.float64 else x.float(), targets)
+        with LargestFloat32() as seen:
+            got = loss(x, None, shift_labels=targets)
+            grad = torch.autograd.grad(got, x)[0]
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, x)[0])
+        assert dtype == torch.float32 or seen.largest <= 100
+    with pytest.raises(RuntimeError, match="automatic differentiation"):  # and not a wrong second derivative
+        torch.autograd.grad(loss(x, None, shift_labels=targets), x, create_graph=True)
+
+
+def test_labels_of_other_tokens_than_those_of_the_logits_are_refused(tiny_model):
+    model, ids = tiny_model(), tokens(2, 12)
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(ids, labels=ids, logits_to_keep=3)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    kept = model(ids, shift_labels=shifted[:, -3:], logits_to_keep=3)
+    expected = F.cross_entropy(model(ids).logits[:, -3:].flatten(0, 1), shifted[:, -3:].flatten())
+    torch.testing.assert_close(kept.loss, expected)
+
+
+def test_a_loss_of_ones_own_takes_the_place_of_the_models(tiny_model):
+    model, ids = tiny_model(), tokens(2, 12)
+    model.loss_function = lambda logits, labels, *args, **kwargs: logits.sum() + labels.sum()
+    outputs = model(ids, labels=ids)
+    torch.testing.assert_close(outputs.loss, outputs.logits.sum() + ids.sum())
 
 
 def test_logits_are_kept_where_asked_for_and_a_tuple_begins_with_the_loss(tiny_model):
