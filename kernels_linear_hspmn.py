@@ -84,21 +84,19 @@ def linear_attention_kernel(
     whole = begin
     if k_map is not None:
         whole = begin + tl.maximum(stop - begin, 0) // BLOCK_T * BLOCK_T
-    for part in tl.static_range(2):
-        WHOLE: tl.constexpr = (part == 0) != BACK  # then the rest; backwards the rest comes first
+    for WHOLE in tl.static_range(0 if BACK else 1, 2 if BACK else -1, 1 if BACK else -1):  # the rest comes last in time
         low, high = begin if WHOLE else whole, whole if WHOLE else stop
         if k_map is not None or not WHOLE:
-            n = tl.maximum(high - low + BLOCK_T - 1, 0) // BLOCK_T
-            last = low + (n - 1) * BLOCK_T
-            total = tl.load(decays + tl.maximum(tl.minimum((last if BACK else low) + BLOCK_T, end) - 1, begin))
+            last = low + (tl.maximum(high - low + BLOCK_T - 1, 0) // BLOCK_T - 1) * BLOCK_T
+            one, past = last if BACK else low, low - 1 if BACK else high
+            total = tl.load(decays + tl.maximum(tl.minimum(one + BLOCK_T, end) - 1, begin))
             ready = tl.zeros([BLOCK_T, BLOCK_F], q.dtype.element_ty)
-            for i in tl.range(0, n, num_stages=STAGES if WHOLE or k_map is None else 1):
-                c = last - i * BLOCK_T if BACK else low + i * BLOCK_T
+            for c in tl.range(one, past, STEP, num_stages=STAGES if WHOLE or k_map is None else 1):
                 row = b * T + c
                 real = c + t < stop
                 # What needs no load comes first, the last step's store too: it hides the wait for this step's loads
                 if WHOLE and not STATE_ONLY:
-                    tl.store(out + ((row - STEP) * H + h) * F + out_at, ready, mask=(i > 0) & in_f)
+                    tl.store(out + ((row - STEP) * H + h) * F + out_at, ready, mask=(c != one) & in_f)
                 held = state.to(k.dtype.element_ty)
                 if SUMS:
                     rest = (state - held.to(tl.float32)).to(held.dtype)
@@ -160,7 +158,7 @@ def linear_attention_kernel(
                 state = tl.dot(v_scaled, k_tile, state, input_precision="tf32x3")
             if WHOLE and not STATE_ONLY:
                 row = b * T + (begin if BACK else last)
-                tl.store(out + (row * H + h) * F + out_at, ready, mask=(n > 0) & in_f)
+                tl.store(out + (row * H + h) * F + out_at, ready, mask=(high > low) & in_f)
     if STATE_ONLY:
         tl.store(state_out + segment + state_at, state, mask=in_state)
         if block == 0:
@@ -252,22 +250,25 @@ def _segments(programs, T, device):
     return max(1, min(8 * fill // programs, cdiv(T, 512)))
 
 
-def _tiling(tokens, H, G, E, F, device, element_size):
-    """Constants of a walk over B * T = `tokens`, and whether its tiles come through descriptors."""
+def _tiling(tokens, H, G, E, F, device, element_size, wide=False, sums=False):
+    """Constants of a walk over B * T = `tokens`, and whether its tiles come through descriptors. wide: whether any walk
+    over blocks of the same tokens is over heads wider than 128. sums: whether it makes sums."""
     # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
     # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
-    # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
-    # than 16 tokens (compiler's report, not timed)
-    half, columns, block_e = element_size == 2, power_of_2(F), max(16, power_of_2(E))
-    block_t, block_f, stages = 64 if half else 16, max(16, min(64, columns)), 2 if half else 1
-    few_warps = half and (capability(device) in (90, 100) or E * columns <= 64 * 64)
+    # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill, and on sm_100 where there are
+    # sums or no descriptors; so do float32 tiles of more than 16 tokens, and those of 64 tokens of a head wider than
+    # 128 (compiler's report, not timed)
+    half, columns, block_e, chip = element_size == 2, power_of_2(F), max(16, power_of_2(E)), capability(device)
+    block_t, block_f = (32 if wide else 64) if half else 16, max(16, min(32 if E > 128 else 64, columns))
+    # A tile of columns must not reach into the next head
+    fits = E == block_e and F % block_f == 0 and tokens >= block_t
+    tiled, stages = has_descriptors(device, element_size) and fits, 2 if half else 1
+    few_warps = half and not wide and (E * columns <= 64 * 64 or chip == 90 or (chip == 100 and tiled and not sums))
     sizes = {
         "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_F": block_f, "STAGES": stages,
         "num_warps": 4 if few_warps else 8, "num_stages": stages,
     }  # fmt: skip
-    # A tile of columns must not reach into the next head
-    fits = E == block_e and F % block_f == 0 and tokens >= block_t
-    return sizes, has_descriptors(device, element_size) and fits
+    return sizes, tiled
 
 
 @lru_cache(maxsize=1024)
@@ -333,7 +334,8 @@ def _gradient_plan(q_shape, v_shape, device, element_size):
     """Segments, tokens of each, and the constants, of which a walk's are those of the gradients of q, k and v, with
     whether its tiles come through descriptors and its grid."""
     (B, T, H, E), (G, F) = q_shape, v_shape[2:]
-    walks = [_tiling(B * T, H, G, *widths, device, element_size) for widths in ((F, E), (F, E), (E, F))]
+    kinds = (F, E, True), (F, E, True), (E, F, False)
+    walks = [_tiling(B * T, H, G, *widths, device, element_size, F > 128, sums) for *widths, sums in kinds]
     block_t, blocks = walks[0][0]["BLOCK_T"], cdiv(E, walks[0][0]["BLOCK_F"])
     # In float32 the sums over tokens may be as far off as the reference's, which go over 64 tokens
     span = 64 if element_size == 4 else cdiv(cdiv(T, _segments(B * H * blocks, T, device)), block_t) * block_t

@@ -211,11 +211,9 @@ def gradients(operation, arguments, backend, weights):
 TRAINED = [each for each in VARIANTS if REGISTRY[each[0]].trains(*make(*each, TINY, torch.float32)[0].args)]
 
 
-@pytest.mark.parametrize("sizes, dtype", RUNS)
-@pytest.mark.parametrize("operation, variant", TRAINED)
-def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant, sizes, dtype):
+def assert_gradients_as_accurate(operation, variant, sizes, dtype):
     """Of every argument, zeros where it is not read; inputs that may not be read, and memory not written, are NaN."""
-    made, arguments = make(operation, variant, SIZES[sizes], dtype)
+    made, arguments = make(operation, variant, sizes, dtype)
     exact_arguments = exactly(arguments)
     exact_out = outputs(operation, exact_arguments, "reference")
     weights = [torch.randn_like(x) * x.isfinite() for x in exact_out.values()]
@@ -232,6 +230,19 @@ def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant,
     for name, x in got.items():
         assert x.dtype == eager[name].dtype and x.shape == eager[name].shape, name
     check(got, eager, exact, {})
+
+
+@pytest.mark.parametrize("sizes, dtype", RUNS)
+@pytest.mark.parametrize("operation, variant", TRAINED)
+def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant, sizes, dtype):
+    assert_gradients_as_accurate(operation, variant, SIZES[sizes], dtype)
+
+
+@pytest.mark.parametrize("variant, segments, on", [("documents", 3, False), ("plain", 2, True), ("documents", 1, True)])
+def test_other_ways_to_launch_a_gradient_are_as_accurate(variant, segments, on, patch_kernels):
+    """In segments, whose borders many paths cross, and through descriptors."""
+    patch_kernels(_segments=lambda *_: segments, **descriptors(on))
+    assert_gradients_as_accurate("linear_attention", variant, SMALL._replace(T=200), torch.float16)
 
 
 def cut(*index):

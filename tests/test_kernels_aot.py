@@ -108,7 +108,7 @@ def resources(cubin):
 
 
 def build_all(target, dtype, launches):
-    """Call every operation at the sizes of the measured model and return what the builds take."""
+    """Call every operation and its gradient at the sizes of the measured model; returns what the builds take."""
     sys.path.insert(0, str(Path(__file__).parent))
     import conftest  # noqa: F401
     import torch
@@ -133,6 +133,11 @@ def build_all(target, dtype, launches):
                 args = case(operation, variant, sizes, getattr(torch, dtype), "cpu").args
                 if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
                     REGISTRY[operation](*args, backend="triton")
+                if REGISTRY[operation].trains(*args):
+                    for x in args:
+                        if isinstance(x, torch.Tensor) and x.is_floating_point():
+                            x.requires_grad_()
+                    REGISTRY[operation](*args, backend="train").sum().backward()
     return list(recorder.builds.values())
 
 
