@@ -9,7 +9,7 @@ import torch
 
 from .kernels_common_hspmn import (  # isort: skip
     LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, has_descriptors, kernel, power_of_2,
-    processors, tile_maps, tl, triton,
+    processors, tile_maps, tl,
 )  # fmt: skip
 from .operations_hspmn import linear_attention
 
@@ -81,10 +81,10 @@ def linear_attention_kernel(
     decays += (b * H + h) * T
     if SUMS:
         sums += ((block * (tl.num_programs(0) // (blocks * H * S)) + b) * H + h) * T
-    whole = begin
+    whole = begin  # up to here in whole blocks; the rest comes last in time
     if k_map is not None:
         whole = begin + tl.maximum(stop - begin, 0) // BLOCK_T * BLOCK_T
-    for WHOLE in tl.static_range(0 if BACK else 1, 2 if BACK else -1, 1 if BACK else -1):  # the rest comes last in time
+    for WHOLE in tl.static_range(0 if BACK else 1, 2 if BACK else -1, 1 if BACK else -1):
         low, high = begin if WHOLE else whole, whole if WHOLE else stop
         if k_map is not None or not WHOLE:
             last = low + (tl.maximum(high - low + BLOCK_T - 1, 0) // BLOCK_T - 1) * BLOCK_T
@@ -251,8 +251,8 @@ def _segments(programs, T, device):
 
 
 def _tiling(tokens, H, G, E, F, device, element_size, wide=False, sums=False):
-    """Constants of a walk over B * T = `tokens`, and whether its tiles come through descriptors. wide: whether any walk
-    over blocks of the same tokens is over heads wider than 128. sums: whether it makes sums."""
+    """Constants of a walk over B * T = `tokens`, and whether its tiles come through descriptors. wide: whether any
+    walk over blocks of the same tokens is over heads wider than 128. sums: whether it makes sums."""
     # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
     # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
     # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill, and on sm_100 where there are
@@ -282,6 +282,7 @@ def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
         got = f"{state[1]} {tuple(state[0])}, contiguous={state[2]}"
         raise ValueError(f"state must be contiguous float32 {wanted[0]} to be updated in place, got {got}")
     sizes, tiled = _tiling(B * T, H, G, E, F, device, element_size)
+    sizes |= {"BACK": False, "TURNED": False}
     block_t, blocks = sizes["BLOCK_T"], cdiv(F, sizes["BLOCK_F"])
     span = cdiv(cdiv(T, _segments(B * H * blocks, T, device)), block_t) * block_t
     S = cdiv(T, span)
@@ -317,77 +318,80 @@ def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B,
         before = q.new_empty(B, H, S, E, F, dtype=torch.float32)
         carry = q.new_empty(B, H, S, dtype=torch.float32)
         linear_attention_kernel[grid](
-            *inputs, None, None, before, carry, None, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, BACK=False, TURNED=False, **sizes
+            *inputs, None, None, before, carry, None, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
         )
         segment_states_kernel[(B * H, cdiv(E * F, 1024))](
             state, start_BT, before, carry, None, None, S, H=H, X=E * F, BLOCK_X=1024, START=mode, BACK=False,
             num_warps=4,
         )  # fmt: skip
     linear_attention_kernel[grid](
-        *inputs, before, out_BTHF, last, None, None, T, span, S, START=mode, KEPT=S == 1, STATE_ONLY=False, BACK=False, TURNED=False, **sizes
+        *inputs, before, out_BTHF, last, None, None, T, span, S, START=mode, KEPT=S == 1, STATE_ONLY=False, **sizes
     )
     return out_BTHF
 
 
 @lru_cache(maxsize=1024)
 def _gradient_plan(q_shape, v_shape, device, element_size):
-    """Segments, tokens of each, and the constants, of which a walk's are those of the gradients of q, k and v, with
-    whether its tiles come through descriptors and its grid."""
-    (B, T, H, E), (G, F) = q_shape, v_shape[2:]
-    kinds = (F, E, True), (F, E, True), (E, F, False)
-    walks = [_tiling(B * T, H, G, *widths, device, element_size, F > 128, sums) for *widths, sums in kinds]
-    block_t, blocks = walks[0][0]["BLOCK_T"], cdiv(E, walks[0][0]["BLOCK_F"])
+    """Segments, tokens of each, the walks that give the gradients of q, k and v (constants, whether tiles come through
+    descriptors, and grid), and the constants of the other kernels."""
+    (B, T, H, E), (G, F), walks = q_shape, v_shape[2:], []
+    for i, widths in enumerate(((F, E), (F, E), (E, F))):
+        sizes, tiled = _tiling(B * T, H, G, *widths, device, element_size, F > 128, i < 2)
+        walks.append((sizes | {"BACK": i > 0, "TURNED": i == 2}, tiled, B * H * cdiv(widths[1], sizes["BLOCK_F"])))
+    block_t, blocks, paths = walks[0][0]["BLOCK_T"], cdiv(E, walks[0][0]["BLOCK_F"]), cdiv(E * F, 1024)
     # In float32 the sums over tokens may be as far off as the reference's, which go over 64 tokens
-    span = 64 if element_size == 4 else cdiv(cdiv(T, _segments(B * H * blocks, T, device)), block_t) * block_t
-    S, paths = cdiv(T, span), cdiv(E * F, 1024)
-    grids = [(B * H * S * cdiv(sizes["F"], sizes["BLOCK_F"]),) for sizes, _ in walks]
-    decay = {"H": H, "HEADS": power_of_2(H), "BLOCK_T": block_t, "num_warps": 4}
-    scan = {"H": H, "X": E * F, "BLOCK_X": 1024, "num_warps": 4}
-    sums = {"H": H, "SUMS": blocks, "PATHS": paths, "BLOCK_P": power_of_2(paths), "BLOCK_T": 64, "num_warps": 4}
-    return S, span, [(sizes, tiled, grid) for (sizes, tiled), grid in zip(walks, grids, strict=True)], decay, scan, sums
+    span = 64 if element_size == 4 else cdiv(cdiv(T, _segments(walks[0][2], T, device)), block_t) * block_t
+    S, heads = cdiv(T, span), {"H": H, "num_warps": 4}
+    walks = [(sizes, tiled, (S * programs,)) for sizes, tiled, programs in walks]
+    decay, scan = heads | {"HEADS": power_of_2(H), "BLOCK_T": block_t}, heads | {"X": E * F, "BLOCK_X": 1024}
+    last = heads | {"SUMS": blocks, "PATHS": paths, "BLOCK_P": power_of_2(paths), "BLOCK_T": 64}
+    return S, span, walks, decay, scan, last
 
 
-@linear_attention.gradient(wrt=("q_BTHE", "k_BTGE", "v_BTGF", "log_decay_BTH"))
+def _takes(q_BTHE, k_BTGE, v_BTGF, *_):
+    """Whether the gradient has kernels: those of float32 values wider than 128 would spill 5 KB per thread."""
+    return v_BTGF.shape[3] <= 128 or q_BTHE.dtype != torch.float32
+
+
+@linear_attention.gradient(wrt=("q_BTHE", "k_BTGE", "v_BTGF", "log_decay_BTH"), takes=_takes)
 def _linear_attention_back(grad_BTHF, q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B):
     """Each of q, k and v has for its gradient a linear attention among the others and that of the output: dq reads, as
-    the output does, states of the tokens before, dk and dv states of those after. Gradients of keys and values are
-    those of every query head, added up."""
+    the output does, states of the tokens before, dk and dv those of the tokens after. Keys and values have the sum of
+    the gradients by all query heads, each of which is rounded to their dtype."""
     (B, T, H, E), (G, F), q, k, v = q_BTHE.shape, v_BTGF.shape[2:], q_BTHE, k_BTGE, v_BTGF
     if not q.numel() or not v.numel():
         return [torch.zeros_like(x) for x in (q, k, v, log_decay_BTH)]
     S, span, walks, decay, scan, last = _gradient_plan(q.shape, v.shape, q.device, q.element_size())
-    mode, paths, states = 0 if start_BT is None else min(2, start_BT.shape[1]), None, None
-    decays, log_decay_grad = q.new_empty(B, H, T, dtype=torch.float32), torch.empty_like(log_decay_BTH)
+    mode, grads, states, paths = 0 if start_BT is None else min(2, start_BT.shape[1]), [], None, None
+    decays, sums = (q.new_empty(*shape, B, H, T, dtype=torch.float32) for shape in ((), (2, last["SUMS"])))
     decay_kernel[cdiv(T, decay["BLOCK_T"]), B](log_decay_BTH, length_B, decays, T, **decay)
-    grads, sums = [], q.new_empty(2, last["SUMS"], B, H, T, dtype=torch.float32)
-    roles = (grad_BTHF, v, k, q, False), (v, grad_BTHF, q, k, True), (k, q, grad_BTHF, None, True)
-    for i, ((*tensors, back), (sizes, tiled, grid)) in enumerate(zip(roles, walks, strict=True)):
+    roles = (grad_BTHF, v, k, q), (v, grad_BTHF, q, k), (k, q, grad_BTHF, None)
+    for i, (tensors, (sizes, tiled, grid)) in enumerate(zip(roles, walks, strict=True)):
         maps = [None] * 4
         if tiled:
-            blocks = [(sizes["BLOCK_T"], sizes[name]) for name in ("BLOCK_E", "BLOCK_E", "BLOCK_F", "BLOCK_F")]
             shapes = [(B * T, x.shape[2] * x.shape[3]) for x in tensors if x is not None]
-            maps[: len(shapes)] = tile_maps(
-                *((x, shape, (shape[1], 1), block) for x, shape, block in zip(tensors, shapes, blocks, strict=False))
-            )
-        inputs, constants = (*tensors, *maps, decays, start_BT, length_B), {"START": mode, "BACK": back, **sizes}
-        if S > 1 and i < 2:  # the states that dk reads are also those of dv
+            blocks = [(sizes["BLOCK_T"], sizes[each]) for each in ("BLOCK_E", "BLOCK_E", "BLOCK_F", "BLOCK_F")]
+            fields = zip(tensors, shapes, [(shape[1], 1) for shape in shapes], blocks, strict=False)
+            maps[: len(shapes)] = tile_maps(*fields)
+        inputs = *tensors, *maps, decays, start_BT, length_B
+        if S > 1 and i < 2:  # the states that dk reads are those of dv too
             others, states = states, q.new_empty(B, H, S, F, E, dtype=torch.float32)
             carry = q.new_empty(B, H, S, dtype=torch.float32)
-            if back:
+            if sizes["BACK"]:
                 paths = q.new_empty(B, H, S, last["PATHS"], dtype=torch.float32)
             linear_attention_kernel[grid](
-                *inputs, None, None, states, carry, None, T, span, S, KEPT=False, STATE_ONLY=True, TURNED=False,
-                **constants,
-            )  # fmt: skip
+                *inputs, None, None, states, carry, None, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
+            )
             segment_states_kernel[B * H, last["PATHS"]](
-                None, start_BT, states, carry, others, paths, S, START=mode, BACK=back, **scan
+                None, start_BT, states, carry, others, paths, S, START=mode, BACK=sizes["BACK"], **scan
             )
         out = q.new_empty(B, T, H, sizes["F"])
         linear_attention_kernel[grid](
-            *inputs, states, out, None, None, sums[i] if i < 2 else None, T, span, S, KEPT=False, STATE_ONLY=False,
-            TURNED=i == 2, **constants,
+            *inputs, states, out, None, None, sums[i] if i < 2 else None, T, span, S, START=mode, KEPT=False,
+            STATE_ONLY=False, **sizes,
         )  # fmt: skip
-        grads.append(out.unflatten(2, (G, -1)).sum(3) if back and H > G else out)
+        grads.append(out.unflatten(2, (G, -1)).sum(3) if sizes["BACK"] and H > G else out)
+    log_decay_grad = torch.empty_like(log_decay_BTH)
     decay_gradient_kernel[(B * H * S,)](
         *sums, paths, start_BT, length_B, log_decay_grad, T, span, S, START=mode, **last
     )  # fmt: skip

@@ -238,7 +238,9 @@ def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant,
     assert_gradients_as_accurate(operation, variant, SIZES[sizes], dtype)
 
 
-@pytest.mark.parametrize("variant, segments, on", [("documents", 3, False), ("plain", 2, True), ("documents", 1, True)])
+@pytest.mark.parametrize(
+    "variant, segments, on", [("documents", 3, False), ("plain", 2, True), ("documents", 1, True)]
+)
 def test_other_ways_to_launch_a_gradient_are_as_accurate(variant, segments, on, patch_kernels):
     """In segments, whose borders many paths cross, and through descriptors."""
     patch_kernels(_segments=lambda *_: segments, **descriptors(on))
