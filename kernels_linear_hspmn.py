@@ -9,7 +9,7 @@ import torch
 
 from .kernels_common_hspmn import (  # isort: skip
     LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, has_descriptors, kernel, power_of_2,
-    processors, tile_maps, tl, triton,
+    processors, tile_maps, tl,
 )  # fmt: skip
 from .operations_hspmn import linear_attention
 
@@ -29,138 +29,158 @@ def decay_kernel(
     tl.store(decays + at, tl.cumsum(logs, 0), mask=(t < T)[:, None] & (h < H)[None, :])
 
 
-@triton.jit
-def advance_state(state, k_tile, v_tile, to_end):
-    """State [F, E] after a block, given the decayed one before it: keys times values decayed to the block's end."""
-    v_scaled = (tl.trans(v_tile) * to_end[None, :]).to(v_tile.dtype)
-    return tl.dot(v_scaled, k_tile, state, input_precision="tf32x3")
-
-
-@triton.jit
-def block_output(held, q_tile, k_tile, v_tile, decay, from_begin, visible):
-    """Output of a block: the state held before it, decayed by `from_begin`, and the visible part of the block."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-    # The mask goes into the exponent: above the diagonal the difference is positive and may overflow
-    weight = tl.exp2(tl.where(visible, decay[:, None] - decay[None, :], float("-inf")))
-    tile = tl.dot(q_tile, tl.trans(held), input_precision="tf32x3") * from_begin[:, None]
-    return tl.dot((scores * weight).to(v_tile.dtype), v_tile, tile, input_precision="tf32x3")
-
-
 @kernel("T", "span", "S")
 def linear_attention_kernel(
-    q, k, v, q_map, k_map, v_map, decays, start, length, state_in, out, state_out, carry, T, span, S,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-    START: tl.constexpr, KEPT: tl.constexpr, STATE_ONLY: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    q, k, v, x, q_map, k_map, v_map, x_map, decays, start, length, state_in, out, state_out, carry, sums, T, span, S,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr, START: tl.constexpr, KEPT: tl.constexpr, STATE_ONLY: tl.constexpr, BACK: tl.constexpr,
+    TURNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program walks `span` tokens of one head and one block of value columns; the state [E, F] stays in registers.
-    q_map, k_map, v_map: tensor descriptors of q, k, v as [B * T, heads * width], or None; they carry the whole blocks.
+    q_map, k_map, v_map, x_map: tensor descriptors of q, k, v, x as [B * T, heads * width], or None; they carry the
+    whole blocks.
     STATE_ONLY leaves out the outputs and stores, for segment s, the state that its tokens alone give (state_out) and
-    the log2 of the decay over all of them (carry, -inf where a document starts inside)."""
+    the log2 of the decay over all of them (carry, -inf where a document starts inside).
+    BACK walks from the last token to the first, each of which reads itself and those after it: the G heads are q's and
+    the H heads those of k and v. TURNED: state_in is [F, E].
+    x, of q's heads and v's width, makes sums[block of columns, b, h, t] = x_t . out_t. Sums over many tokens of the
+    differences of two such cancel but for rounding errors, so none is made in what both have in common, the states:
+    their products are of two halves, and x is rounded where it is decayed, as v is where it enters the other's state.
+    """
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    SUMS: tl.constexpr = sums is not None
+    READERS: tl.constexpr = G if BACK else H
+    KEYS: tl.constexpr = H if BACK else G
+    STEP: tl.constexpr = -BLOCK_T if BACK else BLOCK_T
     program = tl.program_id(0).to(tl.int64)
-    column = (program % blocks).to(tl.int32) * BLOCK_F
+    block = (program % blocks).to(tl.int32)
+    column = block * BLOCK_F
     h, s, b = program // blocks % H, program // (blocks * H) % S, program // (blocks * H) // S
-    g = h // (H // G)
-    t, e, f = tl.arange(0, BLOCK_T), tl.arange(0, E), column + tl.arange(0, BLOCK_F)
-    in_f = f[None, :] < F
+    g, reader = h // (H // KEYS), h // (H // READERS)
+    t, e, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), column + tl.arange(0, BLOCK_F)
+    in_e, in_f = e[None, :] < E, f[None, :] < F
     stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
     begin = (s * span).to(tl.int32)
     end = tl.minimum(begin + span, T)
     stop = tl.minimum(stop, end)
     if STATE_ONLY:  # nothing follows the last segment
-        stop = tl.where(s == S - 1, begin, stop)
-    state_at = e[None, :] * F + f[:, None]
+        stop = tl.where(s == (0 if BACK else S - 1), begin, stop)
+    state_at = f[:, None] * E + e[None, :] if TURNED else e[None, :] * F + f[:, None]
+    in_state = (f < F)[:, None] & in_e
     segment = ((b * H + h) * S + s) * E * F
-    state = tl.zeros([BLOCK_F, E], tl.float32)
+    state = tl.zeros([BLOCK_F, BLOCK_E], tl.float32)
     if state_in is not None:
-        state = tl.load(state_in + segment + state_at, mask=(f < F)[:, None], other=0.0).to(tl.float32)
+        state = tl.load(state_in + segment + state_at, mask=in_state, other=0.0).to(tl.float32)
         if START == ROW_START and KEPT:  # of an earlier call, which a document that begins here does not see
             state = tl.where(tl.load(start + b) < 0, state, 0.0)
     # Offsets inside a tile fit 32 bits, which halves the registers that addresses take
     out_at = t[:, None] * (H * F) + f[None, :]
+    k_at, q_at = t[:, None] * (KEYS * E) + e[None, :], t[:, None] * (READERS * E) + e[None, :]
+    v_at, x_at = t[:, None] * (KEYS * F) + f[None, :], t[:, None] * (READERS * F) + f[None, :]
     sum_decay = 0.0
     decays += (b * H + h) * T
-    causal = t[:, None] >= t[None, :]
-    whole = begin
+    if SUMS:
+        sums += ((block * (tl.num_programs(0) // (blocks * H * S)) + b) * H + h) * T
+    whole = begin  # up to here in whole blocks; the rest comes last in time
     if k_map is not None:
         whole = begin + tl.maximum(stop - begin, 0) // BLOCK_T * BLOCK_T
-        total = tl.load(decays + tl.minimum(begin + BLOCK_T, end) - 1)
-        ready = tl.zeros([BLOCK_T, BLOCK_F], q.dtype.element_ty)
-        for c in range(begin, whole, BLOCK_T):
-            row = b * T + c
-            # What needs no load comes first, the store of the step before too: it hides the wait for this step's loads
-            if not STATE_ONLY:
-                tl.store(out + ((row - BLOCK_T) * H + h) * F + out_at, ready, mask=(c > begin) & in_f)
-            held = state.to(k.dtype.element_ty)
-            keep = tl.exp2(total)
-            if START == TOKEN_START:
-                last_first = tl.load(start + row + BLOCK_T - 1).to(tl.int32)
-                keep = tl.where(last_first < c, keep, 0.0)
-            state *= keep
-            # One step ahead, because the compiler does not prefetch a scalar
-            next_total = tl.load(decays + tl.minimum(c + 2 * BLOCK_T, end) - 1)
-            decay = tl.load(decays + c + t)
-            k_tile = k_map.load([row.to(tl.int32), (g * E).to(tl.int32)])
-            v_tile = v_map.load([row.to(tl.int32), (g * F).to(tl.int32) + column])
-            to_end, from_begin, visible = tl.exp2(total - decay), tl.exp2(decay), causal
-            if START == TOKEN_START:
-                first = tl.load(start + row + t).to(tl.int32)
-                to_end = tl.where(c + t >= last_first, to_end, 0.0)
-                from_begin = tl.where(first < c, from_begin, 0.0)
-                visible = visible & (c + t[None, :] >= first[:, None])
-                total = tl.where(last_first < c, total, float("-inf"))
-            if not STATE_ONLY:
-                q_tile = q_map.load([row.to(tl.int32), (h * E).to(tl.int32)])
-                tile = block_output(held, q_tile, k_tile, v_tile, decay, from_begin, visible)
-                ready = tile.to(q.dtype.element_ty)
-            state = advance_state(state, k_tile, v_tile, to_end)
-            sum_decay += total
-            total = next_total
-        if not STATE_ONLY:
-            row = b * T + whole - BLOCK_T
-            tl.store(out + (row * H + h) * F + out_at, ready, mask=(whole > begin) & in_f)
-    k_at = t[:, None] * (G * E) + e[None, :]
-    v_at = t[:, None] * (G * F) + f[None, :]
-    q_at = t[:, None] * (H * E) + e[None, :]
-    for c in tl.range(whole, stop, BLOCK_T, num_stages=TAIL_STAGES):
-        real = c + t < stop
-        row = b * T + c
-        total = tl.load(decays + tl.minimum(c + BLOCK_T, end) - 1)
-        decay = tl.load(decays + c + t, mask=c + t < end, other=0.0)
-        k_tile = tl.load(k + (row * G + g) * E + k_at, mask=real[:, None], other=0.0)
-        v_tile = tl.load(v + (row * G + g) * F + v_at, mask=real[:, None] & in_f, other=0.0)
-        to_end, from_begin, visible = tl.exp2(total - decay), tl.exp2(decay), causal
-        if START == TOKEN_START:
-            first = tl.load(start + row + t, mask=real, other=0).to(tl.int32)
-            last_first = tl.load(start + b * T + tl.minimum(c + BLOCK_T, stop) - 1).to(tl.int32)
-            to_end = tl.where(c + t >= last_first, to_end, 0.0)
-            from_begin = tl.where(first < c, from_begin, 0.0)
-            visible = visible & (c + t[None, :] >= first[:, None])
-            total = tl.where(last_first < c, total, float("-inf"))
-        if not STATE_ONLY:
-            q_tile = tl.load(q + (row * H + h) * E + q_at, mask=real[:, None], other=0.0)
-            tile = block_output(state.to(q_tile.dtype), q_tile, k_tile, v_tile, decay, from_begin, visible)
-            tl.store(out + (row * H + h) * F + out_at, tile.to(out.dtype.element_ty), mask=real[:, None] & in_f)
-        state = advance_state(state * tl.exp2(total), k_tile, v_tile, to_end)
-        sum_decay += total
+    for WHOLE in tl.static_range(0 if BACK else 1, 2 if BACK else -1, 1 if BACK else -1):
+        low, high = begin if WHOLE else whole, whole if WHOLE else stop
+        if k_map is not None or not WHOLE:
+            last = low + (tl.maximum(high - low + BLOCK_T - 1, 0) // BLOCK_T - 1) * BLOCK_T
+            one, past = last if BACK else low, low - 1 if BACK else high
+            total = tl.load(decays + tl.maximum(tl.minimum(one + BLOCK_T, end) - 1, begin))
+            ready = tl.zeros([BLOCK_T, BLOCK_F], q.dtype.element_ty)
+            for c in tl.range(one, past, STEP, num_stages=STAGES if WHOLE or k_map is None else 1):
+                row = b * T + c
+                real = c + t < stop
+                # What needs no load comes first, the last step's store too: it hides the wait for this step's loads
+                if WHOLE and not STATE_ONLY:
+                    tl.store(out + ((row - STEP) * H + h) * F + out_at, ready, mask=(c != one) & in_f)
+                held = state.to(k.dtype.element_ty)
+                if SUMS:
+                    rest = (state - held.to(tl.float32)).to(held.dtype)
+                kept = total
+                if START == TOKEN_START:
+                    last_first = tl.load(start + b * T + tl.minimum(c + BLOCK_T, stop) - 1).to(tl.int32)
+                    kept = tl.where(last_first < c, total, float("-inf"))
+                state *= tl.exp2(kept)
+                sum_decay += kept
+                # One step ahead, because the compiler does not prefetch a scalar
+                after = tl.load(decays + tl.maximum(tl.minimum(c + STEP + BLOCK_T, end) - 1, begin))
+                if WHOLE:
+                    decay = tl.load(decays + c + t)
+                    k_tile = k_map.load([row.to(tl.int32), (g * E).to(tl.int32)])
+                    v_tile = v_map.load([row.to(tl.int32), (g * F).to(tl.int32) + column])
+                else:
+                    decay = tl.load(decays + c + t, mask=c + t < end, other=0.0)
+                    k_tile = tl.load(k + (row * KEYS + g) * E + k_at, mask=real[:, None] & in_e, other=0.0)
+                    v_tile = tl.load(v + (row * KEYS + g) * F + v_at, mask=real[:, None] & in_f, other=0.0)
+                to_end, from_begin = tl.exp2(total - decay), tl.exp2(decay)
+                visible = t[:, None] <= t[None, :] if BACK else t[:, None] >= t[None, :]
+                if START == TOKEN_START:
+                    first = tl.load(start + row + t, mask=None if WHOLE else real).to(tl.int32)
+                    to_end = tl.where(c + t >= last_first, to_end, 0.0)
+                    from_begin = tl.where(first < c, from_begin, 0.0)
+                    earlier = c + t[:, None] >= first[None, :] if BACK else c + t[None, :] >= first[:, None]
+                    visible = visible & earlier
+                entering, leaving = (from_begin, to_end) if BACK else (to_end, from_begin)
+                total = after
+                if not STATE_ONLY:
+                    if WHOLE:
+                        q_tile = q_map.load([row.to(tl.int32), (reader * E).to(tl.int32)])
+                    else:
+                        q_tile = tl.load(q + (row * READERS + reader) * E + q_at, mask=real[:, None] & in_e, other=0.0)
+                    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+                    # The mask goes into the exponent: where it hides the difference is positive and may overflow
+                    over = decay[None, :] - decay[:, None] if BACK else decay[:, None] - decay[None, :]
+                    weight = tl.exp2(tl.where(visible, over, float("-inf")))
+                    tile = tl.dot(q_tile, tl.trans(held), input_precision="tf32x3")
+                    if SUMS:
+                        if held.dtype != tl.float32:
+                            tile = tl.dot(q_tile, tl.trans(rest), tile)
+                        if WHOLE:
+                            x_tile = x_map.load([row.to(tl.int32), (reader * F).to(tl.int32) + column])
+                        else:
+                            at = x + (row * READERS + reader) * F + x_at
+                            x_tile = tl.load(at, mask=real[:, None] & in_f, other=0.0)
+                        wide = x_tile.to(tl.float32)
+                        decayed = wide * leaving[:, None]
+                        slip = tl.sum((decayed.to(x_tile.dtype).to(tl.float32) - decayed) * tile, 1)
+                    tile = tile * leaving[:, None]
+                    tile = tl.dot((scores * weight).to(v_tile.dtype), v_tile, tile, input_precision="tf32x3")
+                    if SUMS:
+                        tl.store(sums + c + t, tl.sum(wide * tile, 1) + slip, mask=real)
+                    ready = tile.to(q.dtype.element_ty)
+                    if not WHOLE:
+                        tl.store(out + (row * H + h) * F + out_at, ready, mask=real[:, None] & in_f)
+                v_scaled = (tl.trans(v_tile) * entering[None, :]).to(v_tile.dtype)
+                state = tl.dot(v_scaled, k_tile, state, input_precision="tf32x3")
+            if WHOLE and not STATE_ONLY:
+                row = b * T + (begin if BACK else last)
+                tl.store(out + (row * H + h) * F + out_at, ready, mask=(high > low) & in_f)
     if STATE_ONLY:
-        tl.store(state_out + segment + state_at, state, mask=(f < F)[:, None])
-        if column == 0:
+        tl.store(state_out + segment + state_at, state, mask=in_state)
+        if block == 0:
             tl.store(carry + (b * H + h) * S + s, sum_decay)
     else:
         # Tokens past the length give zeros: nothing reads them, but they must be finite
         for c in range(tl.maximum(stop, begin), end, BLOCK_T):
             empty = tl.zeros([BLOCK_T, BLOCK_F], out.dtype.element_ty)
             tl.store(out + ((b * T + c) * H + h) * F + out_at, empty, mask=(c + t < end)[:, None] & in_f)
-        if s == S - 1:
-            tl.store(state_out + (b * H + h) * E * F + state_at, state, mask=(f < F)[:, None])
+        if state_out is not None:
+            if s == S - 1:
+                tl.store(state_out + (b * H + h) * E * F + state_at, state, mask=in_state)
 
 
 @kernel("S")
 def segment_states_kernel(
-    state_in, start, states, carry, S, H: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr, START: tl.constexpr
+    state_in, start, states, carry, others, paths, S, H: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr,
+    START: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Replace, in place, what each segment adds to the state by the state before that segment; X = E * F."""
+    """Replace, in place, what each segment adds to the state by the state before that segment, or after it with BACK;
+    X = E * F. paths[b, h, s, block of X]: parts of the product of the state after s and the one before s + 1, which is
+    in `others`."""
     row = tl.program_id(0).to(tl.int64)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     in_x = x < X
@@ -169,12 +189,56 @@ def segment_states_kernel(
         state = tl.load(state_in + row * X + x, mask=in_x, other=0.0).to(tl.float32)
         if START == ROW_START:
             state = tl.where(tl.load(start + row // H) < 0, state, 0.0)
-    for s in range(S):
+    for i in range(S):
+        s = S - 1 - i if BACK else i
         at = states + (row * S + s) * X + x
-        added = tl.load(at, mask=in_x & (s < S - 1), other=0.0)
-        keep = tl.exp2(tl.load(carry + row * S + s, mask=s < S - 1, other=0.0))
+        added = tl.load(at, mask=in_x & (i < S - 1), other=0.0)
+        keep = tl.exp2(tl.load(carry + row * S + s, mask=i < S - 1, other=0.0))
         tl.store(at, state, mask=in_x)
+        if others is not None:
+            other = tl.load(others + (row * S + s + 1) * X + x, mask=in_x & (s < S - 1), other=0.0)
+            tl.store(paths + (row * S + s) * tl.num_programs(1) + tl.program_id(1), tl.sum(state * other))
         state = state * keep + added
+
+
+@kernel("T", "span", "S")
+def decay_gradient_kernel(
+    q_sums, k_sums, paths, start, length, out, T, span, S, H: tl.constexpr, SUMS: tl.constexpr, PATHS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the log-decay of token t: how much all paths from before it to itself or after count. Those that
+    pass t + 1 instead lack the ones that end at t (q . dq), but not those that begin there (k . dk).
+    q_sums, k_sums: [SUMS, B, H, T], to be summed; paths: those over the end of segment s, PATHS to be summed."""
+    program = tl.program_id(0).to(tl.int64)
+    h, s, b = program % H, program // H % S, program // H // S
+    t = tl.arange(0, BLOCK_T)
+    stop = T if length is None else tl.minimum(tl.load(length + b).to(tl.int32), T)
+    begin = (s * span).to(tl.int32)
+    end = tl.minimum(begin + span, T)
+    carry = 0.0
+    if paths is not None:
+        p = tl.arange(0, BLOCK_P)
+        carry = tl.sum(tl.load(paths + ((b * H + h) * S + s) * PATHS + p, mask=p < PATHS, other=0.0))
+    n = (end - begin + BLOCK_T - 1) // BLOCK_T
+    size = tl.num_programs(0).to(tl.int64) // S * T
+    for i in range(n):
+        c = begin + (n - 1 - i) * BLOCK_T
+        real = c + t < tl.minimum(stop, end)
+        ends = tl.zeros([BLOCK_T], tl.float32)
+        for part in tl.static_range(SUMS):
+            at = part * size + (b * H + h) * T + c + t
+            ends += tl.load(q_sums + at, mask=real, other=0.0) - tl.load(k_sums + at, mask=real, other=0.0)
+        follows, reaches, starts = t[:, None] <= t[None, :], t >= 0, c + t == 0
+        if START == TOKEN_START:
+            first = tl.load(start + b * T + c + t, mask=real, other=0).to(tl.int32)
+            after = tl.minimum(c + BLOCK_T, end)
+            next_first = tl.load(start + b * T + after, mask=after < stop, other=0).to(tl.int32)
+            follows = follows & (first[None, :] <= c + t[:, None])
+            reaches, starts = next_first <= c + t, starts | (first >= c + t)
+        passing = tl.sum(tl.where(follows, ends[None, :], 0.0), 1) + tl.where(reaches, carry, 0.0)
+        carry = tl.sum(tl.where(t == 0, passing, 0.0))
+        # Nothing precedes a document's first token; the sum is zero but for rounding errors
+        tl.store(out + (b * T + c + t) * H + h, tl.where(real & ~starts, passing, 0.0), mask=c + t < end)
 
 
 def _segments(programs, T, device):
@@ -184,6 +248,27 @@ def _segments(programs, T, device):
     if programs >= 1.5 * fill or T <= 1024:
         return 1
     return max(1, min(8 * fill // programs, cdiv(T, 512)))
+
+
+def _tiling(tokens, H, G, E, F, device, element_size, wide=False, sums=False):
+    """Constants of a walk over B * T = `tokens`, and whether its tiles come through descriptors. wide: whether any
+    walk over blocks of the same tokens is over heads wider than 128. sums: whether it makes sums."""
+    # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
+    # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
+    # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill, and on sm_100 where there are
+    # sums or no descriptors; so do float32 tiles of more than 16 tokens, and those of 64 tokens of a head wider than
+    # 128 (compiler's report, not timed)
+    half, columns, block_e, chip = element_size == 2, power_of_2(F), max(16, power_of_2(E)), capability(device)
+    block_t, block_f = (32 if wide else 64) if half else 16, max(16, min(32 if E > 128 else 64, columns))
+    # A tile of columns must not reach into the next head
+    fits = E == block_e and F % block_f == 0 and tokens >= block_t
+    tiled, stages = has_descriptors(device, element_size) and fits, 2 if half else 1
+    few_warps = half and not wide and (E * columns <= 64 * 64 or chip == 90 or (chip == 100 and tiled and not sums))
+    sizes = {
+        "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_F": block_f, "STAGES": stages,
+        "num_warps": 4 if few_warps else 8, "num_stages": stages,
+    }  # fmt: skip
+    return sizes, tiled
 
 
 @lru_cache(maxsize=1024)
@@ -196,24 +281,13 @@ def _plan(q_shape, k_shape, v_shape, dtypes, device, element_size, state):
     if state not in (None, wanted):
         got = f"{state[1]} {tuple(state[0])}, contiguous={state[2]}"
         raise ValueError(f"state must be contiguous float32 {wanted[0]} to be updated in place, got {got}")
-    # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
-    # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
-    # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill; so do float32 tiles of more
-    # than 16 tokens (compiler's report, not timed)
-    half, columns = element_size == 2, power_of_2(F)
-    block_t, block_f, stages = 64 if half else 16, max(16, min(64, columns)), 2 if half else 1
-    few_warps = half and (capability(device) in (90, 100) or E * columns <= 64 * 64)
-    blocks = cdiv(F, block_f)
+    sizes, tiled = _tiling(B * T, H, G, E, F, device, element_size)
+    sizes |= {"BACK": False, "TURNED": False}
+    block_t, blocks = sizes["BLOCK_T"], cdiv(F, sizes["BLOCK_F"])
     span = cdiv(cdiv(T, _segments(B * H * blocks, T, device)), block_t) * block_t
-    # A tile of columns must not reach into the next head
-    tiled = has_descriptors(device, element_size) and F % block_f == 0 and B * T >= block_t
-    sizes = {
-        "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_F": block_f, "TAIL_STAGES": 1 if tiled else stages,
-        "num_warps": 4 if few_warps else 8, "num_stages": stages,
-    }  # fmt: skip
-    decay = {"H": H, "HEADS": power_of_2(H), "BLOCK_T": block_t, "num_warps": 4}
     S = cdiv(T, span)
-    return S, span, (cdiv(T, block_t), B), decay, tiled, (B * H * S * blocks,), sizes
+    grid, decay = (B * H * S * blocks,), {"H": H, "HEADS": power_of_2(H), "BLOCK_T": block_t, "num_warps": 4}
+    return S, span, (cdiv(T, block_t), B), decay, tiled, grid, sizes
 
 
 @linear_attention.kernel
@@ -238,18 +312,87 @@ def _linear_attention(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B,
         )  # fmt: skip
     decays = q.new_empty(B, H, T, dtype=torch.float32)
     decay_kernel[decay_grid](log_decay_BTH, length_B, decays, T, **decay)
-    before, inputs = state, (q, k, v, *maps, decays, start_BT, length_B)
+    before, inputs = state, (q, k, v, None, *maps, None, decays, start_BT, length_B)
     last = q.new_empty(B, H, E, F, dtype=torch.float32) if state is None else state
     if S > 1:
         before = q.new_empty(B, H, S, E, F, dtype=torch.float32)
         carry = q.new_empty(B, H, S, dtype=torch.float32)
         linear_attention_kernel[grid](
-            *inputs, None, None, before, carry, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
+            *inputs, None, None, before, carry, None, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
         )
         segment_states_kernel[(B * H, cdiv(E * F, 1024))](
-            state, start_BT, before, carry, S, H=H, X=E * F, BLOCK_X=1024, START=mode, num_warps=4
-        )
+            state, start_BT, before, carry, None, None, S, H=H, X=E * F, BLOCK_X=1024, START=mode, BACK=False,
+            num_warps=4,
+        )  # fmt: skip
     linear_attention_kernel[grid](
-        *inputs, before, out_BTHF, last, None, T, span, S, START=mode, KEPT=S == 1, STATE_ONLY=False, **sizes
+        *inputs, before, out_BTHF, last, None, None, T, span, S, START=mode, KEPT=S == 1, STATE_ONLY=False, **sizes
     )
     return out_BTHF
+
+
+@lru_cache(maxsize=1024)
+def _gradient_plan(q_shape, v_shape, device, element_size):
+    """Segments, tokens of each, the walks that give the gradients of q, k and v (constants, whether tiles come through
+    descriptors, and grid), and the constants of the other kernels."""
+    (B, T, H, E), (G, F), walks = q_shape, v_shape[2:], []
+    for i, widths in enumerate(((F, E), (F, E), (E, F))):
+        sizes, tiled = _tiling(B * T, H, G, *widths, device, element_size, F > 128, i < 2)
+        walks.append((sizes | {"BACK": i > 0, "TURNED": i == 2}, tiled, B * H * cdiv(widths[1], sizes["BLOCK_F"])))
+    block_t, blocks, paths = walks[0][0]["BLOCK_T"], cdiv(E, walks[0][0]["BLOCK_F"]), cdiv(E * F, 1024)
+    # In float32 the sums over tokens may be as far off as the reference's, which go over 64 tokens
+    span = 64 if element_size == 4 else cdiv(cdiv(T, _segments(walks[0][2], T, device)), block_t) * block_t
+    S, heads = cdiv(T, span), {"H": H, "num_warps": 4}
+    walks = [(sizes, tiled, (S * programs,)) for sizes, tiled, programs in walks]
+    decay, scan = heads | {"HEADS": power_of_2(H), "BLOCK_T": block_t}, heads | {"X": E * F, "BLOCK_X": 1024}
+    last = heads | {"SUMS": blocks, "PATHS": paths, "BLOCK_P": power_of_2(paths), "BLOCK_T": 64}
+    return S, span, walks, decay, scan, last
+
+
+def _takes(q_BTHE, k_BTGE, v_BTGF, *_):
+    """Whether the gradient has kernels: those of float32 values wider than 128 would spill 5 KB per thread."""
+    return v_BTGF.shape[3] <= 128 or q_BTHE.dtype != torch.float32
+
+
+@linear_attention.gradient(wrt=("q_BTHE", "k_BTGE", "v_BTGF", "log_decay_BTH"), takes=_takes)
+def _linear_attention_back(grad_BTHF, q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, length_B):
+    """Each of q, k and v has for its gradient a linear attention among the others and that of the output: dq reads, as
+    the output does, states of the tokens before, dk and dv those of the tokens after. Keys and values have the sum of
+    the gradients by all query heads, each of which is rounded to their dtype."""
+    (B, T, H, E), (G, F), q, k, v = q_BTHE.shape, v_BTGF.shape[2:], q_BTHE, k_BTGE, v_BTGF
+    if not q.numel() or not v.numel():
+        return [torch.zeros_like(x) for x in (q, k, v, log_decay_BTH)]
+    S, span, walks, decay, scan, last = _gradient_plan(q.shape, v.shape, q.device, q.element_size())
+    mode, grads, states, paths = 0 if start_BT is None else min(2, start_BT.shape[1]), [], None, None
+    decays, sums = (q.new_empty(*shape, B, H, T, dtype=torch.float32) for shape in ((), (2, last["SUMS"])))
+    decay_kernel[cdiv(T, decay["BLOCK_T"]), B](log_decay_BTH, length_B, decays, T, **decay)
+    roles = (grad_BTHF, v, k, q), (v, grad_BTHF, q, k), (k, q, grad_BTHF, None)
+    for i, (tensors, (sizes, tiled, grid)) in enumerate(zip(roles, walks, strict=True)):
+        maps = [None] * 4
+        if tiled:
+            shapes = [(B * T, x.shape[2] * x.shape[3]) for x in tensors if x is not None]
+            blocks = [(sizes["BLOCK_T"], sizes[each]) for each in ("BLOCK_E", "BLOCK_E", "BLOCK_F", "BLOCK_F")]
+            fields = zip(tensors, shapes, [(shape[1], 1) for shape in shapes], blocks, strict=False)
+            maps[: len(shapes)] = tile_maps(*fields)
+        inputs = *tensors, *maps, decays, start_BT, length_B
+        if S > 1 and i < 2:  # the states that dk reads are those of dv too
+            others, states = states, q.new_empty(B, H, S, F, E, dtype=torch.float32)
+            carry = q.new_empty(B, H, S, dtype=torch.float32)
+            if sizes["BACK"]:
+                paths = q.new_empty(B, H, S, last["PATHS"], dtype=torch.float32)
+            linear_attention_kernel[grid](
+                *inputs, None, None, states, carry, None, T, span, S, START=mode, KEPT=False, STATE_ONLY=True, **sizes
+            )
+            segment_states_kernel[B * H, last["PATHS"]](
+                None, start_BT, states, carry, others, paths, S, START=mode, BACK=sizes["BACK"], **scan
+            )
+        out = q.new_empty(B, T, H, sizes["F"])
+        linear_attention_kernel[grid](
+            *inputs, states, out, None, None, sums[i] if i < 2 else None, T, span, S, START=mode, KEPT=False,
+            STATE_ONLY=False, **sizes,
+        )  # fmt: skip
+        grads.append(out.unflatten(2, (G, -1)).sum(3) if sizes["BACK"] and H > G else out)
+    log_decay_grad = torch.empty_like(log_decay_BTH)
+    decay_gradient_kernel[(B * H * S,)](
+        *sums, paths, start_BT, length_B, log_decay_grad, T, span, S, START=mode, **last
+    )  # fmt: skip
+    return *grads, log_decay_grad

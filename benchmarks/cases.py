@@ -178,6 +178,7 @@ def _project_token(m, scored=True):
 
 @variants("linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},
           packed={"kind": "packed"}, packed_padded={"kind": "packed", "padded": True}, normaliser={"columns": 1},
+          documents={"kind": "packed", "padded": True, "state": False},
           training={"kind": "packed", "padded": True, "state": False, "columns": 1})  # fmt: skip
 def _linear_attention(m, kind=None, padded=False, state=True, columns=0):
     length_B, width = m.length(padded), m.E + columns

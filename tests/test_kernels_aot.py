@@ -117,7 +117,7 @@ def differentiate(operation, args):
 
 
 def build_all(target, dtype, launches):
-    """Call every operation at the sizes of the measured model and return what the builds take."""
+    """Call every operation and its gradient at the sizes of the measured model; returns what the builds take."""
     sys.path.insert(0, str(Path(__file__).parent))
     import conftest  # noqa: F401
     import torch
@@ -142,8 +142,8 @@ def build_all(target, dtype, launches):
                 args = case(operation, variant, sizes, getattr(torch, dtype), "cpu").args
                 if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
                     REGISTRY[operation](*args, backend="triton")
-                    if REGISTRY[operation].trains(*args):
-                        differentiate(REGISTRY[operation], args)
+                if REGISTRY[operation].trains(*args):
+                    differentiate(REGISTRY[operation], args)
     return list(recorder.builds.values())
 
 
