@@ -133,6 +133,10 @@ def build_all(target, dtype, launches):
                 args = case(operation, variant, sizes, getattr(torch, dtype), "cpu").args
                 if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
                     REGISTRY[operation](*args, backend="triton")
+                if REGISTRY[operation].trains(*args):
+                    next(x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()).requires_grad_()
+                    out = REGISTRY[operation](*args, backend="train")
+                    torch.autograd.backward(out, [x.clone() for x in (out if isinstance(out, tuple) else (out,))])
     return list(recorder.builds.values())
 
 
