@@ -195,16 +195,13 @@ class HSPMNRouter(nn.Module):
         self.counts.zero_()
         self.counted = False
 
-    def capacity(self, tokens):
-        """Slots held per row in training: `capacity_factor` times the target share, all of them while annealing."""
-        # a whole share: 1.5 * 0.2 * 50 is a hair above 15 in binary, and a symbolic length has no ceiling of a float
-        share = min(SHARE_UNIT, round(self.config.capacity_factor * self.sparsity_k * SHARE_UNIT))
-        return tokens if self.annealing else -(-tokens * share // SHARE_UNIT)
-
     def forward(self, h_BTD, start_BT=None, length_B=None, backend="reference"):
         """The `Route` of normalised hidden states [B, T, D]; start_BT, length_B, backend: of `Stream`."""
-        # outside training memory is held for all tokens, and work is done for those routed
-        capacity = self.capacity(h_BTD.shape[1]) if self.training else h_BTD.shape[1]
+        capacity = h_BTD.shape[1]  # slots per row: memory is held for all tokens, and work is done for those routed
+        if self.training and not self.annealing:  # `capacity_factor` times the target share
+            # whole: 1.5 * 0.2 * 50 is a hair above 15 in binary, and a symbolic length has no ceiling of a float
+            share = min(SHARE_UNIT, round(self.config.capacity_factor * self.sparsity_k * SHARE_UNIT))
+            capacity = -(-capacity * share // SHARE_UNIT)
         score_BT = router_score(h_BTD, self.weight)
         if self.config.router_mode == "topk":
             return self._rank(score_BT, length_B)
@@ -312,10 +309,20 @@ class SharedProjection(nn.Module):
             if (layer_cache.dtype, layer_cache.device) != (x_BTC.dtype, x_BTC.device):
                 layer_cache.lazy_initialization(x_BTC)
             history_BLC = layer_cache.conv_state
-        x_BTC = causal_conv(x_BTC, self.conv_weight, history_BLC, stream.start_BT, stream.length_B)
+        place, kind = (history_BLC, stream.start_BT, stream.length_B), config.linear_attention
+        plain = not config.num_sink_tokens
+        for norm in (self.q_norm, self.k_norm):
+            hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+            plain = plain and type(norm) is RMSNorm and not hooked and "forward" not in norm.__dict__
+        if plain:
+            return Heads(*OPERATIONS[stream.backend].split_heads(
+                x_BTC, self.conv_weight, *place, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
+                config.num_key_value_heads, config.rms_norm_eps, kind,
+            ))  # fmt: skip
+        x_BTC = causal_conv(x_BTC, self.conv_weight, *place)
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         q_BTHE, k_BTGE, v_BTGE = x_BTC.unflatten(-1, (-1, config.head_dim)).split(sizes, 2)
-        q_linear, k_linear = feature_map(q_BTHE, config.linear_attention), feature_map(k_BTGE, config.linear_attention)
+        q_linear, k_linear = feature_map(q_BTHE, kind), feature_map(k_BTGE, kind)
         (q_BTHE, k_BTGE), angles = (self.q_norm(q_BTHE), self.k_norm(k_BTGE)), (stream.cos, stream.sin)
         q_plain = q_BTHE if config.num_sink_tokens else None  # else it would only hold memory
         return Heads(q_linear, k_linear, rotate(q_BTHE, *angles), rotate(k_BTGE, *angles), v_BTGE, q_plain)

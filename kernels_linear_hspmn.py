@@ -337,7 +337,9 @@ def _gradient_plan(q_shape, v_shape, device, element_size):
     (B, T, H, E), (G, F), walks = q_shape, v_shape[2:], []
     for i, widths in enumerate(((F, E), (F, E), (E, F))):
         sizes, tiled = _tiling(B * T, H, G, *widths, device, element_size, F > 128, i < 2)
-        walks.append((sizes | {"BACK": i > 0, "TURNED": i == 2}, tiled, B * H * cdiv(widths[1], sizes["BLOCK_F"])))
+        # H200, B=32, T=4096: 5.0 ms in all; two stages 5.5, then with 32 columns 5.9, 128 columns 6.6, 8 warps 8.3
+        sizes |= {"BACK": i > 0, "TURNED": i == 2, "STAGES": 1, "num_stages": 1}
+        walks.append((sizes, tiled, B * H * cdiv(widths[1], sizes["BLOCK_F"])))
     block_t, blocks, paths = walks[0][0]["BLOCK_T"], cdiv(E, walks[0][0]["BLOCK_F"]), cdiv(E * F, 1024)
     # In float32 the sums over tokens may be as far off as the reference's, which go over 64 tokens
     span = 64 if element_size == 4 else cdiv(cdiv(T, _segments(walks[0][2], T, device)), block_t) * block_t

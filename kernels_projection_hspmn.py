@@ -3,6 +3,7 @@
 Meaning and shapes: `norm_heads`, `split_heads` and `add_norm` in `operations_hspmn`; legend in `kernels_common_hspmn`.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from .operations_hspmn import add_norm, norm_heads, place, split_heads
 
 FEATURES = ("gated", "elu")
 MOST_HEAD_ROWS = 256  # of `norm_heads`, whose sums of all of them are one tile
+BACK = {"span": 256, "HEADS": 4, "values": 4}  # of the gradient: tokens and heads per program, channels per thread
 COPIED_TAPS = 65536  # tokens from which on the taps of the convolution are laid out for wide loads
 
 
@@ -148,6 +150,118 @@ def split_heads_kernel(
                     push_history(x, history, head * E + tl.arange(0, E), stop, ALL * E, TAPS)
 
 
+@triton.jit
+def go_back(
+    grad_linear, grad_rotated, norm, x, weight, start, cos, sin, grad_x, sums, b, t_begin, t_end, T, head, channel,
+    HEADS: tl.constexpr, E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, ELU: tl.constexpr,
+    ONE_TABLE: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """Gradients wrt the tokens t_begin .. t_end - 1 of some heads of one kind, which has HEADS; into `sums` those wrt
+    the taps and the norm. Values have `grad_linear` alone. From the last token to the first, so that what a token owes
+    to the TAPS - 1 before it is carried: nothing is shifted within a tile, and each x is read once."""
+    HALF: tl.constexpr = E // 2
+    row = b * T + t_begin
+    # What is left for the tiles fits 32 bits, which halves the registers that addresses take
+    x, grad_x = x + row * C, grad_x + row * C
+    grad_linear += row * (HEADS * E)
+    e = tl.broadcast_to(tl.arange(0, E)[None, :], channel.shape)
+    if norm is not None:
+        grad_rotated += row * (HEADS * E)
+        table = (t_begin.to(tl.int64) if ONE_TABLE else row) * E
+        cos, sin = cos + table, sin + table
+        other, sign = (e + HALF) % E, tl.where(e < HALF, 1.0, -1.0)
+        factor, sum_of_norm = tl.load(norm + e).to(tl.float32), tl.zeros(channel.shape, tl.float32)
+    steps = tl.minimum(t_end + TAPS - 1, T) - t_begin
+    taps, taps_sums, xs, owed = (), (), (), ()
+    for lag in tl.static_range(TAPS):
+        taps += (tl.load(weight + channel * TAPS + (TAPS - 1 - lag)).to(tl.float32),)
+        taps_sums += (tl.zeros(channel.shape, tl.float32),)
+    for lag in tl.static_range(TAPS - 1):
+        i = steps - 1 - lag
+        xs += (tl.load(x + i * C + channel, mask=t_begin + i >= 0, other=0.0).to(tl.float32),)
+        owed += (tl.zeros(channel.shape, tl.float32),)
+    for step in range(steps):
+        i = steps - 1 - step
+        t, at = t_begin + i, (i * HEADS + head) * E
+        earliest = i - (TAPS - 1)
+        xs += (tl.load(x + earliest * C + channel, mask=t_begin + earliest >= 0, other=0.0).to(tl.float32),)
+        first = from_start(0, start, b, row + i, True, 0, START)
+        seen = (xs[0],)
+        for lag in tl.static_range(1, TAPS):
+            seen += (tl.where(t - lag >= first, xs[lag], 0.0) if START else xs[lag],)
+        d = tl.load(grad_linear + at + e).to(tl.float32)
+        if norm is not None:
+            y = seen[0] * taps[0]
+            for lag in tl.static_range(1, TAPS):
+                y += seen[lag] * taps[lag]
+            if ELU:
+                d *= tl.where(y > 0, 1.0, tl.exp(tl.minimum(y, 0.0)))
+            else:  # silu over its length, which is a constant where it counts as 1e-12
+                gate = 1.0 / (1.0 + tl.exp(-y))
+                silu = y * gate
+                squares = tl.sum(silu * silu, 1)[:, None]
+                scale = tl.rsqrt(tl.maximum(squares, 1e-24))
+                silu *= scale
+                along = tl.where(squares > 1e-24, tl.sum(d * silu, 1)[:, None], 0.0)
+                d = (d - silu * along) * scale * (gate + y * gate * (1.0 - gate))
+            turned = tl.load(grad_rotated + at + e).to(tl.float32) * tl.load(cos + i * E + e).to(tl.float32)
+            over = tl.load(grad_rotated + at + other).to(tl.float32) * tl.load(sin + i * E + other).to(tl.float32)
+            turned += over * sign
+            scale = tl.rsqrt(tl.sum(y * y, 1) / E + EPS)[:, None]
+            y *= scale
+            sum_of_norm += tl.where(t < t_end, turned * y, 0.0)
+            turned *= factor
+            d += (turned - y * (tl.sum(turned * y, 1) / E)[:, None]) * scale
+        tl.store(grad_x + i * C + channel, (d * taps[0] + owed[0]).to(grad_x.dtype.element_ty), mask=t < t_end)
+        own = tl.where(t < t_end, d, 0.0)  # tokens past these are counted by the next program
+        still_owed, new_sums = (), (taps_sums[0] + own * xs[0],)
+        for lag in tl.static_range(1, TAPS):
+            d_seen = tl.where(t - lag >= first, d, 0.0) if START else d
+            still_owed += (d_seen * taps[lag] + (owed[lag] if lag < TAPS - 1 else 0.0),)
+            new_sums += (taps_sums[lag] + own * seen[lag],)
+        taps_sums, owed, xs = new_sums, still_owed, xs[1:]
+    for lag in tl.static_range(TAPS):
+        tl.store(sums + (TAPS - 1 - lag) * C + channel, taps_sums[lag])
+    if norm is not None:
+        tl.store(sums + TAPS * C + channel, sum_of_norm)
+
+
+@kernel("T", "span")
+def split_heads_back_kernel(
+    grad_q_linear, grad_k_linear, grad_q, grad_k, grad_v, x, weight, start, cos, sin, q_norm, k_norm, grad_x, sums, T,
+    span, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr,
+    ELU: tl.constexpr, ONE_TABLE: tl.constexpr, START: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """`span` tokens of HEADS heads, all of queries, of keys or of values. Programs that follow each other take the
+    heads of the same tokens."""
+    C: tl.constexpr = (H + 2 * G) * E
+    units: tl.constexpr = (H + 2 * G) // HEADS
+    spans = tl.cdiv(T, span)
+    program = tl.program_id(0)
+    begin = program % units * HEADS
+    sums += (program // units).to(tl.int64) * ((TAPS + 1) * C)
+    t_begin = program // units % spans * span
+    t_end = tl.minimum(t_begin + span, T)
+    b = (program // (units * spans)).to(tl.int64)
+    head = begin + tl.arange(0, HEADS)[:, None]
+    channel = head * E + tl.arange(0, E)[None, :]
+    if begin < H:
+        go_back(
+            grad_q_linear, grad_q, q_norm, x, weight, start, cos, sin, grad_x, sums, b, t_begin, t_end, T, head,
+            channel, H, E, C, TAPS, EPS, ELU, ONE_TABLE, START,
+        )  # fmt: skip
+    elif begin < H + G:
+        go_back(
+            grad_k_linear, grad_k, k_norm, x, weight, start, cos, sin, grad_x, sums, b, t_begin, t_end, T, head - H,
+            channel, G, E, C, TAPS, EPS, ELU, ONE_TABLE, START,
+        )  # fmt: skip
+    else:
+        go_back(
+            grad_v, None, None, x, weight, start, cos, sin, grad_x, sums, b, t_begin, t_end, T, head - H - G,
+            channel, G, E, C, TAPS, EPS, ELU, ONE_TABLE, START,
+        )  # fmt: skip
+
+
 @cache
 def _split_plan(shapes, weight_stride, dtype, kv_heads, eps, feature, device):
     """Shapes of query-like and key-like outputs, grid and constants; ValueError for what the kernel does not take."""
@@ -217,6 +331,53 @@ def _split_heads(
         **constants,
     )  # fmt: skip
     return outputs
+
+
+def _trains(
+    x_BTC, weight_CL, history_BLC, start_BT, length_B, cos_BTE, sin_BTE, q_norm_E, k_norm_E, kv_heads, eps, feature
+):
+    """Whether the kernels have the gradient of `split_heads`: not of RoPE's tables, and not without a convolution."""
+    asked = cos_BTE.requires_grad or sin_BTE.requires_grad
+    return not asked and weight_CL.shape[1] > 1 and x_BTC.dtype in DTYPES and q_norm_E.shape[0] in HEAD_WIDTHS
+
+
+@cache
+def _back_plan(B, T, heads, kv_heads, width, device):
+    """Tokens per program, programs per head group and constants of the gradient of `split_heads`."""
+    together = math.gcd(kv_heads, BACK["HEADS"])
+    units, span = heads // together, BACK["span"]
+    # The tokens after a span are computed again, TAPS - 1 of them, and a span has sums of its own: long ones while
+    # they are enough for all processors
+    while span > 32 and B * cdiv(T, span) * units < 16 * processors(device):
+        span //= 2
+    return span, units, {"HEADS": together, "num_warps": max(1, together * width // (32 * BACK["values"]))}
+
+
+@split_heads.gradient(wrt=("x_BTC", "weight_CL", "q_norm_E", "k_norm_E"), takes=_trains)
+def _split_heads_back(
+    grad_q_linear, grad_k_linear, grad_q, grad_k, grad_v, x_BTC, weight_CL, start_BT, length_B, cos_BTE, sin_BTE,
+    q_norm_E, k_norm_E, kv_heads, eps, feature,
+):  # fmt: skip
+    """One pass: the convolution is computed again from x, in float32. Sums over tokens are those of each program, then
+    of all of them in a fixed order."""
+    (B, T, C), taps, E = x_BTC.shape, weight_CL.shape[1], q_norm_E.shape[0]
+    H = grad_q.shape[2]
+    span, units, constants = _back_plan(B, T, C // E, kv_heads, E, x_BTC.device)
+    grad_x, programs = torch.empty_like(x_BTC), B * cdiv(T, span)
+    sums = x_BTC.new_empty(programs, taps + 1, C, dtype=torch.float32)
+    one_table = cos_BTE.shape[0] == sin_BTE.shape[0] == 1
+    if not one_table:
+        cos_BTE, sin_BTE = cos_BTE.expand(B, -1, -1).contiguous(), sin_BTE.expand(B, -1, -1).contiguous()
+    if programs:
+        split_heads_back_kernel[(programs * units,)](
+            grad_q_linear, grad_k_linear, grad_q, grad_k, grad_v, x_BTC, weight_CL, start_BT, cos_BTE, sin_BTE,
+            q_norm_E, k_norm_E, grad_x, sums, T, span, H=H, G=kv_heads, E=E, TAPS=taps, EPS=eps, ELU=feature == "elu",
+            ONE_TABLE=one_table, START=0 if start_BT is None else min(2, start_BT.shape[1]), **constants,
+        )  # fmt: skip
+    total = sums.sum(0)
+    q_sum, k_sum = (x.view(-1, E).sum(0) for x in total[taps, : (H + kv_heads) * E].split((H * E, kv_heads * E)))
+    weight = total[:taps].t().contiguous().to(weight_CL.dtype)
+    return grad_x, weight, q_sum.to(q_norm_E.dtype), k_sum.to(k_norm_E.dtype)
 
 
 @triton.jit

@@ -365,9 +365,9 @@ def split_heads(
     E = q_norm_E.shape[0]
     x_BTC = causal_conv(x_BTC, weight_CL, history_BLC, start_BT, length_B)
     q, k, v = x_BTC.unflatten(-1, (-1, E)).split((x_BTC.shape[2] // E - 2 * kv_heads, kv_heads, kv_heads), 2)
-    q_normed, k_normed = (
-        F.rms_norm(x, (E,), weight.to(x.dtype), eps).to(x.dtype) for x, weight in ((q, q_norm_E), (k, k_norm_E))
-    )
+    # Autocast on CUDA has a float32 norm
+    q_normed = F.rms_norm(q, (E,), q_norm_E.to(q.dtype), eps).to(q.dtype)
+    k_normed = F.rms_norm(k, (E,), k_norm_E.to(k.dtype), eps).to(k.dtype)
     features = feature_map(q, feature), feature_map(k, feature)
     return *features, rotate(q_normed, cos_BTE, sin_BTE), rotate(k_normed, cos_BTE, sin_BTE), v
 

@@ -184,6 +184,41 @@ def test_a_backend_is_picked_or_refused_where_it_cannot_run(monkeypatch, backend
             assert pick_backend(backend, torch.device(device), width) == picked
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_training_on_kernels_has_the_gradients_of_the_reference(pair, kind, checkpointed):
+    ids, inputs = tokens(2, 13), {}
+    if kind == "padded":
+        inputs["attention_mask"] = (torch.arange(13, device=DEVICE) >= torch.tensor([[4], [0]], device=DEVICE)).long()
+    else:
+        inputs["position_ids"] = pack([6, 7], [13]).to(DEVICE)
+    models, grads, ran = [model.train() for model in pair(**ONE_LAYER)], [], []
+    for model in models:
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.model.layers[0].projection.register_forward_hook(lambda module, args, heads: ran.append(heads.v_BTGE))
+        with torch.enable_grad():
+            model(ids, labels=ids, **inputs).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert ["split_heads_train" in x.grad_fn.name() for x in (ran[0], ran[-1])] == [True, False]
+    for name, want in grads[1].items():
+        assert (grads[0][name] - want).norm() <= 1e-3 * want.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("change", ["hook", "class"])
+def test_a_changed_norm_of_the_heads_is_called_in_training(pair, change):
+    for model in pair(**ONE_LAYER):
+        norm = model.train().model.layers[0].projection.q_norm
+        with torch.enable_grad():
+            before = model(tokens(1, 9)).logits
+            if change == "hook":
+                norm.register_forward_hook(lambda module, args, output: 0 * output)
+            else:
+                norm.__class__ = type("Adapted", (type(norm),), {"forward": lambda self, x: 0 * x})
+            after = model(tokens(1, 9)).logits
+        assert not torch.allclose(before, after, atol=1e-3)
+
+
 @needs_gpu
 @pytest.mark.parametrize("backend", ["triton", "flex"])
 @pytest.mark.parametrize("variant", VARIANTS)

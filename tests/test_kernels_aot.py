@@ -108,10 +108,10 @@ def resources(cubin):
 
 
 def differentiate(operation, args):
-    """Call an operation and its gradient, of every argument in floating point."""
+    """Call an operation and its gradient, which is made of all arguments at once."""
     import torch
 
-    args = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    next(x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()).requires_grad_()
     out = operation(*args, backend="train")
     torch.autograd.backward(out, [torch.zeros_like(x) for x in (out if isinstance(out, tuple) else (out,))])
 
