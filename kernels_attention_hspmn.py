@@ -18,7 +18,7 @@ from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_att
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
 # Rows, keys, warps and stages of the gradients of queries and of keys, on chips with descriptors and on the others
 GRADIENT_TILES = {
-    "float32": ((32, 32, 8, 1), (32, 32, 8, 1)),
+    "float32": ((16, 32, 4, 1), (32, 32, 8, 1)),
     "window": ((64, 32, 4, 2), (64, 64, 4, 2)),
     "rows": ((64, 64, 4, 2), (64, 64, 4, 2)),
 }
