@@ -431,7 +431,6 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         self.model = HSPMNModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_function = next_token_loss  # a property of transformers' models, which takes any other
         self.post_init()
 
     def forward(
@@ -451,19 +450,32 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         shifted = kwargs.get("shift_labels")
         for name, given in (("labels", labels), ("shift_labels", shifted)):
             check_ids(name, given, self.lm_head.out_features, ignored=-100)
-        targets = labels[:, 1:] if shifted is None and labels is not None else shifted
+        targets, items = shifted, num_items_in_batch
+        if shifted is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is not None:
-            kwargs["row_weights"] = target_shares(targets, num_items_in_batch)
+            targets_B = (targets != -100).sum(1)
+            items = items.to(targets.device) if isinstance(items, torch.Tensor) else items
+            kwargs["row_weights"] = targets_B / (targets_B.sum().clamp(min=1) if items is None else items)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
             output_attentions, True, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
-        if targets is not None:
+        if targets is not None and "_loss_function" in vars(self):  # one that a user set
             loss = self.loss_function(
                 logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shifted
             )
+        elif targets is not None:
+            if targets.numel() != logits[..., 0].numel():
+                raise ValueError(
+                    f"labels of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}; leave "
+                    "logits_to_keep out, or give shift_labels of the tokens that it keeps"
+                )
+            total = TokenLosses.apply(logits.flatten(0, 1), targets.flatten().to(logits.device)).sum()
+            items = targets_B.sum() if items is None else items
+            loss = total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
         return with_head(outputs, logits, loss, self.training, self._asked("return_dict", return_dict))
 
     def piece_size(self, rows):
@@ -850,16 +862,12 @@ class TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def pieces(logits_NV):
-        """Ranges (begin, end) of rows."""
-        N, V = logits_NV.shape
-        return [(0, N)] if torch.compiler.is_compiling() else spans(N, max(1, LOSS_LOGITS // V))
-
-    @staticmethod
     def forward(ctx, logits_NV, target_N):
-        kind, target_N1 = torch.promote_types(logits_NV.dtype, torch.float32), target_N.clamp(min=0)[:, None]
-        loss_N = logits_NV.new_empty(len(target_N), dtype=kind)
-        for begin, end in TokenLosses.pieces(logits_NV):
+        (N, V), target_N1 = logits_NV.shape, target_N.clamp(min=0)[:, None]
+        kind = torch.promote_types(logits_NV.dtype, torch.float32)
+        loss_N = logits_NV.new_empty(N, dtype=kind)
+        ctx.pieces = spans(N, N if torch.compiler.is_compiling() else max(1, LOSS_LOGITS // V))
+        for begin, end in ctx.pieces:
             log_share_NV = logits_NV[begin:end].log_softmax(-1, dtype=kind)
             loss_N[begin:end] = -log_share_NV.gather(1, target_N1[begin:end])[:, 0]
         loss_N = loss_N.masked_fill(target_N == -100, 0.0)
@@ -871,26 +879,11 @@ class TokenLosses(torch.autograd.Function):
         logits_NV, target_N, loss_N = ctx.saved_tensors
         grad_N1 = grad_N.masked_fill(target_N == -100, 0.0)[:, None]
         grad_NV = torch.empty_like(logits_NV)
-        for begin, end in TokenLosses.pieces(logits_NV):
+        for begin, end in ctx.pieces:
             share_NV = logits_NV[begin:end].softmax(-1, dtype=loss_N.dtype)
             torch.mul(share_NV, grad_N1[begin:end], out=grad_NV[begin:end])
         at_target_N1 = torch.expm1(-loss_N)[:, None] * grad_N1  # the target's share less one, without cancellation
         return grad_NV.scatter_(1, target_N.clamp(min=0)[:, None], at_target_N1.to(grad_NV.dtype)), None
-
-
-def next_token_loss(logits, labels, vocab_size=None, num_items_in_batch=None, shift_labels=None):
-    """As transformers' `ForCausalLMLoss`, through `TokenLosses`: the sum over targets by num_items_in_batch, or their
-    mean. Raises ValueError where targets and logits are not as many."""
-    targets = F.pad(labels[..., 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
-    if targets.numel() != logits[..., 0].numel():
-        raise ValueError(
-            f"labels of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}; leave "
-            "logits_to_keep out, or give the shift_labels of the tokens that it keeps"
-        )
-    targets = targets.flatten().to(logits.device)
-    items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    items = items.to(logits.device) if isinstance(items, torch.Tensor) else items
-    return TokenLosses.apply(logits.flatten(0, -2), targets).sum() / items
 
 
 def check_ids(name, ids, size, ignored=None):

@@ -593,22 +593,22 @@ class LargestFloat32(TorchDispatchMode):
 
 def test_loss_and_gradient_are_cross_entropys_and_no_logits_are_widened_as_a_whole(monkeypatch):
     monkeypatch.setattr(modeling_hspmn, "LOSS_LOGITS", 100)  # three rows, and two at the end
-    loss, targets = modeling_hspmn.next_token_loss, tokens(1, 11).flatten()
-    targets[4:6] = -100
+    loss, targets = modeling_hspmn.TokenLosses.apply, tokens(1, 11).flatten()
     logits = 4 * torch.randn(11, 31, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = targets.where(targets < 31, 3)
-    assert torch.autograd.gradcheck(lambda x: loss(x, None, shift_labels=targets), logits.requires_grad_())
+    targets[4:6] = -100
+    assert torch.autograd.gradcheck(loss, (logits.requires_grad_(), targets))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = logits.detach().to(dtype).requires_grad_()
-        expected = F.cross_entropy(x if dtype == torch.float64 else x.float(), targets)
+        expected = F.cross_entropy(x if dtype == torch.float64 else x.float(), targets, reduction="none")
         with LargestFloat32() as seen:
-            got = loss(x, None, shift_labels=targets)
-            grad = torch.autograd.grad(got, x)[0]
+            got = loss(x, targets)
+            grad = torch.autograd.grad(got.square().sum(), x)[0]
         torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected, x)[0])
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0])
         assert dtype == torch.float32 or seen.largest <= 100
     with pytest.raises(RuntimeError, match="automatic differentiation"):  # and not a wrong second derivative
-        torch.autograd.grad(loss(x, None, shift_labels=targets), x, create_graph=True)
+        torch.autograd.grad(loss(x, targets).sum(), x, create_graph=True)
 
 
 def test_labels_of_other_tokens_than_those_of_the_logits_are_refused(tiny_model):
