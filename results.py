@@ -25,6 +25,12 @@ from transformers import __version__ as transformers_version
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)  # the first is the default of --device
+PEAK_TFLOPS = {  # dense bf16 products with float32 sums, of the data sheets; a device of another name has no MFU
+    "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA B200": 2250, "NVIDIA L40S": 362,
+    "NVIDIA GeForce RTX 4090": 165, "NVIDIA GeForce RTX 5090": 209,
+}  # fmt: skip
 KEPT_OUT_OF_COMMAND = ("folder", "output", "data_cache", "checkpoints", "help")  # paths of one machine
 
 

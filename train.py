@@ -14,10 +14,11 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -37,6 +38,7 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType, rotate_checkpoints
 from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_triton_available
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
@@ -44,7 +46,18 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
 
 from hspmn import runs
 from hspmn.corpus import bigram_loss, collate, count_tokens, fit_tokenizer, load_documents, pack
-from hspmn.results import ROOT, check_name, config_with, loading, parse_overrides, refuse, refusing, write_json
+from hspmn.results import (
+    PEAK_TFLOPS,
+    ROOT,
+    check_name,
+    complain,
+    config_with,
+    loading,
+    parse_overrides,
+    refuse,
+    refusing,
+    write_json,
+)
 
 Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600
@@ -76,7 +89,12 @@ FREE = {
     "prediction_loss_only", "skip_memory_metrics", "local_rank", "torch_empty_cache_steps", "push_to_hub",
     "dataset", "include_num_input_tokens_seen", "debug",
 }  # fmt: skip
-FREE_PREFIXES = ("eval_", "logging_", "log_", "save_", "hub_", "trackio_", "dataloader_p", "ddp_", "enable_", "do_")
+FREE_PREFIXES = (
+    "eval_", "logging_", "log_", "save_", "hub_", "trackio_", "dataloader_p", "ddp_", "enable_", "do_",
+    "torch_compile",
+)  # fmt: skip
+COMPILERS = (os.environ.get("CC", "gcc"), "gcc", "clang")  # one of which Triton needs for its launches
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass
@@ -137,6 +155,7 @@ class HSPMNTrainingArguments(TrainingArguments):
     save_strategy: str = HfArg(default="steps", help="no, steps or epoch")
     logging_nan_inf_filter: bool = HfArg(default=False, help="hide non-finite losses; costs a device sync per step")
     prediction_loss_only: bool = HfArg(default=True, help="keep only the loss in validation")
+    torch_compile: bool = HfArg(default=None, help="compile each kind of layer (default: in bfloat16 on a whole GPU)")
 
     def __post_init__(self):
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
@@ -146,6 +165,15 @@ class HSPMNTrainingArguments(TrainingArguments):
         if torch.cuda.is_available() and not (self.use_cpu or self.fp16 or self.full_precision):
             self.bf16 = torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if self.torch_compile is None:
+            sharded = any(os.environ.get(name, "false").lower() in ("true", "1") for name in SHARDED)
+            sharded = sharded or self.deepspeed or self.fsdp
+            self.torch_compile = bool(torch.cuda.is_available() and self.bf16 and not (self.use_cpu or sharded))
+            if self.torch_compile and not (is_triton_available() and any(map(shutil.which, COMPILERS))):
+                self.torch_compile = False
+                complain(
+                    "training is not compiled, which needs triton and gcc or clang; --torch_compile false is silent"
+                )
         super().__post_init__()
         # One process drives one device: torch.nn.DataParallel would lose the bias updates of all devices but one
         self._n_gpu = min(self.n_gpu, 1)
@@ -367,13 +395,90 @@ class AnnealingCallback(TrainerCallback):
         model.set_sparsity_progress(1.0)
 
 
+class CostCallback(TrainerCallback):
+    """What training costs since it began in this process: seconds, tokens, waiting for data and peak memory.
+
+    Evaluation and saving are no training: clock and peak stand still. The peak is the most that tensors took in any
+    step so far; no log line resets it. `total` and `logged`, now and at the last log line, are seconds, the tokens and
+    operations of all processes, and the longest waiting of one.
+    """
+
+    NOTHING = (0.0,) * 4
+
+    def __init__(self, args):
+        self.cuda, self.processes = args.device.type == "cuda", args.world_size
+        self.begun, self.stopped = time.perf_counter(), None
+        self.tokens = self.waited = self.peak = 0
+        self.total = self.logged = self.NOTHING
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin anew; a resumed run counts its own steps."""
+        self.__init__(args)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def clock(self):
+        """Seconds of training so far; what the device has not done yet is not among them."""
+        return (self.stopped or time.perf_counter()) - self.begun
+
+    def memory(self):
+        """Bytes that tensors of this process took at most in training."""
+        if self.cuda and self.stopped is None:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        return self.peak
+
+    @contextmanager
+    def aside(self):
+        """Evaluation or saving, which waits for the device anyway: its work so far is training."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.memory()
+        self.stopped = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.begun, self.stopped = self.begun + time.perf_counter() - self.stopped, None
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+
+    def waiting_for(self, batches):
+        """The batches, and the seconds until each is there."""
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def since(self, before=NOTHING):
+        """Of the training since `before`, an earlier `total`: tokens per second, the share of time waiting for data,
+        on CUDA the peak memory in GB so far, and where a device's bf16 peak is known the share of it that the model's
+        own operations reach (MFU)."""
+        seconds, tokens, flops, waited = (now - then for now, then in zip(self.total, before, strict=True))
+        costs = {"tok_s": tokens / seconds, "data_wait": waited / seconds}
+        if self.cuda:
+            costs["peak_gb"] = self.peak / 1e9
+            if peak := PEAK_TFLOPS.get(torch.cuda.get_device_name()):
+                costs |= {"mfu": flops / seconds / (self.processes * peak * 1e12), "peak_tflops": peak}
+        return costs
+
+
+def costs_in_words(costs):
+    """`CostCallback.since` as a part of a line."""
+    mfu = f"MFU {costs['mfu']:.3f} of {costs['peak_tflops']} TFLOP/s  " if "mfu" in costs else ""
+    peak = f"{costs['peak_gb']:.1f} GB  " if "peak_gb" in costs else ""
+    return f"{costs['tok_s']:,.0f} tok/s  {mfu}{peak}data wait {costs['data_wait']:.3f}"
+
+
 class LogCallback(ProgressCallback):
-    """Progress bar whose log lines hold loss, learning rate and each layer's load in a fixed order."""
+    """Progress bar whose log lines hold loss, learning rate, costs and each layer's load in a fixed order."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """One line per training log."""
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+            line = f"step {state.global_step:5d}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
+            line += costs_in_words(logs)
             for kind in ("load", "target"):
                 values = [f"{value:.2f}" for name, value in logs.items() if name.startswith(f"{kind}/")]
                 one = kind == "target" and len(set(values)) == 1
@@ -384,7 +489,8 @@ class LogCallback(ProgressCallback):
 class HSPMNTrainer(Trainer):
     """`Trainer` that reports every layer's load, in training (last forward pass) and validation (mean).
 
-    It stops where numbers are not finite, seals its checkpoints (`runs.py`), and trains no step too many.
+    It stops where numbers are not finite, seals its checkpoints (`runs.py`), trains no step too many, says what it
+    costs, and where it compiles, compiles each kind of layer once.
     """
 
     record = {}  # of the flags and the data, for the seals
@@ -394,6 +500,17 @@ class HSPMNTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.finite = runs.FiniteCallback(self.accelerator, self.args.output_dir)
         self.add_callback(self.finite)
+        self.costs, self.apart = CostCallback(self.args), 0.0
+        self.add_callback(self.costs)
+        # or the copy of every batch would wait for the device, as if there were no data
+        self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
+
+    def _build_accelerator_args(self, **kwargs):
+        args = super()._build_accelerator_args(**kwargs)
+        args["dynamo_plugin"].use_regional_compilation = True
+        if self.args.torch_compile:
+            torch._dynamo.config.recompile_limit = 64  # each layer may have a share of its own
+        return args
 
     def train(self, *args, **kwargs):
         """Training; what it cannot begin with is refused in one line."""
@@ -411,6 +528,39 @@ class HSPMNTrainer(Trainer):
         self.finite.see("loss", loss, self.state.global_step + 1)
         return loss
 
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        """The batches of a step, and how long they were waited for."""
+        return super().get_batch_samples(self.costs.waiting_for(epoch_iterator), *args, **kwargs)
+
+    def floating_point_ops(self, inputs):
+        """Operations of a forward and a backward pass by the model's own count, nothing being computed again.
+
+        What grows with the square of a row's tokens grows with those of its documents where these are kept apart,
+        whose lengths only the device knows yet: what they spare is subtracted when a log line waits for it anyway.
+        """
+        (B, T), flops = inputs["input_ids"].shape, self.model.estimate_flops
+        self.costs.tokens += B * T
+        if "position_ids" in inputs:
+            seen = (inputs["position_ids"] + 0.5).mean() / (T / 2)  # sum of (tokens of a document / T)^2
+            self.apart = self.apart + 3 * (flops(2 * T, B) / 2 - flops(T, B)) * (1 - seen)
+        return 3 * flops(T, B)
+
+    def store_flos(self):
+        """As in `Trainer`; the other costs of all processes take the same exchange."""
+        costs, device = self.costs, self.args.device
+        mine = [self.current_flos - float(self.apart), costs.tokens, costs.waited, costs.memory()]
+        each = torch.tensor([mine], dtype=torch.float64)
+        if self.args.world_size > 1:
+            each = self.accelerator.gather(each.to(device)).cpu()
+        (flops, tokens, _, _), (_, _, waited, costs.peak) = each.sum(0).tolist(), each.amax(0).tolist()
+        self.state.total_flos += flops
+        costs.total = (costs.clock(), tokens, costs.total[2] + flops, waited)
+        self.current_flos, self.apart = 0, 0.0
+
+    def _evaluate(self, *args, **kwargs):
+        with self.costs.aside():
+            return super()._evaluate(*args, **kwargs)
+
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not self.args.fp16:  # whose scaler skips steps that overflow
@@ -423,19 +573,20 @@ class HSPMNTrainer(Trainer):
         self.control.should_training_stop = True  # a resumed run that was complete; Trainer would add a step
 
     def _save_checkpoint(self, model, trial):
-        self.finite.check(self.model)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        # older checkpoints go when this one is sealed, not before
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            runs.seal(folder, self.record)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        with self.costs.aside():
+            self.finite.check(self.model)
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            # older checkpoints go when this one is sealed, not before
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            super()._save_checkpoint(model, trial)
+            self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                runs.seal(folder, self.record)
+                rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; keeps the loads on the device, so that only a log line waits for them."""
@@ -457,9 +608,11 @@ class HSPMNTrainer(Trainer):
         return output
 
     def log(self, logs, start_time=None):
-        """Adds `load/<layer>` and `target/<layer>` to training logs and warns of layers far from their target."""
+        """Adds what was spent since the last one, `load/<layer>` and `target/<layer>` to training logs, and warns of
+        layers far from their target."""
         if "loss" in logs:
-            logs, loads, targets = dict(logs), self.last_load.tolist(), iter(self.model.router_targets.tolist())
+            logs, self.costs.logged = logs | self.costs.since(self.costs.logged), self.costs.total
+            loads, targets = self.last_load.tolist(), iter(self.model.router_targets.tolist())
             for layer, share in enumerate(self.model.config.layer_sparsity):
                 load, target = loads[layer], next(targets) if share else 0.0
                 logs |= {f"load/{layer}": load, f"target/{layer}": target}
@@ -473,6 +626,7 @@ REPORT = """data: {train_data}; {validation_tokens:,} validation tokens
 tokens read: {tokens[read]:,} = {tokens[train]:,} to train on + {tokens[held_out]:,} held out + {left_over:,} left over
 model: {parameters:,} parameters
 training: {steps} steps, {train_seconds:.0f} s on {device} ({seconds:.0f} s with reading, tokenizing and validation)
+costs of the steps since the start or resumption: {costs}
 validation loss, nats per token: before {loss_before:.4f}, after {loss_after:.4f}{bigram}
 layer  load   target
 {layers}
@@ -544,6 +698,7 @@ def main(argv=None):
         results["tokens"] = settle(tokens, outcome.global_step * blocks * data_args.seq_len)
         results["train_data"] += f", {results['tokens']['train']:,} training tokens"
         results["train_seconds"], results["seconds"] = outcome.metrics["train_runtime"], time.monotonic() - begin
+        results |= trainer.costs.since() if trainer.costs.tokens else {}
         results["loads"] = [value for name, value in metrics.items() if name.startswith("eval_load/")]
         if not math.isfinite(results["loss_after"]):
             refuse(f"the validation loss is {results['loss_after']}, so no model is written to {folder}", code=1)
@@ -619,7 +774,8 @@ def finish(trainer, tokenizer, results):
         remark = "" if 0.5 * target <= load <= 1.5 * target else "  outside 0.5x to 1.5x of its target"
         lines.append(f"{layer:5d}  {load:.3f}  {target:.3f}{remark}")
     bigram = f", bigram {results['bigram_loss']:.4f}" if "bigram_loss" in results else ""
-    texts = {"left_over": results["tokens"]["left_over"], "bigram": bigram, "layers": "\n".join(lines)}
+    costs = costs_in_words(results) if "tok_s" in results else "none, there were no more to take"
+    texts = {"left_over": results["tokens"]["left_over"], "bigram": bigram, "layers": "\n".join(lines), "costs": costs}
     text = REPORT.format(**results, **texts)
     (whole / "README.md").write_text(CARD.format(prompt=args.prompt, report=text), "utf-8")
     write_json(whole / "results.json", results)

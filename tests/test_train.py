@@ -2,15 +2,18 @@
 
 import json
 import math
+import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from hspmn import corpus, train
+from hspmn import corpus, runs, train
 from hspmn.results import config_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -277,3 +280,140 @@ def test_a_plain_trainer_cuts_steps_as_it_likes_and_predicts_logits(auto, tmp_pa
     predictions = trainer.predict(rows).predictions
     shape = model(**pad(rows)).logits.shape
     assert isinstance(predictions, np.ndarray) and predictions.shape == shape
+
+
+def trainer_of(folder, kind=train.HSPMNTrainer, arguments=train.HSPMNTrainingArguments, rows=None, **options):
+    """A trainer of a fresh model of two layers, the second of which routes, and 4 steps of 2 rows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_with(SIZES | {"sliding_window": 8}), trust_remote_code=True)
+    rows = rows or [{"input_ids": [i % 300 for i in range(k, k + 32)]} for k in range(64)]
+    fixed = {"max_steps": 4, "use_cpu": True, "logging_steps": 1, "report_to": "none", "save_steps": 2}
+    fixed |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    collate = corpus.collate if kind is train.HSPMNTrainer else pad
+    return kind(model, arguments(str(folder), **fixed | options), collate, rows, rows[:4])
+
+
+def logged(trainer, name="loss"):
+    return [log[name] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_costs_are_those_of_this_process_without_evaluation_and_saving(tmp_path, monkeypatch):
+    """A clock that only work moves: a batch 0.25 s, a forward and backward pass 1 s, anything else far more."""
+    now = [0.0]
+
+    def takes(seconds, work):
+        return lambda *args, **kwargs: (now.__setitem__(0, now[0] + seconds), work(*args, **kwargs))[1]
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=time.monotonic))
+    monkeypatch.setattr(runs, "seal", takes(1000, runs.seal))
+    monkeypatch.setattr(corpus, "collate", takes(0.25, corpus.collate))
+    monkeypatch.setattr(train.Trainer, "training_step", takes(1, Trainer.training_step))
+    monkeypatch.setattr(train.Trainer, "evaluation_loop", takes(100, Trainer.evaluation_loop))
+    states = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        options = {"gradient_accumulation_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+        trainer = trainer_of(tmp_path, **options)
+        trainer.train(resume_from_checkpoint=resumed)
+        steps, first = (2, 2) if resumed else (4, 0)  # the first step reads one batch ahead
+        seconds, waited = [3.75] * 4, [0.75] * 4
+        seconds[0], waited[0], seconds[first], waited[first] = 4.0, 1.0, 4.0, 1.0
+        assert logged(trainer, "tok_s") == pytest.approx([3 * 64 / x for x in seconds])
+        assert logged(trainer, "data_wait") == pytest.approx([x / y for x, y in zip(waited, seconds, strict=True)])
+        flops = steps * 3 * 3 * trainer.model.estimate_flops(32, 2)
+        spent = (steps * 3.75 + 0.25, steps * 3 * 64, flops, steps * 0.75 + 0.25)
+        assert trainer.costs.total == pytest.approx(spent)
+        assert trainer.costs.since() == pytest.approx({"tok_s": spent[1] / spent[0], "data_wait": spent[3] / spent[0]})
+        states.append(trainer.state.total_flos)
+    assert states[0] == states[1] == flops * 2
+
+
+def test_documents_kept_apart_spare_operations(tmp_path):
+    trainer = trainer_of(tmp_path)
+    lengths = [[20, 12], [32]]
+    positions = torch.tensor([[i for length in row for i in range(length)] for row in lengths])
+    whole = trainer.floating_point_ops({"input_ids": torch.zeros_like(positions), "position_ids": positions})
+    documents = 3 * sum(trainer.model.estimate_flops(length) for row in lengths for length in row)
+    assert whole - float(trainer.apart) == pytest.approx(documents, rel=1e-6) and whole > documents
+
+
+def test_costs_of_a_known_device(monkeypatch):
+    """Two processes on H200s, one of which took 1 GB before training and 30 GB at most in it, 90 GB in evaluation."""
+    memory, name = {"now": 2e9, "peak": 30e9}, "NVIDIA H200"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=memory["now"]))
+    costs = train.CostCallback(SimpleNamespace(device=torch.device("cuda"), world_size=2))
+    with costs.aside():
+        memory["peak"] = 90e9
+        assert costs.memory() == 30e9
+    assert costs.memory() == 30e9
+    costs.total = (10.0, 1e6, 0.4 * 2 * 989e12 * 10, 0.5)
+    known = {"tok_s": 1e5, "data_wait": 0.05, "peak_gb": 30.0, "mfu": 0.4, "peak_tflops": 989}
+    assert costs.since() == pytest.approx(known)
+    assert train.costs_in_words(known) == "100,000 tok/s  MFU 0.400 of 989 TFLOP/s  30.0 GB  data wait 0.050"
+    name = "NVIDIA H20"
+    assert "mfu" not in costs.since()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True, "bf16": True}], ids=["plain", "checkpointed"]
+)
+def test_compiled_training_has_a_graph_per_kind_of_layer_and_equals_eager(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")  # a break of the graph is an error
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 4)
+    monkeypatch.setitem(SIZES, "sparsity_k", [0.0, 0.4, 0.0, 0.4])
+    monkeypatch.setitem(SIZES, "sparsity_anneal_fraction", 1.0)
+    losses = []
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    for more, resumed in (({}, None), (compiled, None), (compiled, str(tmp_path / "checkpoint-2"))):
+        trainer = trainer_of(tmp_path, **options | more)
+        trainer.add_callback(train.AnnealingCallback())
+        trainer.train(resume_from_checkpoint=resumed)
+        losses.append(logged(trainer))
+    # of both kinds of layers, the embedding, RoPE, the norm and the head; of a resumed run no more
+    assert counters["stats"]["unique_graphs"] == 2 + 4
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-6)
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert saved.keys() == trainer.model.state_dict().keys() - trainer.model.all_tied_weights_keys.keys()
+    assert not torch.equal(saved["model.layers.1.router.bias"], saved["model.layers.3.router.bias"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_plain_trainer_compiles_rows_of_many_lengths_twice(tmp_path, monkeypatch):
+    """For the first length, and for all others."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 1)
+    rows, losses = [row | {"labels": row["input_ids"]} for row in RAGGED], []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = trainer_of(tmp_path, Trainer, TrainingArguments, rows, save_strategy="no", **options)
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert 5 < counters["stats"]["unique_graphs"] <= 2 * 5
+
+
+def test_compiles_by_default_only_where_it_can(tmp_path, monkeypatch, capsys):
+    def compiles(flags=""):
+        return train.parse_arguments(f"--output_dir {tmp_path} --use_cpu {flags}".split())[2].torch_compile
+
+    assert not compiles() and compiles("--torch_compile") and not compiles("--torch_compile false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert not compiles()
+    monkeypatch.setattr(train.TrainingArguments, "__post_init__", lambda self: None)  # which looks for the device
+    monkeypatch.setattr(train.HSPMNTrainingArguments, "n_gpu", 1, raising=False)
+    monkeypatch.setattr(train, "is_triton_available", lambda: True)
+    for found, said in (("/usr/bin/gcc", ""), (None, "training is not compiled, which needs triton and gcc or clang")):
+        monkeypatch.setattr(train.shutil, "which", lambda name, found=found: found)
+        assert train.HSPMNTrainingArguments(str(tmp_path)).torch_compile is bool(found)
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == bool(said)
+    monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/gcc")
+    for options in ({"full_precision": True}, {"fp16": True}, {"torch_compile": False}):
+        assert not train.HSPMNTrainingArguments(str(tmp_path), **options).torch_compile
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not train.HSPMNTrainingArguments(str(tmp_path)).torch_compile
