@@ -20,14 +20,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ..results import low_precision, refuse
+from ..results import PEAK_TFLOPS, low_precision, refuse
 from . import timing
 from .blocks import BLOCKS, DEFAULT_LAYERS, MODELS, llama_flops, mean_layer, prepare
 from .cases import check
 from .context import new_model
 from .timing import LeftOut, measure, peak_memory, random_hidden, random_tokens, spread
 
-CHIPS, PEAK = ("H100", "H200"), 989e12  # parts of device names, and their bfloat16 operations per second
 PARALLEL = ("ddp", "fsdp2")
 PARALLEL_REPS = 5  # at most: all processes must take as many steps, however long each finds them
 CASE = re.compile(r"(?:block|model0*([1-9]\d{0,3}))/B0*([1-9]\d*)_S0*([1-9]\d*)")
@@ -48,7 +47,7 @@ def trained_alike(args, **fields):
 def mfu(args, flops, ms):
     """Share of the peak as a metric, nothing where that is not known."""
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
-    return {"mfu": 1e3 * flops / ms / PEAK} if any(chip in name for chip in CHIPS) else {}
+    return {"mfu": 1e-9 * flops / ms / PEAK_TFLOPS[name]} if name in PEAK_TFLOPS else {}
 
 
 def block_step(args, block, forward, x_BSD, grad_BSD):
