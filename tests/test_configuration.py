@@ -108,8 +108,29 @@ def test_rope_settings_of_llama_are_taken_and_contradictions_refused(tmp_path):
         HSPMNConfig(rope_theta=10000.0, rope_parameters={"rope_theta": 5e5})
 
 
+ODD = [
+    -1,
+    0,
+    1,
+    2.5,
+    2**62,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "4",
+    "",
+    True,
+    None,
+    [],
+    [0.5],
+    [0.2] * 3,
+    {},
+    {"a": 1},
+]
+
+
 def fields_of_a_config():
-    """Any choice, sizes that build at once, other numbers up to their limits and a little beyond, any form of RoPE."""
+    """Any choice, sizes that build at once, other numbers up to their limits, any form of RoPE; often an odd value."""
     small = {
         "vocab_size": (1, 9), "hidden_size": (1, 9), "intermediate_size": (1, 9), "routed_intermediate_size": (0, 4),
         "num_hidden_layers": (1, 3), "num_attention_heads": (2, 4), "num_key_value_heads": (1, 2),
@@ -127,12 +148,12 @@ def fields_of_a_config():
         rope |= {key[17:-2]: st.sampled_from([low, high]) | st.floats(low, high) for key in keys if "[" in key}
     fields |= {"sparsity_k": share, "rope_parameters": st.fixed_dictionaries({}, optional=rope)}
     fields |= {field: st.sampled_from(valid) for field, valid in CHOICES.items() if field != "backend"}
-    return st.fixed_dictionaries(sizes, optional=fields)
+    odd = st.dictionaries(st.sampled_from([*HSPMNConfig.__annotations__]), st.sampled_from(ODD), max_size=1)
+    return st.builds(dict.__or__, st.fixed_dictionaries(sizes, optional=fields), odd)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(fields_of_a_config())
-def test_what_a_config_accepts_builds_and_stays_finite(fields):
+def check_fields(fields):
+    """They are refused by name, or the model that they make gives finite numbers forward and backward."""
     try:
         config = HSPMNConfig(**fields)
     except ValueError as error:
@@ -145,6 +166,12 @@ def test_what_a_config_accepts_builds_and_stays_finite(fields):
     found = [outputs.loss, outputs.logits, *(p.grad for p in model.parameters()), *model.buffers()]
     assert all(x.isfinite().all() for x in found if x is not None)
     assert model.eval()(ids).logits.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(fields_of_a_config())
+def test_what_a_config_accepts_builds_and_stays_finite(fields):
+    check_fields(fields)
 
 
 @pytest.mark.parametrize("field, value", EDGES, ids=str)

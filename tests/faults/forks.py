@@ -7,6 +7,9 @@ import tempfile
 import traceback
 
 from hspmn import train
+from safetensors.torch import load_file
+
+AnnealingCallback = train.AnnealingCallback  # `poisoned` ones take its place
 
 FLAGS = (
     "--dim 32 --layers 2 --head_dim 16 --seq_len 32 --batch 4 --vocab_size 300 --validation_blocks 4 --logging_steps 1"
@@ -80,6 +83,37 @@ def die_at_write(number):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return lambda: sys.addaudithook(count)
+
+
+def poisoned(kind, name, place, value, step):
+    """`train.AnnealingCallback` that puts `value`, NaN or infinite, into a model as `step` begins: into its "loss",
+    the "gradient" of the parameter `name`, or at `place` of the "tensor" of that name."""
+
+    class Poisoned(AnnealingCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            super().on_step_begin(args, state, control, model, **kwargs)
+            if state.global_step != step - 1:
+                return
+            if kind == "loss":
+                model.register_forward_hook(lambda model, _, out: out.__setitem__("loss", out["loss"] * value))
+            elif kind == "gradient":
+                model.get_parameter(name).register_hook(lambda grad: grad * value)
+            else:
+                model.state_dict()[name].view(-1)[place] = value
+
+    return Poisoned
+
+
+def not_finite(folder):
+    """The first file of weights below a folder that holds a number that is not finite, or None."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        if not all(tensor.isfinite().all() for tensor in load_file(path).values()):
+            return path
+
+
+def contents(folder):
+    """Every file of a folder with its content and time of change."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def last_line(text):

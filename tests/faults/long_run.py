@@ -1,7 +1,11 @@
-"""The fault suite's long run: `python tests/faults/long_run.py --kills 200 --damaged 400 --flags 500`, a row for each.
+"""The fault suite's long run, a row for each kind of fault:
 
-Runs of train.py are killed at random moments and writes and resumed, files of checkpoints and models are damaged, and
-random flags are given. Prints what was tried and what was right, and every case that was not; exit code 1 if any.
+    python tests/faults/long_run.py --kills 200 --damaged 400 --flags 500 --refusals 300 --numbers 200 --configs 2000
+
+Runs of train.py are killed at random moments and writes and resumed, files of checkpoints and models are damaged,
+random flags are given, runs are gone on with by others' flags or beside another process, numbers that are not finite
+are put into them, and random configurations are built. Prints what was tried and what was right, and every case that
+was not; exit code 1 if any.
 """
 
 import argparse
@@ -10,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +24,12 @@ sys.modules["hspmn"] = ModuleType("hspmn")
 sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 import forks  # noqa: E402
-from hspmn import runs  # noqa: E402
+import test_configuration  # noqa: E402
+from hspmn import runs, train  # noqa: E402
+from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 
 SAVE_STEPS, WRITES, SECONDS = 2, 110, 3.0  # of a run of `forks.arguments`: about as many writes, and as long
 
@@ -105,8 +114,99 @@ def flags(count, texts, whole, folder, rng):
         shutil.rmtree(folder / "flags", ignore_errors=True)
 
 
+def other_flags(record, rng):
+    """One or two flags of a run's record with other values than they have there, as words, and their names."""
+    values = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    names = rng.sample(sorted(values.keys() - {"num_processes", "enable_jit_checkpoint"}), rng.choice([1, 2]))
+    words = []
+    for name in names:
+        value, more = values[name], rng.randint(1, 3)
+        more /= 1 if isinstance(value, int) else 1000
+        words.append(f"--{name}={not value if isinstance(value, bool) else type(value)(value + more)}")
+    return words, names
+
+
+def refusals(count, texts, whole, folder, rng):
+    """Other flags, a run in another's folder and a second process are refused by name, and change no file."""
+    record = runs.read_json(whole / runs.SEAL)["flags"]
+    other, busy, resume = folder / "other", folder / "busy", "--resume_from_checkpoint"
+    code, text = forks.run(forks.arguments(texts, other, "--seed", 7))
+    assert code == 0, text
+    pid, output = forks.start(forks.arguments(texts, busy, "--steps", 10**6, "--save_steps", 1))
+    while runs.newest_whole(busy)[0] is None:
+        time.sleep(0.1)
+    forks.os.kill(pid, forks.signal.SIGSTOP)  # it keeps its lock
+    ways = {  # the folder, what is given beside the flags, and what the line says
+        "other flags": (whole, [resume, rng.choice(["last", whole / "checkpoint-4"])], "was made with"),
+        "a new run": (whole, [], "of an earlier run"),
+        "another's checkpoint": (whole, ["--seed", 7, resume, other / "checkpoint-4"], "of another run"),
+        "a second process": (busy, rng.choice([[], [resume, "last"]]), "another process is training there"),
+    }
+    for number in range(count):
+        way = rng.choice(sorted(ways))
+        run, more, words = ways[way]
+        others, names = other_flags(record, rng) if way != "another's checkpoint" else ([], [])
+        before = forks.contents(run)
+        code, text = forks.run(forks.arguments(texts, run, *more, *others))
+        line = forks.last_line(text)
+        named = words in line and (way != "other flags" or all(f"--{name} " in line for name in names))
+        invalid = any(f"--{name} " in line for name in names)  # refused before the folder is looked at
+        if code != 2 or "Traceback" in text or not (named or invalid) or forks.contents(run) != before:
+            yield f"refusal {number}: {way} {' '.join(others)}: exit code {code}; {line}"
+    forks.os.kill(pid, forks.signal.SIGKILL)
+    forks.finish(pid, output)
+    code, text = forks.run(forks.arguments(texts, busy, resume, "last", "--accept_changes", "--steps", 1))
+    if code:  # a dead process keeps no lock
+        yield f"refusals: after the second process has died, exit code {code}; {forks.last_line(text)}"
+
+
+def numbers(count, texts, whole, folder, rng):
+    """A loss, gradient, weight or bias that is not finite ends the run at its step, and no file ever holds it."""
+    sizes = {name: tensor.numel() for name, tensor in forks.load_file(whole / WEIGHTS).items()}
+    for number in range(count):
+        run, kind, step = folder / "numbers", rng.choice(["loss", "gradient", "weight", "bias"]), rng.randint(1, 6)
+        name = rng.choice(sorted(name for name in sizes if name.endswith("router.bias") == (kind == "bias")))
+        value = rng.choice([torch.nan, torch.inf, -torch.inf])
+        case = kind if kind in ("loss", "gradient") else "tensor", name, rng.randrange(sizes[name]), value, step
+        save_steps = rng.choice([1, 2])
+
+        def prepare(case=case):
+            train.AnnealingCallback = forks.poisoned(*case)
+
+        code, text = forks.run(forks.arguments(texts, run, "--save_steps", save_steps), prepare)
+        bad, (kept, _) = forks.not_finite(run), runs.newest_whole(run)
+        last = (step - 1) // save_steps * save_steps
+        stopped = code == 1 and f"step {step}: " in forks.last_line(text) and "Traceback" not in text
+        if bad or not stopped or (kept is None) != (last == 0) or kept and kept.name != f"checkpoint-{last}":
+            yield f"numbers {number}: {case}: exit code {code}, keeps {kept}, spoils {bad}; {forks.last_line(text)}"
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def configs(count, texts, whole, folder, rng):
+    """Random fields are refused by name, or make a model whose numbers are finite forward and backward."""
+    bad, tried = [], 0
+
+    @seed(rng.randrange(2**32))
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(test_configuration.fields_of_a_config())
+    def check(fields):
+        nonlocal tried
+        tried += 1
+        try:
+            test_configuration.check_fields(fields)
+        except Exception as error:
+            bad.append(f"config {fields}: {error!r}")
+
+    check()
+    yield from bad
+    if tried < count:
+        yield f"configs: only {tried} were tried"
+
+
 WEIGHTS = "model.safetensors"
-KINDS = {"kills": kills, "damaged": damaged, "flags": flags}
+KINDS = {
+    "kills": kills, "damaged": damaged, "flags": flags, "refusals": refusals, "numbers": numbers, "configs": configs,
+}  # fmt: skip
 
 
 def main():
@@ -123,7 +223,9 @@ def main():
         code, text = forks.run(forks.arguments(texts, whole, "--save_total_limit", 3))
         assert code == 0, text
         for kind, check in KINDS.items():
-            count, bad = getattr(args, kind), []
+            if not (count := getattr(args, kind)):
+                continue
+            bad = []
             for case in check(count, texts, whole, folder, random.Random(args.seed)):
                 print(case, file=sys.stderr)
                 bad.append(case)

@@ -51,37 +51,23 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def state_of(folder):
-    """Every file of a folder with its content and time of change."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
 # Numbers
 
+PADDING = 32 + 3  # an entry of a row of the embedding that no text reads
 POISONS = {
-    "the loss": lambda model: model.model.norm.weight.data.fill_(torch.nan),
-    "the gradient norm": lambda model: model.lm_head.weight.register_hook(lambda grad: grad * torch.inf),
-    # padding, which no text holds
-    "model.embed_tokens.weight": lambda model: model.model.embed_tokens.weight.data[1].fill_(torch.inf),
-    "model.layers.1.router.bias": lambda model: model.model.layers[1].router.bias.fill_(torch.nan),
-}
+    "the loss": ("loss", None, 0, torch.nan), "the gradient norm": ("gradient", "lm_head.weight", 0, torch.inf),
+    "model.embed_tokens.weight": ("tensor", "model.embed_tokens.weight", PADDING, torch.inf),
+    "model.layers.1.router.bias": ("tensor", "model.layers.1.router.bias", 0, torch.nan),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("culprit", POISONS)
 def test_training_stops_at_the_first_number_that_is_not_finite(culprit, texts, tmp_path, capsys, monkeypatch):
-    class Poison(train.AnnealingCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            super().on_step_begin(args, state, control, model, **kwargs)
-            if state.global_step == 4:
-                POISONS[culprit](model)
-
-    monkeypatch.setattr(train, "AnnealingCallback", Poison)
+    monkeypatch.setattr(train, "AnnealingCallback", forks.poisoned(*POISONS[culprit], step=5))
     code, line = end(capsys, forks.arguments(texts, tmp_path, "--save_steps", 1, "--save_total_limit", 2))
     assert code == 1 and "step 5: " in line and culprit in line and f"is {tmp_path / 'checkpoint-4'}" in line
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
-    for checkpoint in tmp_path.iterdir():
-        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+    assert not forks.not_finite(tmp_path)
 
 
 def change_weights(change):
@@ -162,9 +148,9 @@ def test_last_goes_on_from_the_newest_whole_checkpoint_and_says_what_it_passed_o
 
 @pytest.mark.parametrize("named", ["last", "{run}/checkpoint-6"])
 def test_a_finished_run_is_finished(named, texts, run, capsys):
-    before = state_of(run)
+    before = forks.contents(run)
     results = train.main(forks.arguments(texts, run, "--resume_from_checkpoint", named.replace("{run}", str(run))))
-    assert state_of(run) == before and results == json.loads((run / "results.json").read_text())
+    assert forks.contents(run) == before and results == json.loads((run / "results.json").read_text())
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -191,9 +177,9 @@ OTHER_FLAGS = {
 
 @pytest.mark.parametrize("flags", OTHER_FLAGS)
 def test_other_flags_than_the_run_had_are_refused_with_the_difference(flags, texts, run, capsys):
-    before = state_of(run)
+    before = forks.contents(run)
     code, line = end(capsys, forks.arguments(texts, run, *flags.split(), "--resume_from_checkpoint", "last"))
-    assert code == 2 and OTHER_FLAGS[flags] in line and "--accept_changes" in line and state_of(run) == before
+    assert code == 2 and OTHER_FLAGS[flags] in line and "--accept_changes" in line and forks.contents(run) == before
 
 
 def test_other_data_than_the_run_had_are_refused_and_accepted_by_a_flag(texts, run, tmp_path, capsys):
@@ -221,11 +207,11 @@ def test_accepted_flags_go_on_but_sizes_cannot_change(texts, run, capsys):
 
 
 def test_a_new_run_leaves_the_checkpoints_of_another_alone(texts, run, capsys):
-    before = state_of(run)
+    before = forks.contents(run)
     for flags in ([], ["--seed", 5]):
         code, line = end(capsys, forks.arguments(texts, run, *flags))
         assert code == 2 and "holds checkpoint-6 of an earlier run" in line and "--resume_from_checkpoint last" in line
-    assert state_of(run) == before
+    assert forks.contents(run) == before
 
 
 @forked
