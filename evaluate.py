@@ -2,7 +2,7 @@
 
     python evaluate.py --task loss FOLDER          nats per token, split into recall and other targets
     python evaluate.py --task needle FOLDER        a key-value needle at ten depths of 1x, 2x and 4x the trained length
-    python evaluate.py --task verify FOLDER        contracts 1, 2, 6 and 7, weights, files: pass or fail per line
+    python evaluate.py --task verify FOLDER        contracts 1, 2, 6 and 7, files: pass or fail per line
 
 FOLDER is a checkpoint with its tokenizer, such as `train.py` or `benchmarks/quality.py --save` writes. Text is Python
 source found on the machine. B batch, N rows, T tokens, D width.
@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
@@ -34,7 +34,6 @@ from hspmn.results import (
     Parser,
     at_least,
     check_output,
-    check_weights,
     file_name,
     loading,
     low_precision,
@@ -42,8 +41,8 @@ from hspmn.results import (
     new_figure,
     refuse,
     row,
-    weight_faults,
 )
+from hspmn.runs import load_model
 
 
 def recall_targets(ids_BT):
@@ -153,7 +152,7 @@ def greedy(model, ids_BT, new_tokens, chunk):
 
 def run_needle(args):
     """Task needle: share of needles whose value is generated exactly per depth and length, and a heatmap of it."""
-    model, tokenizer, _ = load(args)
+    model, tokenizer = load(args)
     if getattr(model.config, "router_mode", None) == "topk":
         refuse(f"folder {args.folder}: a model of router_mode topk cannot generate; evaluate its loss")
     text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
@@ -201,14 +200,6 @@ def check_files(folder):
     changed = sorted(path.name for path in here if path.read_bytes() != (ROOT / path.name).read_bytes())
     if changed:
         yield "code files equal this checkout's", None, f"differ: {', '.join(changed)}"
-
-
-def report_weights(model, info):
-    """Every weight has a place and a shape, and is finite."""
-    wrong = weight_faults(model, info)
-    bad = wrong.pop("non-finite", [])
-    yield "weights match the configuration's shapes", not wrong, json.dumps(wrong) if wrong else "all"
-    yield "weights are finite", not bad, ", ".join(bad[:5]) or f"{sum(map(torch.numel, model.parameters())):,} numbers"
 
 
 def distance(got, want):
@@ -288,12 +279,12 @@ def run_verify(args):
     with loading(args.folder):
         checks = list(check_files(args.folder))
     if all(passed is not False for _, passed, _ in checks):
-        model, tokenizer, info = load(args)
+        model, tokenizer = load(args)
         length = 96 + min(getattr(model.config, "sliding_window", None) or 0, 1024)  # past the end of the window
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
         ids = (ids if tokenizer is None else validation_rows(tokenizer, 2 * length, length)).to(model.device)
-        checks += [*report_weights(model, info), *check_causality(model, ids), *check_cached(model, ids)]
+        checks += [*check_causality(model, ids), *check_cached(model, ids)]
         checks += [*check_reload(model, ids), *check_loads(model, tokenizer, args)]
     for name, passed, detail in checks:
         print(f"{ {True: 'pass', False: 'FAIL', None: 'note'}[passed] }  {name} ({detail})")
@@ -302,7 +293,7 @@ def run_verify(args):
 
 def run_loss(args):
     """Task loss: validation nats of a checkpoint."""
-    model, tokenizer, _ = load(args)
+    model, tokenizer = load(args)
     result = validate(model, validation_rows(tokenizer, args.tokens, args.train_length), args.batch_size)
     numbers = [row(args.label, metric, result[metric]) for metric in ("val", "recall", "other")]
     merge_results(args.output / f"{args.name}.json", numbers, {}, args.command)
@@ -318,19 +309,16 @@ def validation_rows(tokenizer, tokens, length):
 
 
 def load(args):
-    """Model in eval mode, tokenizer (None if the folder has none) and loading report of `args.folder`."""
+    """Model in eval mode and tokenizer (None if the folder has none) of `args.folder`."""
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    remote, found = {"trust_remote_code": True}, (args.folder / "tokenizer.json").exists()
-    with loading(args.folder):
-        options = remote | {"dtype": dtype, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(args.folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(args.folder, **remote) if found else None
-    if args.task != "verify":  # which reports them
-        check_weights(model, info, args.folder)
+    model, tokenizer = load_model(args.folder, "folder", dtype=dtype), None
+    if (args.folder / "tokenizer.json").exists():
+        with loading(f"folder {args.folder}"):
+            tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         sizes = f"{len(tokenizer)} tokens, its model {model.config.vocab_size}"
         refuse(f"folder {args.folder}: the tokenizer has {sizes}; they do not belong together")
-    return model.to(args.device).eval(), tokenizer, info
+    return model.to(args.device).eval(), tokenizer
 
 
 TASKS = {"loss": run_loss, "needle": run_needle, "verify": run_verify, "compare": run_compare}

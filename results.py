@@ -97,20 +97,6 @@ def loading(source):
         refuse(f"{source} cannot be loaded, {type(error).__name__}: {reason}")
 
 
-def weight_faults(model, info):
-    """Names of tensors by what is wrong with them: the entries of `info`, the loading report of `from_pretrained`
-    (missing, unexpected, of another shape), and "non-finite" parameters and saved buffers. Empty: all are sound."""
-    faults = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in info.items() if names}
-    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    return faults | ({"non-finite": bad} if bad else {})
-
-
-def check_weights(model, info, source):
-    """Refuse the model loaded from `source` if a tensor is missing, unexpected, of another shape or not finite."""
-    for kind, names in weight_faults(model, info).items():
-        refuse(f"{source} has {len(names)} {kind} weights ({', '.join(names[:3])}); take a whole checkpoint")
-
-
 def at_least(least, kind=int, most=2**40):
     """An argparse type: numbers of `kind` from `least` to `most`, both finite."""
 

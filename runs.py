@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
-from .results import check_weights, complain, loading, refuse, write_json
+from .results import complain, loading, refuse, write_json
 
 try:
     import fcntl
@@ -27,6 +27,7 @@ except ImportError:  # Windows: nothing keeps two processes out of one folder
 
 SEAL, STATE, LOCK, PARTIAL = "run.json", "trainer_state.json", ".lock", "model.partial"
 CARD_FILES = ("config.json", "README.md", "results.json", SEAL)  # of a model, in the order in which they are put there
+READ = (".safetensors", ".json", ".py")  # endings of what is read to load a model
 UNSEALED = (SEAL, "run.partial", "checkpoint-is-incomplete.txt")  # the last belongs to --enable_jit_checkpoint
 OPTIMIZERS = ("optimizer", "global_step")  # what the optimizer's files or folders begin with, DeepSpeed's too
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -103,15 +104,15 @@ def read_json(path):
     return content if isinstance(content, dict) else {}
 
 
-def damage(folder):
-    """What is wrong with a sealed folder, or None where it is whole."""
+def damage(folder, endings=""):
+    """What is wrong with the files of a sealed folder whose names have one of the `endings`; None: they are whole."""
     files = read_json(folder / SEAL).get("files")
     if not isinstance(files, dict):
         return f"it has no readable {SEAL}, which is written last"
-    for name, sealed in files.items():
+    for name in filter(lambda name: name.endswith(endings), files):
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if digest(folder / name) != sealed:
+        if digest(folder / name) != files[name]:
             return f"{name} is not what was saved"
     return None
 
@@ -296,7 +297,7 @@ class FiniteCallback(TrainerCallback):
             return
         kind = self.KINDS[steps.index(step)]
         if self.accelerator.is_main_process:
-            bad = [name for name, tensor in named_numbers(model) if not tensor.isfinite().all()] * (kind == "weights")
+            bad = not_finite(model) * (kind == "weights")
             where = f"step {step}: the {kind} {'of ' + bad[0] if bad else ''}".rstrip()
             way_out = "lower --learning_rate, or look at the data"
             complain(f"{where} is not finite, and nothing was saved after it; {last_whole(self.folder)}; {way_out}")
@@ -309,14 +310,21 @@ def named_numbers(model):
     return [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_floating_point()]
 
 
+def not_finite(model):
+    """Names of the parameters and buffers that hold a number that is not finite."""
+    return [name for name, tensor in named_numbers(model) if not tensor.isfinite().all()]
+
+
 def load_model(source, flag="--model_name_or_path", **options):
     """The causal language model saved at `source` (folder or hub name), loaded with `options` of `from_pretrained`.
 
-    Refuses, in one line that begins with `flag`, weights that cannot be read, are missing, left over or of another
-    shape, are not finite, or are not those that the folder was sealed with.
+    Refuses, in one line that begins with `flag`, files that are not those that the folder was sealed with, and weights
+    that cannot be read, are missing, left over or of another shape, or are not finite.
     """
     options = {"trust_remote_code": True} | options
     level, named = logging.get_verbosity(), f"{flag} {source}"
+    if (Path(source) / SEAL).is_file() and (problem := damage(Path(source), READ)):
+        refuse(f"{named}: {problem}; delete its {SEAL} if that is meant, or take another model")
     logging.set_verbosity_error()  # what the loading report says is said below
     with loading(named):
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -328,9 +336,8 @@ def load_model(source, flag="--model_name_or_path", **options):
             info["missing_keys"] = own & set(info["missing_keys"])
             info["unexpected_keys"] = set(info["unexpected_keys"]) - own
     logging.set_verbosity(level)
-    check_weights(model, info, named)
-    files = read_json(Path(source) / SEAL).get("files", {})
-    for name in files:
-        if name.endswith(".safetensors") and digest(Path(source) / name) != files[name]:
-            refuse(f"{named}: {name} is not what was saved; delete its {SEAL} if that is meant, or take another model")
+    faults = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in info.items()}
+    for kind, names in (faults | {"non-finite": not_finite(model)}).items():
+        if names:
+            refuse(f"{named} has {len(names)} {kind} weights ({', '.join(names[:3])}); take a whole checkpoint")
     return model

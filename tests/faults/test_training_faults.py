@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hspmn import runs, train
+from hspmn import evaluate, runs, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -97,7 +97,6 @@ BAD_MODELS = {
     "cut": (change_bytes(lambda data: data[:-9]), "cannot be loaded"),
     "empty": (change_bytes(lambda data: b""), "cannot be loaded"),
     "flipped header": (change_bytes(flip(20)), "cannot be loaded"),
-    "flipped weight": (change_bytes(flip(-50)), "is not what was saved"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
 }
 
@@ -105,12 +104,31 @@ BAD_MODELS = {
 @pytest.mark.parametrize("kind", BAD_MODELS)
 def test_a_model_whose_weights_are_bad_is_refused_before_the_data(kind, texts, run, tmp_path, capsys, monkeypatch):
     damage, words = BAD_MODELS[kind]
+    (run / runs.SEAL).unlink()
     damage(run)
     monkeypatch.setattr(train, "load_documents", None)  # a call would fail with a TypeError
     argv = ["--model_name_or_path", run, "--dataset", texts, "--output_dir", tmp_path / "o", "--use_cpu"]
     code, line = end(capsys, list(map(str, argv)))
     assert code == 2 and f"--model_name_or_path {run}" in line and words in line
     assert not (tmp_path / "o").exists()
+
+
+SEALED = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "modeling_hspmn.py")
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_a_sealed_model_is_loaded_by_nothing_once_a_file_of_it_has_changed(name, texts, run, tmp_path, capsys):
+    change_bytes(lambda data: data.replace(b"1", b"2") if name.endswith(".json") else flip(-50)(data), name)(run)
+    (tmp_path / "expected.pt").touch()  # of the task compare
+    commands = [(train.main, ["--model_name_or_path", run, "--dataset", texts, "--output_dir", tmp_path / "o"])]
+    commands += [(evaluate.main, [run, "--tiny", "--task", task, "--output", run]) for task in evaluate.TASKS]
+    before = forks.contents(run)
+    for main, argv in commands:
+        with pytest.raises(SystemExit) as stopped:
+            main(list(map(str, argv)))
+        line = forks.last_line(capsys.readouterr().err)
+        assert stopped.value.code == 2 and f"{run}: {name} is not what was saved; delete its run.json" in line, argv
+    assert forks.contents(run) == before and not (tmp_path / "o").exists()
 
 
 # Checkpoints
