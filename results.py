@@ -39,10 +39,14 @@ def complain(message):
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+class RefusedByWorker(Exception):
+    """What `refuse` raises in a process of a data loader, whose batches would be lost with it."""
+
+
 def refuse(message, code=2):
     """End the program with an exit code and one line on standard error: the flag, its value and the way out."""
     complain(message)
-    raise SystemExit(code)
+    raise SystemExit(code) if torch.utils.data.get_worker_info() is None else RefusedByWorker(message)
 
 
 @contextmanager

@@ -45,10 +45,11 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn import runs
-from hspmn.corpus import bigram_loss, collate, count_tokens, fit_tokenizer, load_documents, pack
+from hspmn.corpus import BATCH, batches, bigram_loss, collate, count_tokens, fit_tokenizer, load_documents, pack
 from hspmn.results import (
     PEAK_TFLOPS,
     ROOT,
+    RefusedByWorker,
     check_name,
     complain,
     config_with,
@@ -520,6 +521,8 @@ class HSPMNTrainer(Trainer):
             if self.begun:
                 raise
             refuse(f"training cannot begin: {error}")
+        except RefusedByWorker:
+            raise SystemExit(2) from None
 
     def training_step(self, *args, **kwargs):
         """A forward and backward pass, whose loss is looked at."""

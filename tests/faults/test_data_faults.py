@@ -1,6 +1,7 @@
 """Data that is broken, odd or short is refused by name and place, or read with no document lost or doubled."""
 
 import json
+import sys
 import time
 from argparse import Namespace
 from functools import partial
@@ -15,6 +16,9 @@ from hspmn import corpus, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import forks  # noqa: E402
 
 RUN = (
     "--dim 32 --layers 1 --head_dim 16 --vocab_size 300 --seq_len 32 --batch 2 --steps 2 --baseline_tokens 0 "
@@ -276,3 +280,15 @@ def test_streams_that_are_too_short_are_refused(content, words, tmp_path, capsys
     (tmp_path / "few.jsonl").write_text(content)
     arguments = [*RUN, "--streaming", "--dataset", str(tmp_path / "few.jsonl"), "--output_dir", str(tmp_path / "run")]
     assert words in refusal(lambda: train.main(arguments), capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_is_found_broken_in_mid_stream_ends_training_in_one_line(workers, tmp_path):
+    rows = [json.dumps({"text": LOG.format(i) * 9}) for i in range(270)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{"]))
+    words = f"--dataset {tmp_path}/a.jsonl --streaming --tokenizer_documents 9 --steps 999 --save_strategy no"
+    words += f" --dataloader_num_workers {workers} --output_dir {tmp_path}/run --batch 8"
+    code, text = forks.run([*RUN, *words.split()])
+    assert code == 2 and "{'loss'" in text
+    (line,) = (line for line in text.splitlines() if not line.startswith(("{'", "WARNING ")))
+    assert f"{tmp_path}/a.jsonl cannot be read: the value that begins in line 271 is broken" in line
