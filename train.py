@@ -375,9 +375,11 @@ def make_config(model_args, vocab_size, seq_len):
     head_dim = changes.get("head_dim", 32 if width < 512 else 64)
     # at width 128, untied embeddings brought the loss after 200 steps of the main job from 5.39 to 4.88, and weights
     # of standard deviation 0.06 instead of 0.02 to 4.65
+    groups = changes.get("num_key_value_heads", 2)
     fresh = {
-        "hidden_size": width, "head_dim": head_dim, "num_hidden_layers": 4, "num_key_value_heads": 2,
-        "num_attention_heads": max(1, width // head_dim), "intermediate_size": -(-width * 8 // 96) * 32,
+        "hidden_size": width, "head_dim": head_dim, "num_hidden_layers": 4, "num_key_value_heads": groups,
+        "num_attention_heads": groups * max(1, width // head_dim // groups),
+        "intermediate_size": -(-width * 8 // 96) * 32,
         "sliding_window": min(128, seq_len // 4), "tie_word_embeddings": False,
         "initializer_range": round(0.7 * width**-0.5, 3),
     }  # fmt: skip

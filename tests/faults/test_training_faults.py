@@ -351,6 +351,7 @@ def test_exactly_k_tokens_train_without_a_sample_and_use_cache_is_kept(texts, tm
 
 REFUSED = {
     "--dim 0": "--hidden_size must be at least 1, got 0", "--dim -1": "--hidden_size must be at least 1, got -1",
+    "--dim 32 --head_dim 17": "head_dim must be even for RoPE, got 17",
     "--head_dim 0": "--head_dim must be at least 1, got 0", "--layers 0": "--num_hidden_layers must be at least 1",
     "--config_overrides hidden_size=x": "--config_overrides hidden_size=x must be a whole number",
     "--config_overrides vocab_size=5": "--config_overrides vocab_size=5: the tokenizer decides it",
@@ -397,6 +398,12 @@ def test_a_users_mistake_is_one_line_before_anything_is_read(flags, texts, tmp_p
         argv.append(flag)
     code, line = end(capsys, argv)
     assert code == 2 and words in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sizes", ["--dim 32 --head_dim 24", "--dim 96", "--num_key_value_heads 3"])
+def test_heads_that_no_flag_gives_suit_those_that_flags_give(sizes):
+    config = train.make_config(train.parse_arguments(["--use_cpu", *sizes.split()])[0], 300, 32)
+    assert config.num_attention_heads % config.num_key_value_heads == 0
 
 
 def test_one_of_few_files_is_left_to_train_on_whatever_is_held_out(texts, tmp_path):
