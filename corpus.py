@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import sysconfig
 from array import array
@@ -32,6 +33,8 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 KINDS = dict.fromkeys((".txt", ".md", ".rst", ".py"), "text")
 KINDS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 PIECE = 2**16  # characters of a document that are held at once, at most, and handed on as a row of their own
+BATCH = 256  # rows of documents that are read or written at once
+PAGE, MAPPED = 4096, 2**26  # bytes of a page of memory, and of a mapping of a dataset's file
 CUTS = re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROW = {"text": datasets.Value("string"), "ends": datasets.Value("bool")}
@@ -299,11 +302,12 @@ def read_documents(files, column):
         refuse(f"--dataset {files[0][0]}: the data is empty; give a file with at least one document")
 
 
-def stored(generator, features, **arguments):
-    """`Dataset` of a generator's rows in the cache of `datasets`, where other processes of a run find it."""
+def stored(generator, features, written, **arguments):
+    """`Dataset` of a generator's rows, `written` so many at a time, in the cache of `datasets`, where other processes
+    of a run find it."""
     features = datasets.Features(features)
     try:
-        return datasets.Dataset.from_generator(generator, features, gen_kwargs=arguments)
+        return datasets.Dataset.from_generator(generator, features, gen_kwargs=arguments, writer_batch_size=written)
     except ValueError:  # there are no rows; what the generator raises is a DatasetGenerationError
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
@@ -312,6 +316,19 @@ def stored(generator, features, **arguments):
             raise
         folder = datasets.config.HF_DATASETS_CACHE
         refuse(f"the data cannot be kept in {folder}: {reason}; make room, or set HF_HOME to another disk")
+
+
+def batches(documents, size):
+    """All batches of `size` rows of a dataset or stream. What was read of a dataset's mapped file counts as memory of
+    the process as long as the mapping lasts, so that each MAPPED bytes or so have one of their own."""
+    if not isinstance(documents, datasets.Dataset):
+        yield from documents.iter(size)
+        return
+    row = PAGE + documents.data.nbytes // max(1, documents.data.num_rows)  # bytes; drawn rows share no page
+    rows = max(1, MAPPED // row // size) * size
+    for begin in range(0, len(documents), rows):
+        part = documents.select(range(begin, min(begin + rows, len(documents))))
+        yield from pickle.loads(pickle.dumps(part)).iter(size)
 
 
 def load_files(args):
@@ -327,7 +344,7 @@ def load_files(args):
     if args.streaming:
         features = datasets.Features(ROW)
         return datasets.IterableDataset.from_generator(read_documents, features, gen_kwargs=arguments)
-    return stored(read_documents, ROW, **arguments)
+    return stored(read_documents, ROW, BATCH, **arguments)
 
 
 def load_named(args, split):
@@ -396,7 +413,7 @@ def hold_out(documents, fraction):
 
 def cut_end(documents, fraction):
     """The rows of a single document up to a place, and those after it, so that `fraction` of its characters are."""
-    ends = np.cumsum([len(row["text"] or "") for row in documents])
+    ends = np.cumsum([len(text or "") for batch in batches(documents, BATCH) for text in batch["text"]])
     keep = int(ends[-1] * (1 - fraction))
     middle = min(int(np.searchsorted(ends, keep, "right")), len(ends) - 1)
     text = documents[middle]["text"] or ""
@@ -417,7 +434,7 @@ def blocks(documents, tokenizer, seq_len, multiple, read):
     `read`, if given, is an int64 tensor in shared memory to which tokens are added as they are read.
     """
     rest, first, made, last = np.empty(0, np.int32), [], 0, None
-    for batch in documents.iter(256):
+    for batch in batches(documents, BATCH):
         ends = batch.get("ends", [True] * len(batch["text"]))
         texts = [pair for pair in zip(batch["text"], ends, strict=True) if pair[0]]
         tokens = encode(tokenizer, [text for text, _ in texts], ends=[end for _, end in texts])
@@ -449,7 +466,7 @@ def pack(documents, tokenizer, seq_len, multiple=0, read=None):
     features = {"input_ids": datasets.Sequence(datasets.Value("int32")), "tokens": datasets.Value("int64")}
     arguments = {"documents": documents, "tokenizer": tokenizer, "seq_len": seq_len, "multiple": multiple}
     if isinstance(documents, datasets.Dataset):
-        return stored(blocks, features, **arguments, read=None)
+        return stored(blocks, features, max(1, min(1000, 2**20 // seq_len)), **arguments, read=None)
     arguments["read"] = read
     return datasets.IterableDataset.from_generator(blocks, datasets.Features(features), gen_kwargs=arguments)
 

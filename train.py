@@ -257,7 +257,7 @@ def fingerprint(train, names):
     if not isinstance(train, datasets.Dataset):
         return names
     total = hashlib.sha256()
-    for batch in train.with_format("numpy").iter(1024):
+    for batch in batches(train.with_format("numpy"), BATCH):
         total.update(np.ascontiguousarray(batch["input_ids"], dtype=np.int32))
     return total.hexdigest()
 
@@ -315,7 +315,8 @@ def make_data(model_args, data_args, training_args):
     with training_args.main_process_first(desc="reading documents"):
         documents = tuple(load_documents(data_args))
     if not name:
-        texts = (row["text"] for row in islice(documents[0], data_args.tokenizer_documents) if row["text"])
+        first = batches(documents[0].take(data_args.tokenizer_documents), BATCH)
+        texts = (text for batch in first for text in batch["text"] if text)
         tokenizer = fit_tokenizer(texts, data_args.vocab_size, padding=True)
     T, batch = data_args.seq_len, training_args.train_batch_size * training_args.world_size
     multiple = batch * (training_args.gradient_accumulation_steps if data_args.streaming else 1)

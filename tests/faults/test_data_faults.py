@@ -5,6 +5,7 @@ import sys
 import time
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -215,6 +216,24 @@ def test_long_documents_are_read_in_pieces_that_give_their_tokens(tokenizer, tmp
     whole = corpus.encode(tokenizer, [text])
     ends = [row["ends"] for row in rows[:last]]
     assert np.array_equal(corpus.encode(tokenizer, [row["text"] for row in rows[:last]], ends=ends), whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+def test_documents_that_were_read_do_not_stay_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MAPPED", 2**24)
+    rows = {"text": [chr(97 + i % 26) * corpus.PIECE for i in range(1600)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
+    documents, most = datasets.load_from_disk(tmp_path), 0  # 105 MB
+
+    def mapped():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    before, texts = mapped(), []
+    for batch in corpus.batches(documents, 16):
+        most = max(most, mapped())
+        texts += batch["text"]
+    assert texts == rows["text"] and most - before < 40e6
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
