@@ -233,13 +233,16 @@ def assert_gradients_as_accurate(operation, variant, sizes, dtype):
     check(got, eager, exact, {})
 
 
-@pytest.mark.parametrize("sizes, dtype", RUNS)
+@pytest.mark.parametrize("sizes, dtype", [run for run in RUNS if not run.marks])
 @pytest.mark.parametrize("operation, variant", TRAINED)
 def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant, sizes, dtype):
-    assert_gradients_as_accurate(operation, variant, SIZES[sizes], dtype)
+    sizes = SIZES[sizes]
+    if operation == "split_heads" and not CUDA:  # which goes token by token, for an interpreter the slowest way
+        sizes = sizes._replace(B=2, T=20)
+    assert_gradients_as_accurate(operation, variant, sizes, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
 @pytest.mark.parametrize("operation, variant, patches", [
     ("local_attention", "plain", descriptors(not CUDA)),
     ("sqsk_attention", "plain", descriptors(not CUDA)),  # blocks without a mask
@@ -249,9 +252,9 @@ def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant,
     ("linear_attention", "plain", {"_segments": lambda *_: 2} | descriptors(True)),
     ("linear_attention", "documents", descriptors(True)),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
-def test_gradients_of_other_ways_to_launch_are_as_accurate(operation, variant, patches, dtype, patch_kernels):
+def test_gradients_of_other_ways_to_launch_are_as_accurate(operation, variant, patches, patch_kernels):
     patch_kernels(**patches)
-    assert_gradients_as_accurate(operation, variant, SMALL._replace(T=200), dtype)
+    assert_gradients_as_accurate(operation, variant, SMALL._replace(T=200), torch.float16)
 
 
 def cut(*index):
@@ -327,7 +330,7 @@ def test_registered_operators_are_what_they_say(operation):
     torch.library.opcheck(REGISTRY[operation].form("triton"), made.args)
 
 
-@pytest.mark.parametrize("operation, variant", TRAINED)
+@pytest.mark.parametrize("operation, variant", dict(TRAINED).items())
 def test_registered_gradients_are_what_they_say(operation, variant):
     _, arguments = make(operation, variant, TINY, torch.float32)
     given = [x for name, x in arguments.items() if name not in REGISTRY[operation].mutates]
