@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .block_hspmn import (
+    OPERATIONS,
     ContextualStream,
     HSPMNBlock,
     HSPMNRouter,
@@ -37,14 +38,13 @@ from .block_hspmn import (
 )
 from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache, Piece
 from .configuration_hspmn import HSPMNConfig
-from .operations_hspmn import LINEAR_CHUNK, QUERY_SPAN, compact, spans, take_rows
+from .operations_hspmn import IGNORED, LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
 
 logger = logging.get_logger(__name__)
 
 READ_AGAIN = 256  # tokens after a rewound state that a GPU reads in about the time of one
 LEAST_PIECE = 1024  # tokens per row that are read at once however little memory is free
 MEMORY_SHARE = 0.5  # of the free memory that reading a prompt may take
-LOSS_LOGITS = 2**24  # logits that the loss holds in float32 at once
 BAR_DELAY = 5.0  # seconds after which reading a prompt shows a progress bar
 STOP_EVERY = 16  # decoded tokens between two looks for the end of text
 # What chooses tokens on the device alone; anything else goes through the loop of transformers
@@ -449,12 +449,12 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         """
         shifted = kwargs.get("shift_labels")
         for name, given in (("labels", labels), ("shift_labels", shifted)):
-            check_ids(name, given, self.lm_head.out_features, ignored=-100)
+            check_ids(name, given, self.lm_head.out_features, ignored=IGNORED)
         targets, items = shifted, num_items_in_batch
         if shifted is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if targets is not None:
-            targets_B = (targets != -100).sum(1)
+            targets_B = (targets != IGNORED).sum(1)
             items = items.to(targets.device) if isinstance(items, torch.Tensor) else items
             kwargs["row_weights"] = targets_B / (targets_B.sum().clamp(min=1) if items is None else items)
         outputs = self.model(
@@ -473,7 +473,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
                     f"labels of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}; leave "
                     "logits_to_keep out, or give shift_labels of the tokens that it keeps"
                 )
-            total = TokenLosses.apply(logits.flatten(0, 1), targets.flatten().to(logits.device)).sum()
+            losses = OPERATIONS[pick_backend(self.config.backend, logits.device, self.config.head_dim)].token_losses
+            total = losses(logits.flatten(0, 1), targets.flatten().to(logits.device)).sum()
             items = targets_B.sum() if items is None else items
             loss = total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
         return with_head(outputs, logits, loss, self.training, self._asked("return_dict", return_dict))
@@ -742,7 +743,7 @@ class HSPMNClassifier(HSPMNPreTrainedModel):
         num_items_in_batch: labels of the whole (accumulated, distributed) batch, as Trainer passes it.
         """
         if self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1:
-            check_ids("labels", labels, self.num_labels, ignored=-100)
+            check_ids("labels", labels, self.num_labels, ignored=IGNORED)
         if not self.per_token and attention_mask is None and input_ids is not None:
             attention_mask = self._text_between_padding(input_ids)
         if labels is not None:
@@ -848,42 +849,9 @@ def demand(holds, message):
 
 def target_shares(targets, items):
     """Share of each row in the targets of a step, float32 [B], -100 being none; items: their number, None for all."""
-    targets_B = (targets != -100).flatten(1).sum(1) if targets.dim() > 1 else (targets != -100)
+    targets_B = (targets != IGNORED).flatten(1).sum(1) if targets.dim() > 1 else (targets != IGNORED)
     items = targets_B.sum().clamp(min=1) if items is None else items
     return targets_B / (items.to(targets.device) if isinstance(items, torch.Tensor) else items)
-
-
-class TokenLosses(torch.autograd.Function):
-    """Cross entropy in nats of each row of logits [N, V] with its target, int64 [N], of which -100 is ignored and
-    gives 0: float32 or wider [N].
-
-    Logits exist in float32 `LOSS_LOGITS` at a time, and their gradient is written in their own dtype: beside bfloat16
-    logits 2 bytes each at the peak, where cross entropy takes 12. Compiled all are taken at once, and fused.
-    """
-
-    @staticmethod
-    def forward(ctx, logits_NV, target_N):
-        (N, V), target_N1 = logits_NV.shape, target_N.clamp(min=0)[:, None]
-        kind = torch.promote_types(logits_NV.dtype, torch.float32)
-        loss_N = logits_NV.new_empty(N, dtype=kind)
-        ctx.pieces = spans(N, N if torch.compiler.is_compiling() else max(1, LOSS_LOGITS // V))
-        for begin, end in ctx.pieces:
-            log_share_NV = logits_NV[begin:end].log_softmax(-1, dtype=kind)
-            loss_N[begin:end] = -log_share_NV.gather(1, target_N1[begin:end])[:, 0]
-        loss_N = loss_N.masked_fill(target_N == -100, 0.0)
-        ctx.save_for_backward(logits_NV, target_N, loss_N)
-        return loss_N
-
-    @staticmethod
-    def backward(ctx, grad_N):
-        logits_NV, target_N, loss_N = ctx.saved_tensors
-        grad_N1 = grad_N.masked_fill(target_N == -100, 0.0)[:, None]
-        grad_NV = torch.empty_like(logits_NV)
-        for begin, end in ctx.pieces:
-            share_NV = logits_NV[begin:end].softmax(-1, dtype=loss_N.dtype)
-            torch.mul(share_NV, grad_N1[begin:end], out=grad_NV[begin:end])
-        at_target_N1 = torch.expm1(-loss_N)[:, None] * grad_N1  # the target's share less one, without cancellation
-        return grad_NV.scatter_(1, target_N.clamp(min=0)[:, None], at_target_N1.to(grad_NV.dtype)), None
 
 
 def check_ids(name, ids, size, ignored=None):

@@ -3,12 +3,12 @@
 An operation is one typed function, its reference. From that come the schema, the shapes that `torch.compile` sees and
 the gradient; Triton kernels, FlexAttention and hand-written gradients register beside it. `operations(backend)` says
 which form of each runs. In order: routing, heads, the reflexive and the contextual stream, the cache, one decoded
-token, SwiGLU, FlexAttention.
+token, SwiGLU, the loss, FlexAttention.
 
 Legend of shape suffixes:
     B batch, T tokens of this call, K routed slots of this call, P key slots (cached ones first), S key tokens,
     H query heads, G key/value heads (H = G * R), E head width, F value width, C channels, W window, D model width,
-    X any width, N any number, L taps.
+    X any width, N any number, L taps, V vocabulary.
 
 Two integer tensors carry packing, padding and cache continuation through every operation:
     start_BT  index of the first token that token t may see, counted in tokens of this call; negative values reach
@@ -39,6 +39,7 @@ SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keep
 SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
 LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
 HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
+IGNORED = -100  # the target of a token that has none
 EVERY_TOKEN = 2**31 - 1  # as many first tokens of a document as there can be
 FLEX_BLOCK = 128  # query and key block of the FlexAttention masks
 
@@ -791,6 +792,14 @@ def swiglu(x: Tensor, gate_weight_NK: Tensor, up_weight_NK: Tensor) -> Tensor:
 def linear_add(residual: Tensor, x: Tensor, weight_NK: Tensor) -> None:
     """Add the product of x [..., K] with the weight to residual [..., N], IN PLACE."""
     residual.add_(F.linear(x, weight_NK))
+
+
+@operation()
+def token_losses(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Cross entropy in nats of each row of logits with its target (int64), 0 for `IGNORED`: [N], float32 or wider."""
+    log_share_NV = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+    loss_N = -log_share_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0]
+    return loss_N.masked_fill(target_N == IGNORED, 0.0)  # cross_entropy's fake has no shape of rows in torch 2.13
 
 
 compiled_flex_attention = cache(partial(torch.compile, flex_attention))  # made when it is first needed

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
-from ..operations_hspmn import EVERY_TOKEN, REGISTRY, compact, quantize
+from ..operations_hspmn import EVERY_TOKEN, IGNORED, REGISTRY, compact, quantize
 from .timing import LeftOut, measure
 
 CHECKED_QUERIES = 512  # the last ones of the last row, over all their keys
@@ -137,6 +137,13 @@ def variants(name, **options):
         return maker
 
     return register
+
+
+@variants("token_losses", plain={}, ignored={"share": 0.4})
+def _token_losses(m, share=0.0):
+    target_N = torch.randint(m.N, (m.B * m.T,), device=m.device)
+    none_N = torch.rand(m.B * m.T, device=m.device) < share
+    return Case((4 * m.normal(m.B * m.T, m.N), target_N.masked_fill(none_N, IGNORED)), {}, {"logits_NV": none_N})
 
 
 @variants("route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
@@ -320,7 +327,8 @@ def compiled(name, *_):
     return torch.compile(REGISTRY[name].reference, dynamic=False)
 
 
-RIVALS = {name: {"compiled": partial(compiled, name)} for name in ("norm_heads", "add_norm", "swiglu", "linear_add")}
+COMPILED = ("norm_heads", "add_norm", "swiglu", "linear_add", "token_losses")
+RIVALS = {name: {"compiled": partial(compiled, name)} for name in COMPILED}
 RIVALS["linear_attention"] = {"fla_simple_gla": simple_gla}
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "flex": "flex"}
 RIVALS["sqsk_attention"] = {name: partial(attention, backend) for name, backend in BACKENDS.items()}
@@ -362,11 +370,12 @@ def results(call, operation, a):
 
 def last_row(operation, a, widen=False):
     """Copies of the arguments for the last row alone, in float64 if they are to be wide. Of `sqsk_attention` they are
-    for its last queries, over all their keys."""
+    for its last queries, over all their keys, of `token_losses` for as many rows."""
     row = SimpleNamespace(**vars(a))
     for name, x in vars(a).items():
         if isinstance(x, torch.Tensor):
             per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
+            x = x[-CHECKED_QUERIES:] if operation is REGISTRY["token_losses"] else x
             x = (x[-1:] if per_row else x).clone()
             setattr(row, name, x.double() if widen and x.is_floating_point() else x)
         elif widen and isinstance(x, torch.dtype):

@@ -134,6 +134,13 @@ def test_the_kernels_run_where_they_are_forced(pair, called, hook):
     assert called == [*PROMPT, *TOKEN]
 
 
+def test_the_loss_runs_as_a_kernel(pair, called):
+    kernels, reference = pair(**ONE_LAYER)
+    got, want = (model(ids, labels=ids).loss for ids in [tokens(2, 9)] for model in (kernels, reference))
+    torch.testing.assert_close(got, want)
+    assert called[-1] == "token_losses"
+
+
 @pytest.mark.parametrize(
     "change, reason", [(hooked, "hooked"), (hooked_stream, "hooked"), (adapted, "adapted"), (biased, "has a bias")]
 )

@@ -5,6 +5,7 @@ without bfloat16 (its interpreter multiplies the bit patterns of bfloat16); with
 from a CUDA graph.
 """
 
+import math
 import sys
 from contextlib import contextmanager
 from inspect import signature
@@ -14,7 +15,10 @@ import torch
 from caches import CUDA, DEVICE, needs_gpu
 from hspmn import kernels_attention_hspmn, kernels_decode_hspmn, kernels_hspmn  # noqa: F401  registers every kernel
 from hspmn.benchmarks.cases import CASES, Sizes, case, check
-from hspmn.operations_hspmn import NAMESPACE, REGISTRY, linear_add_token, split_heads, sqsk_merge, swiglu, swiglu_token
+
+from hspmn.operations_hspmn import (  # isort: skip
+    NAMESPACE, REGISTRY, linear_add_token, split_heads, sqsk_merge, swiglu, swiglu_token, token_losses,
+)  # fmt: skip
 
 FILES = [file for name, file in sys.modules.items() if name.startswith("hspmn.kernels_")]
 PLANS = [plan for file in FILES for plan in vars(file).values() if hasattr(plan, "cache_clear")]
@@ -142,6 +146,7 @@ WAYS = [  # by operation and variant: what the size of the chip or the layout of
       for variant, on in (("row", False), ("packed_padded", False), ("state", True))),
     *(("route", variant, SMALL, {"ROUTE_WHOLE": 8, "ROUTE_BLOCK": 16}) for variant in CASES["route"]),
     ("split_heads", "continued", SMALL, {"processors": lambda device: 1000}),
+    ("token_losses", "ignored", SMALL._replace(T=9, N=50), {"LOSS_BLOCK": 16}),
     *((operation, "token", LONG, MANY) for operation in ("sqsk_attention", "sqsk_merge")),
     *(("attend_token", variant, LONG, MANY | {"attend_token_config": several_blocks})
       for variant in CASES["attend_token"]),
@@ -187,6 +192,31 @@ def test_split_heads_survives_extreme_values():
     out = split_heads(*inputs.values(), backend="triton")
     assert all(x.isfinite().all() for x in out)
     assert not out[0][:, :3].any() and not out[0][:, 3:].any()
+
+
+def test_token_losses_of_several_blocks_survive_extreme_values(patch_kernels):
+    """Losses near 0 keep their digits in the gradient, infinite logits have no share, wrong targets are not hidden."""
+    patch_kernels(LOSS_BLOCK=16)
+    logits = torch.zeros(6, 40, device=DEVICE)
+    logits[0, 3], logits[1, 3], logits[2, 3], logits[3, :20], logits[3, 3] = 8, 16, 1e4, -math.inf, 1e4
+    target = torch.tensor([3, 3, 5, 3, -7, 40], device=DEVICE)
+    x, exact = logits.requires_grad_(), logits.detach().double().requires_grad_()
+    got, want = token_losses(x, target, backend="train"), token_losses(exact[:4], target[:4])
+    grad, right = (torch.autograd.grad(losses[:4].sum(), each)[0] for losses, each in ((got, x), (want, exact)))
+    torch.testing.assert_close(got[:4].double(), want, rtol=1e-3, atol=1e-7)  # of 1 + 1e-5 float32 keeps two digits
+    at_target = grad[0, 3].double() / torch.expm1(-got[0].detach().double())
+    assert got[4:].isnan().all() and abs(at_target - 1) < 1e-6
+    torch.testing.assert_close(grad[:4].double(), right[:4], rtol=1e-5, atol=1e-7)
+    assert torch.autograd.grad(token_losses(x, target, backend="train").sum(), x)[0][4:].isnan().all()
+
+
+@needs_gpu
+def test_the_loss_of_logits_takes_no_memory_beside_their_gradient():
+    _, inputs = make("token_losses", "ignored", Sizes(N=16384), torch.bfloat16)
+    logits, before = inputs["logits_NV"].requires_grad_(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    token_losses(*inputs.values(), backend="train").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 1.01 * logits.nbytes
 
 
 def test_a_store_with_spare_slots_is_not_copied():
@@ -303,6 +333,8 @@ ERRORS = [  # operation and variant, argument, what is done to it, what the mess
     ("swiglu_token", "plain", "x_BTD", lambda x: x.expand(-1, 2, -1), "must be one token"),
     ("linear_add_token", "plain", "residual_BTN", cut(..., slice(8)), "residual must be"),
     ("swiglu", "plain", "up_weight_NK", cut(slice(16)), r"up_weight \(16, 40\)"),
+    ("token_losses", "plain", "logits_NV", cast(torch.float64), "logits must be"),
+    ("token_losses", "plain", "target_N", cut(slice(3)), "target must be int64"),
     ("linear_add", "plain", "weight_NK", cast(HALF), r"weight must be \[N, 48\]"),
     ("linear_add", "plain", "residual", transposed, "residual must be contiguous"),
     ("attend_token", "plain", "q_BTHE", lambda x: x.expand(-1, 2, -1, -1), "attend_token takes one token"),

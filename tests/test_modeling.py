@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from caches import CLOSE, VARIANTS, feed, generate, left_padded, pack, static_cache, tokens
-from hspmn import modeling_hspmn
 from hspmn.block_hspmn import Heads, HSPMNBlock, ReflexiveStream, Route, Stream, SwiGLU
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.modeling_hspmn import (
@@ -20,13 +19,12 @@ from hspmn.modeling_hspmn import (
     HSPMNModel,
     HSPMNOutput,
 )
+from hspmn.operations_hspmn import token_losses
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.utils import logging
@@ -578,37 +576,19 @@ def test_labels_are_shifted_ignored_at_minus_100_and_divided_by_the_items_of_the
     torch.testing.assert_close(part, outputs.loss * 16 / 64)
 
 
-class LargestFloat32(TorchDispatchMode):
-    """Notes the elements of the largest float32 tensor that an operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
-                self.largest = max(self.largest, x.numel())
-        return out
-
-
-def test_loss_and_gradient_are_cross_entropys_and_no_logits_are_widened_as_a_whole(monkeypatch):
-    monkeypatch.setattr(modeling_hspmn, "LOSS_LOGITS", 100)  # three rows, and two at the end
-    loss, targets = modeling_hspmn.TokenLosses.apply, tokens(1, 11).flatten()
+def test_the_reference_of_the_loss_is_cross_entropy_with_its_gradients():
     logits = 4 * torch.randn(11, 31, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    targets = targets.where(targets < 31, 3)
+    targets = tokens(1, 11).flatten() % 31
     targets[4:6] = -100
-    assert torch.autograd.gradcheck(loss, (logits.requires_grad_(), targets))
+    assert torch.autograd.gradcheck(token_losses, (logits.requires_grad_(), targets))
+    assert torch.autograd.gradgradcheck(token_losses, (logits, targets))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = logits.detach().to(dtype).requires_grad_()
         expected = F.cross_entropy(x if dtype == torch.float64 else x.float(), targets, reduction="none")
-        with LargestFloat32() as seen:
-            got = loss(x, targets)
-            grad = torch.autograd.grad(got.square().sum(), x)[0]
+        got = token_losses(x, targets)
         torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0])
-        assert dtype == torch.float32 or seen.largest <= 100
-    with pytest.raises(RuntimeError, match="automatic differentiation"):  # and not a wrong second derivative
-        torch.autograd.grad(loss(x, targets).sum(), x, create_graph=True)
+        grads = [torch.autograd.grad(losses.square().sum(), x)[0] for losses in (got, expected)]
+        torch.testing.assert_close(*grads)
 
 
 def test_labels_of_other_tokens_than_those_of_the_logits_are_refused(tiny_model):
