@@ -237,13 +237,14 @@ def decay_gradient_kernel(
 
 
 @kernel("N")
-def sum_heads_kernel(x, out, N, R: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
-    """out[g, x], of N elements: the sum of x[g, r, x] over the R query heads of a key head, made in float32."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+def sum_heads_kernel(x, out, N, R: tl.constexpr, X: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
+    """out[n, x], of N rows: the sum of x[n, r, x] over the R query heads of a key head, made in float32."""
+    n, i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_X)
+    real = (n < N)[:, None] & (i < X)[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_X], tl.float32)
     for r in tl.static_range(R):
-        total += tl.load(x + (i // X * R + r) * X + i % X, mask=i < N, other=0.0).to(tl.float32)
-    tl.store(out + i, total, mask=i < N)
+        total += tl.load(x + (n * R + r)[:, None] * X + i[None, :], mask=real, other=0.0).to(tl.float32)
+    tl.store(out + n[:, None] * X + i[None, :], total, mask=real)
 
 
 def _segments(programs, T, device):
@@ -403,9 +404,10 @@ def _linear_attention_back(grad_BTHF, q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, sta
         )
         if sizes["BACK"] and H > G:
             of_heads, out = out, q.new_empty(B, T, G, sizes["F"])
-            sum_heads_kernel[(cdiv(out.numel(), 1024),)](
-                of_heads, out, out.numel(), R=H // G, X=sizes["F"], BLOCK=1024, num_warps=4
-            )
+            sum_heads_kernel[(cdiv(B * T * G, 16),)](
+                of_heads, out, B * T * G, R=H // G, X=sizes["F"], BLOCK_N=16, BLOCK_X=power_of_2(sizes["F"]),
+                num_warps=4,
+            )  # fmt: skip
             del of_heads
         grads.append(out)
     log_decay_grad = torch.empty_like(log_decay_BTH)
