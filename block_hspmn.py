@@ -406,12 +406,15 @@ class ContextualStream(nn.Module):
     def forward(self, reflexive_BTHE, heads, route, stream, stored=None, sinks=None):
         """`reflexive_BTHE` plus gate * attention output at every routed token; stored: of the cache's `update`."""
         operations, index_BK, slot_BT = OPERATIONS[stream.backend], route.index_BK, route.slot_BT
-        q_BKHE = operations.take_rows(heads.q_BTHE, index_BK, slot_BT)
         if stored is None:
+            first_BK = None if stream.start_BT is None else first_slot(index_BK, slot_BT, stream.start_BT)
+            if sinks is None:
+                slots = index_BK, slot_BT, first_BK, route.count_B
+                return reflexive_BTHE + operations.contextual(*heads[2:5], route.gate_BT, *slots)[0]
             k_BKGE = operations.take_rows(heads.k_BTGE, index_BK, slot_BT)
             v_BKGE = operations.take_rows(heads.v_BTGE, index_BK, slot_BT)
-            first_BK = None if stream.start_BT is None else first_slot(index_BK, slot_BT, stream.start_BT)
             stored = k_BKGE, v_BKGE, first_BK, None, route.count_B
+        q_BKHE = operations.take_rows(heads.q_BTHE, index_BK, slot_BT)
         out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored)
         if sinks is not None:
             q_BKHE = operations.take_rows(heads.q_plain_BTHE, index_BK, slot_BT)

@@ -13,7 +13,9 @@ from .kernels_common_hspmn import (  # isort: skip
     DTYPES, FLOOR, HEAD_WIDTHS, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start,
     has_descriptors, kernel, power_of_2, processors, tile_maps, tl, triton,
 )  # fmt: skip
-from .operations_hspmn import extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows
+from .operations_hspmn import (  # isort: skip
+    contextual, extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows,
+)  # fmt: skip
 
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
 # Rows, keys, warps and stages of the gradients of queries and of keys, on chips with descriptors and on the others
@@ -230,16 +232,26 @@ def combine_splits_kernel(
         tl.store(lse + (b * K + slot) * H + h, value)
 
 
+@triton.jit
+def move_rows(x, out, source, target, taken, written, weight, X: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Rows `source` of x, zeros where not `taken`, times a `weight` unless it is None, into the rows `target`."""
+    for begin in range(0, X, BLOCK_X):
+        c = begin + tl.arange(0, BLOCK_X)
+        in_x = (c < X)[None, :]
+        rows = tl.load(x + source[:, None] * X + c[None, :], mask=taken[:, None] & in_x, other=0.0)
+        if weight is not None:
+            rows = (rows.to(tl.float32) * weight[:, None]).to(out.dtype.element_ty)
+        tl.store(out + target[:, None] * X + c[None, :], rows, mask=written[:, None] & in_x)
+
+
 @kernel("T", "K")
 def take_rows_kernel(
-    x, y, index, count, out, out_y, T, K, X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr
+    x, y, z, index, count, gate, out, out_y, out_z, T, K, X: tl.constexpr, Y: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """out[b, k] = x[b, index[b, k]] for rows of X elements; index -1 gives zeros, slots past the count stay as is.
-    Programs of the grid's second layer take the rows of y, if there is one."""
+    """out[b, k] = x[b, index[b, k]] (times gate[b, k], if there is one) for rows of X elements; index -1 gives zeros,
+    slots past the count stay as is. The grid's second and third layer take the rows of y and z, of Y elements."""
     b = tl.program_id(1).to(tl.int64)
-    if y is not None:
-        if tl.program_id(2) == 1:
-            x, out = y, out_y
     stop = K
     if count is not None:
         stop = tl.minimum(tl.load(count + b).to(tl.int32), K)
@@ -247,11 +259,36 @@ def take_rows_kernel(
             return
     slot = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     token = tl.load(index + b * K + slot, mask=slot < stop, other=-1).to(tl.int64)
+    source, target, taken, weight = b * T + token, b * K + slot, token >= 0, None
+    if gate is not None:
+        weight = tl.load(gate + target, mask=taken, other=0.0).to(tl.float32)
+    if tl.program_id(2) == 0:
+        move_rows(x, out, source, target, taken, slot < stop, weight, X, BLOCK_X)
+    elif y is not None:
+        if z is not None:
+            if tl.program_id(2) == 2:
+                y, out_y = z, out_z
+        move_rows(y, out_y, source, target, taken, slot < stop, weight, Y, BLOCK_X)
+
+
+@kernel("T", "K")
+def gate_gradient_kernel(
+    grad, gate, rows, slot, grad_rows, grad_gate, T, K, X: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_X: tl.constexpr
+):  # fmt: skip
+    """From the gradient of each token's gated row of X elements to those of its row, in its slot, and of its gate."""
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = tl.load(slot + b * T + t, mask=t < T, other=-1).to(tl.int64)
+    weight = tl.load(gate + b * T + t, mask=at >= 0, other=0.0).to(tl.float32)
+    product = tl.zeros([BLOCK_T], tl.float32)
     for begin in range(0, X, BLOCK_X):
         c = begin + tl.arange(0, BLOCK_X)
-        in_x = (c < X)[None, :]
-        rows = tl.load(x + (b * T + token)[:, None] * X + c[None, :], mask=(token >= 0)[:, None] & in_x, other=0.0)
-        tl.store(out + (b * K + slot)[:, None] * X + c[None, :], rows, mask=(slot < stop)[:, None] & in_x)
+        routed = (at >= 0)[:, None] & (c < X)[None, :]
+        row_at = (b * K + at)[:, None] * X + c[None, :]
+        slope = tl.load(grad + (b * T + t)[:, None] * X + c[None, :], mask=routed, other=0.0).to(tl.float32)
+        product += tl.sum(slope * tl.load(rows + row_at, mask=routed, other=0.0).to(tl.float32), 1)
+        tl.store(grad_rows + row_at, (slope * weight[:, None]).to(grad_rows.dtype.element_ty), mask=routed)
+    tl.store(grad_gate + b * T + t, product.to(grad_gate.dtype.element_ty), mask=t < T)
 
 
 @triton.jit
@@ -515,28 +552,28 @@ def key_gradient_kernel(
     tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < T)[:, None])
 
 
-def _gather(x_BTX, y_BTX, index_BK, count_B=None):
-    """Rows named by `index_BK`, of y too unless it is None; slots past `count_B` are left as they were allocated."""
-    (B, T), K = x_BTX.shape[:2], index_BK.shape[1]
-    out = x_BTX.new_empty(B, K, *x_BTX.shape[2:])
-    out_y = None if y_BTX is None else torch.empty_like(out)
-    if out.numel():
-        X = out.stride(1)
-        take_rows_kernel[(cdiv(K, 8), B, 1 if y_BTX is None else 2)](
-            x_BTX, y_BTX, index_BK, count_B, out, out_y, T, K, X=X, BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)),
-            num_warps=4,
+def _gather(index_BK, count_B, *tensors, gate_BK=None):
+    """Rows named by `index_BK` of one to three tensors, the second and third alike, times the gate of their slot if
+    there is one; slots past `count_B` are left as they were allocated."""
+    (B, K), T = index_BK.shape, tensors[0].shape[1]
+    outs = [x.new_empty(B, K, *x.shape[2:]) for x in tensors]
+    if outs[0].numel():
+        X, rest = outs[0].stride(1), [None] * (3 - len(outs))
+        take_rows_kernel[(cdiv(K, 8), B, len(outs))](
+            *tensors, *rest, index_BK, count_B, gate_BK, *outs, *rest, T, K, X=X, Y=outs[-1].stride(1), BLOCK_K=8,
+            BLOCK_X=min(512, power_of_2(X)), num_warps=4,
         )  # fmt: skip
-    return out, out_y
+    return outs
 
 
 @take_rows.kernel
 def _take_rows(x_BTX, index_BK, inverse_BT):
-    return _gather(x_BTX, None, index_BK)[0]
+    return _gather(index_BK, None, x_BTX)[0]
 
 
 @take_rows.gradient(wrt=("x_BTX",))
 def _take_rows_back(grad_BKX, x_BTX, index_BK, inverse_BT):
-    return _gather(grad_BKX, None, inverse_BT)[:1]
+    return _gather(inverse_BT, None, grad_BKX)
 
 
 def _tile_sizes(q_shape, k_shape, rows, block_n, warps, stages, **more):
@@ -699,6 +736,8 @@ def _attention_gradient(grad, grad_lse, q, k, v, start, count, window, out, lse)
     grads, delta = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse)
     if not q.numel():
         return [x.zero_() for x in grads]
+    if start is not None and not window:
+        start = start.expand(q.shape[:2]).contiguous()
     kind = 0 if start is None else min(2, start.shape[1])
     kv_block, q_block = (1, q_sizes["BLOCK_N"], 1, E), (1, kv_sizes["BLOCK_Q"], R, E)
     kv_maps = tile_maps(*((x, x.shape, x.stride(), kv_block) for x in (k, v))) if kv_tiled else (None, None)
@@ -726,8 +765,36 @@ def _local_attention_back(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, window, ri
     takes=lambda q, k, v, first, held, count: held is None and _has_gradient(q, k, v),
 )  # fmt: skip
 def _sqsk_attention_back(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, held_B, count_B, out, lse):
-    first_BK = None if first_BK is None else first_BK.expand(q.shape[:2]).contiguous()
     return _attention_gradient(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, count_B, 0, out, lse)
+
+
+@contextual.kernel
+def _contextual(q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, count_B):
+    """Queries are read where their tokens stand; the sum with the reflexive stream is left to the caller, who fuses it
+    with what makes that."""
+    (B, K), (H, E), kv = index_BK.shape, q_BTHE.shape[2:], _gather(index_BK, count_B, k_BTGE, v_BTGE)
+    out_BKHE, lse_BKH = q_BTHE.new_empty(B, K, H, E), q_BTHE.new_empty(B, K, H, dtype=torch.float32)
+    _launch_sqsk(q_BTHE, *kv, index_BK, first_BK, None, count_B, None, out_BKHE, lse_BKH, K)
+    return *_gather(slot_BT, None, out_BKHE, gate_BK=gate_BT), out_BKHE, lse_BKH
+
+
+@contextual.gradient(
+    wrt=("q_BTHE", "k_BTGE", "v_BTGE", "gate_BT"), keeps=(1, 2), outputs=1,
+    takes=lambda q, k, v, *_: _has_gradient(q, k, v),
+)  # fmt: skip
+def _contextual_back(grad_BTHE, q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, count_B, out, lse):
+    """Rows are gathered a second time, which takes less than a tenth of the products and keeps 1 GB per layer of 131k
+    tokens from being held until then."""
+    (B, T), grad_BKHE, grad_gate_BT = slot_BT.shape, torch.empty_like(out), torch.zeros_like(gate_BT)
+    if out.numel():
+        K, X = out.shape[1], out.stride(1)
+        gate_gradient_kernel[(cdiv(T, 4), B)](
+            grad_BTHE, gate_BT, out, slot_BT, grad_BKHE, grad_gate_BT, T, K, X=X, BLOCK_T=4,
+            BLOCK_X=min(512, power_of_2(X)), num_warps=4,
+        )  # fmt: skip
+    rows = _gather(index_BK, count_B, q_BTHE, k_BTGE, v_BTGE)
+    grads = _attention_gradient(grad_BKHE, torch.zeros_like(lse), *rows, first_BK, count_B, 0, out, lse)
+    return *_gather(slot_BT, None, *grads), grad_gate_BT
 
 
 @sqsk_merge.kernel(strided=("k_BPGE", "v_BPGE"))
@@ -739,7 +806,7 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = _gather(k_BPGE.contiguous(), v_BPGE.contiguous(), index_BK, count_B)
+        k, v = _gather(index_BK, count_B, k_BPGE.contiguous(), v_BPGE.contiguous())
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
     K = index_BK.shape[1]

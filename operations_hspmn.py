@@ -113,19 +113,20 @@ class Operation:
         self._forms["flex"] = function
         return function
 
-    def gradient(self, launch=None, wrt=(), keeps=(), takes=None):
+    def gradient(self, launch=None, wrt=(), keeps=(), takes=None, outputs=None):
         """Register the gradient of the kernel, with which it trains: launch(*gradients of the outputs, *arguments,
         *outputs) gives those of the arguments `wrt`, in their order. It becomes an operator of its own, so that a
-        compiler sees neither. Of what the operation returns it is given the outputs numbered `keeps`; what the
-        operation writes in place it is not given: a call with any of that, or that `takes` (a function of the
-        arguments) refuses, is the reference's, with autograd's gradient.
+        compiler sees neither. Of what the operation returns it is given the outputs numbered `keeps`, and gradients of
+        the first `outputs` (None: all), beyond which the reference detaches them; what the operation writes in place
+        it is not given: a call with any of that, or that `takes` (a function of the arguments) refuses, is the
+        reference's, with autograd's gradient.
         """
         if launch is None:
-            return partial(self.gradient, wrt=wrt, keeps=keeps, takes=takes)
+            return partial(self.gradient, wrt=wrt, keeps=keeps, takes=takes, outputs=outputs)
         everything, given = self._parameters(), self._parameters(self.mutates)
         at = [i for i, each in enumerate(everything) if each.name not in self.mutates]
         places = [i for i, each in enumerate(given) if each.name in wrt]
-        outputs = len(get_args(signature(self.reference).return_annotation)) or 1
+        outputs = outputs or len(get_args(signature(self.reference).return_annotation)) or 1
         extra = [f"grad_{i}" for i in range(outputs)] + [f"output_{i}" for i in keeps]
         extra = [Parameter(each, Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for each in extra]
 
@@ -149,11 +150,14 @@ class Operation:
             output = output if isinstance(output, tuple) else (output,)
             ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *(output[i] for i in keeps))
             ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+            if output[outputs:]:
+                ctx.mark_non_differentiable(*output[outputs:])
+                ctx.set_materialize_grads(False)  # zeros as large as these
 
         def backward(ctx, *grads):
             saved = iter(ctx.saved_tensors)
             inputs = [next(saved) if other is None else other[0] for other in ctx.others]
-            found = dict(zip(places, back(*grads, *inputs, *saved), strict=True))
+            found = dict(zip(places, back(*grads[:outputs], *inputs, *saved), strict=True))
             return tuple(found.get(i) for i in range(len(inputs)))
 
         torch.library.register_autograd(train.name(), backward, setup_context=keep, lib=LIBRARY)
@@ -614,6 +618,24 @@ def add_sinks(out_BTHE, lse_BTH, q_BTHE, sink_k_NGE, sink_v_NGE):
     return (wide(out_BTHE) * (lse_BTH - total).exp()[..., None] + sinks).to(out_BTHE.dtype)
 
 
+@operation()
+def contextual(
+    q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, gate_BT: Tensor, index_BK: Tensor, slot_BT: Tensor,
+    first_BK: Tensor | None, count_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """gate * SQSK attention of the routed tokens of a call among themselves, zeros at the others: `sqsk_merge` of all
+    keys in token order, with gradients.
+
+    index_BK, slot_BT, count_B: of `route`. first_BK: of `sqsk_attention`. Returns out_BTHE in q's dtype and, detached,
+    the two outputs of `sqsk_attention`: what a kernel's gradient keeps beside the arguments.
+    """
+    token, slot = index_BK.clamp(min=0)[..., None, None], slot_BT[..., None, None]
+    rows = q_BTHE.take_along_dim(token, 1), k_BTGE.take_along_dim(token, 1), v_BTGE.take_along_dim(token, 1)
+    out_BKHE, lse_BKH = sqsk_attention.reference(*rows, first_BK, None, count_B)
+    out_BTHE = out_BKHE.take_along_dim(slot.clamp(min=0), 1) * gate_BT[..., None, None].to(out_BKHE.dtype)
+    return out_BTHE.masked_fill(slot < 0, 0), out_BKHE.detach(), lse_BKH.detach()
+
+
 @operation("reflexive_BTHE")
 def sqsk_merge(
     reflexive_BTHE: Tensor, gate_BT: Tensor, q_BTHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, index_BK: Tensor,
@@ -879,3 +901,12 @@ def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
         return causal if first_BK is None else causal & (key >= first_BK[b, query])
 
     return _flex(q_BKHE, k_BPGE, v_BPGE, blocks, visible)
+
+
+@contextual.flex
+def _(q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, count_B):
+    take = take_rows.form("train")
+    rows = (take(x, index_BK, slot_BT) for x in (q_BTHE, k_BTGE, v_BTGE))
+    out_BKHE, lse_BKH = sqsk_attention(*rows, first_BK, None, count_B, backend="flex")
+    out_BTHE = take(out_BKHE, slot_BT, index_BK) * gate_BT[..., None, None].to(out_BKHE.dtype)
+    return out_BTHE, out_BKHE.detach(), lse_BKH.detach()

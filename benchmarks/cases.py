@@ -239,6 +239,14 @@ def _sqsk_merge(m, packed=False, cached=False, T=None):
     return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, held_B, count_B), {}, unread)
 
 
+@variants("contextual", plain={}, packed={"packed": True})
+def _contextual(m, packed=False):
+    (_, gate_BT, *qkv, index_BK, first_BK, _, count_B), _, unread = _sqsk_merge(m, packed)
+    slot_BT = compact(~unread["q_BTHE"], index_BK.shape[1])[1]
+    unread = dict.fromkeys(("q_BTHE", "k_BTGE", "v_BTGE", "gate_BT"), slot_BT < 0)
+    return Case((*qkv, gate_BT, index_BK, slot_BT, first_BK, count_B), {}, unread)
+
+
 @variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
           int8={"whole": True}, full={"full": True}, window={"routed": False})  # fmt: skip
 def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
@@ -334,16 +342,18 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 RIVALS["sqsk_attention"] = {name: partial(attention, backend) for name, backend in BACKENDS.items()}
 MEASURED = {"norm_heads": "scored", "project_token": "scored", "sqsk_merge": "tokens", "place": "counted"}
 SINGLE_TOKEN = ("project_token", "swiglu_token", "linear_add_token")
-BY_SHARE = ("take_rows", "sqsk_merge", "extend", "attend_token")
+BY_SHARE = ("take_rows", "contextual", "sqsk_merge", "extend", "attend_token")
 FLOPS = {  # of attentions; of all others, those of their products
     "linear_attention": lambda a: a.q_BTHE.numel() * (2 * 64 + 4 * a.q_BTHE.shape[-1]),
     "local_attention": lambda a: 4 * a.q_BTHE.numel() * min(a.window, a.q_BTHE.shape[1]),
     "reflexive_merge": lambda a: 4 * a.q_BTHE.numel() * min(a.window, a.q_BTHE.shape[1]),
     "attend_token": lambda a: 4 * a.q_BTHE.numel() * a.keys_BPGE.shape[1],
     "sqsk_attention": lambda a: 2 * a.q_BKHE.numel() * (a.q_BKHE.shape[1] + 1),
-    "sqsk_merge": lambda a: 2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1)}  # fmt: skip
+    **dict.fromkeys(("contextual", "sqsk_merge"), lambda a: (
+        2 * a.q_BTHE[:, 0].numel() * a.index_BK.shape[1] * (a.index_BK.shape[1] + 1)))}  # fmt: skip
 BYTES = {  # of operations that move some rows of their tensors
     "take_rows": lambda a: 2 * routed_rows(a, a.x_BTX),
+    "contextual": lambda a: routed_rows(a, a.k_BTGE, a.v_BTGE, a.q_BTHE, a.q_BTHE) + a.q_BTHE.nbytes,
     "sqsk_merge": lambda a: routed_rows(a, a.k_BPGE, a.v_BPGE, a.q_BTHE, a.reflexive_BTHE, a.reflexive_BTHE),
     "extend": lambda a: 2 * routed_rows(a, a.k_BTGE, a.v_BTGE) + 4 * a.ring_k_BWGE.nbytes,
     "attend_token": lambda a: 2 * (a.state_BHEE.nbytes + a.ring_k_BWGE.nbytes + a.keys_BPGE.nbytes)}  # fmt: skip

@@ -3,6 +3,8 @@
 Without a GPU the kernels run in Triton's interpreter; with one, compiled, and under torch.compile.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 from caches import CLOSE, DEVICE, feed, needs_gpu, pack
@@ -210,6 +212,19 @@ def test_training_on_kernels_has_the_gradients_of_the_reference(pair, kind, chec
     assert ["split_heads_train" in x.grad_fn.name() for x in (ran[0], ran[-1])] == [True, False]
     for name, want in grads[1].items():
         assert (grads[0][name] - want).norm() <= 1e-3 * want.norm() + 1e-7, name
+
+
+def test_training_holds_of_the_contextual_stream_its_output_rows_alone(pair):
+    """Neither gathered rows, which are gathered again, nor what is added to the reflexive stream."""
+    held = []
+    for share in (0.4, 0.0):
+        model, saved = pair(num_hidden_layers=1, sparsity_k=share)[0].train(), []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x)
+        with torch.enable_grad(), hooks:
+            model(tokens(2, 20)).logits.sum().backward()
+        held.append(Counter({x.data_ptr(): tuple(x.shape) for x in saved if x.dim() == 4}.values()))
+    rows = (2, 16, 2, 16)  # B, K, H, E
+    assert held[0] - held[1] == {rows: 1} and not held[1] - held[0]
 
 
 @pytest.mark.parametrize("change", ["hook", "class"])

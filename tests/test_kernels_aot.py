@@ -113,7 +113,8 @@ def differentiate(operation, args):
 
     next(x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()).requires_grad_()
     out = operation(*args, backend="train")
-    torch.autograd.backward(out, [torch.zeros_like(x) for x in (out if isinstance(out, tuple) else (out,))])
+    out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+    torch.autograd.backward(out, [torch.zeros_like(x) for x in out])
 
 
 def build_all(target, dtype, launches):
