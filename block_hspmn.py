@@ -436,7 +436,7 @@ class SwiGLU(nn.Module):
         if plain and type(down.weight) is nn.Parameter and down.weight.requires_grad:
             hooked = down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks
             if not hooked and "forward" not in down.__dict__:
-                # Under autocast the weight may be wider than what stands before it
+                # Under autocast it is wider than gate and up; a frozen one is left out above, as it needs no gradient
                 return OPERATIONS[backend].gated_linear(gate_BTN, up_BTN, down.weight.to(gate_BTN.dtype))
         return down(gated_product(gate_BTN, up_BTN))
 
