@@ -432,9 +432,16 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x_BTD):
-        """[B, T, D] to [B, T, D]."""
-        return self.down_proj(gated_product(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+    def forward(self, x_BTD, backend="reference"):
+        """[B, T, D] to [B, T, D]; backend: of `Stream`. Training on kernels takes a plain `down_proj`'s weight."""
+        gate_BTN, up_BTN, down = self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj
+        plain = backend == "train" and type(down) is nn.Linear and down.bias is None and gate_BTN.dtype == up_BTN.dtype
+        if plain and type(down.weight) is nn.Parameter and down.weight.requires_grad:
+            hooked = down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks
+            if not hooked and "forward" not in down.__dict__:
+                # Under autocast it is wider than gate and up; a frozen one is left out above, as it needs no gradient
+                return OPERATIONS[backend].gated_linear(gate_BTN, up_BTN, down.weight.to(gate_BTN.dtype))
+        return down(gated_product(gate_BTN, up_BTN))
 
 
 class HSPMNBlock(GradientCheckpointingLayer):
@@ -550,11 +557,11 @@ class HSPMNBlock(GradientCheckpointingLayer):
             merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, stored, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
         h_BTD = self.post_attention_layernorm(x_BTD)
-        x_BTD = x_BTD + self.mlp(h_BTD)
+        x_BTD = x_BTD + self.mlp(h_BTD, stream.backend)
         if self.routed_mlp is None:
             return x_BTD, route
         take_rows = OPERATIONS[stream.backend].take_rows
-        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT))
+        routed_BKD = self.routed_mlp(take_rows(h_BTD, route.index_BK, route.slot_BT), stream.backend)
         routed_BTD = take_rows(routed_BKD, route.slot_BT, route.index_BK)
         return x_BTD + routed_BTD * route.gate_BT[..., None].to(x_BTD.dtype), route
 

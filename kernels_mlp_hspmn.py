@@ -1,12 +1,16 @@
-"""SwiGLU with few passes over memory: two products in one with SiLU between them, and one added to the residual.
+"""SwiGLU with few passes over memory: two products in one with SiLU between them, and one added to the residual; in
+training, of which less is kept, one pass forth and one back between cuBLAS's products.
 
 Meaning and shapes in `operations_hspmn`. M tokens (all leading dimensions), K features before a product, N after it.
 """
 
 import torch
+from torch.nn import functional as F
 
-from .kernels_common_hspmn import Tiles, cdiv, has_descriptors, kernel, processors, refuse_in_place, tl, triton
-from .operations_hspmn import SILU_LIMIT, linear_add, swiglu
+from .kernels_common_hspmn import (  # isort: skip
+    DTYPES, Tiles, cdiv, check, has_descriptors, kernel, processors, refuse_in_place, tl, triton,
+)  # fmt: skip
+from .operations_hspmn import SILU_LIMIT, gated_linear, linear_add, swiglu
 
 LOWEST = tl.constexpr(-SILU_LIMIT)
 FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
@@ -120,3 +124,60 @@ def _linear_add(residual, x, weight_NK):
     if residual.shape != (*x.shape[:-1], N) or residual.dtype != x.dtype or not residual.is_contiguous():
         refuse_in_place("residual", residual, (*x.shape[:-1], N), x.dtype)
     residual.view(-1, N).addmm_(x.reshape(-1, K), weight_NK.t())
+
+
+@kernel("M")
+def gated_kernel(
+    gate, up, product, gate_grad, up_grad, M, N: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK elements of product [M, N]. BACK: its gradient is read from where it is written, and those of gate and up
+    are written too, that of a clamped gate being 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < tl.cast(M, tl.int64) * N  # N being a constant, what divides it is known, and 16 bytes share a mask
+    z = tl.load(gate + at, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=real, other=0.0).to(tl.float32)
+    if BACK:
+        grad = tl.load(product + at, mask=real, other=0.0).to(tl.float32)
+        least = tl.where(z < LOWEST, LOWEST, z)
+        share = 1.0 / (1.0 + tl.exp(-least))
+        slope = tl.where(z >= LOWEST, share * (1.0 + least * (1.0 - share)), 0.0)
+        tl.store(gate_grad + at, grad * u * slope, mask=real)
+        tl.store(up_grad + at, grad * (least * share), mask=real)
+    tl.store(product + at, gated(z, u), mask=real)
+
+
+GATED_CONFIG = {"BLOCK": 2048, "num_warps": 4}  # two loads of 16 bytes per thread and tensor of 16 bits
+
+
+def _gated(gate_BTN, up_BTN, product, *grads):
+    """Launch `gated_kernel`, with `grads` of gate and up to be written BACK; returns `product`."""
+    N, elements = gate_BTN.shape[-1], gate_BTN.numel()
+    if elements:
+        gated_kernel[(cdiv(elements, GATED_CONFIG["BLOCK"]),)](
+            gate_BTN, up_BTN, product, *(grads or (None, None)), elements // N, N=N, BACK=bool(grads), **GATED_CONFIG
+        )
+    return product
+
+
+@gated_linear.kernel
+def _gated_linear(gate_BTN, up_BTN, weight_DN):
+    """The product is float32, rounded once."""
+    N, dtype = gate_BTN.shape[-1], gate_BTN.dtype
+    got = f"{tuple(weight_DN.shape)} in {weight_DN.dtype}"
+    check(
+        (dtype in DTYPES, f"gate must be float32, bfloat16 or float16, got {dtype}; set backend='reference'"),
+        (up_BTN.shape == gate_BTN.shape and up_BTN.dtype == dtype, f"up must be as gate, {dtype} "
+         f"{tuple(gate_BTN.shape)}; got {up_BTN.dtype} {tuple(up_BTN.shape)}"),
+        (weight_DN.shape[1] == N and weight_DN.dtype == dtype, f"weight must be [D, {N}] in {dtype}, as gate has it, "
+         f"got {got}; cast it"),
+    )  # fmt: skip
+    return F.linear(_gated(gate_BTN, up_BTN, torch.empty_like(gate_BTN)), weight_DN)
+
+
+@gated_linear.gradient(wrt=("gate_BTN", "up_BTN", "weight_DN"))
+def _gated_linear_back(grad_BTD, gate_BTN, up_BTN, weight_DN):
+    """The product is made again where its gradient was, which is read at the same time."""
+    grad_MD = grad_BTD.reshape(-1, len(weight_DN))
+    gate_grad, up_grad = torch.empty_like(gate_BTN), torch.empty_like(up_BTN)
+    product = _gated(gate_BTN, up_BTN, grad_MD @ weight_DN, gate_grad, up_grad)
+    return gate_grad, up_grad, grad_MD.t() @ product

@@ -810,6 +810,14 @@ def swiglu(x: Tensor, gate_weight_NK: Tensor, up_weight_NK: Tensor) -> Tensor:
     return gated_product(F.linear(x, gate_weight_NK), F.linear(x, up_weight_NK))
 
 
+@operation()
+def gated_linear(gate_BTN: Tensor, up_BTN: Tensor, weight_DN: Tensor) -> Tensor:
+    """`gated_product` of gate and up times the weight, [B, T, D] in their dtype (arXiv 2002.05202). For the gradients
+    of its kernel no product is kept, as it costs one pass to make again.
+    """
+    return F.linear(gated_product(gate_BTN, up_BTN), weight_DN)
+
+
 @operation("residual")
 def linear_add(residual: Tensor, x: Tensor, weight_NK: Tensor) -> None:
     """Add the product of x [..., K] with the weight to residual [..., N], IN PLACE."""

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter; with one, compiled, and u
 """
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -227,18 +228,44 @@ def test_training_holds_of_the_contextual_stream_its_output_rows_alone(pair):
     assert held[0] - held[1] == {rows: 1} and not held[1] - held[0]
 
 
-@pytest.mark.parametrize("change", ["hook", "class"])
-def test_a_changed_norm_of_the_heads_is_called_in_training(pair, change):
+@pytest.mark.parametrize("change", ["hook", "class", "forward"])
+@pytest.mark.parametrize("name", ["projection.q_norm", "mlp.down_proj"])
+def test_a_changed_module_whose_weight_is_used_elsewhere_is_called_in_training(pair, name, change):
     for model in pair(**ONE_LAYER):
-        norm = model.train().model.layers[0].projection.q_norm
+        module = model.train().model.layers[0].get_submodule(name)
         with torch.enable_grad():
             before = model(tokens(1, 9)).logits
             if change == "hook":
-                norm.register_forward_hook(lambda module, args, output: 0 * output)
+                module.register_forward_hook(lambda module, args, output: 0 * output)
+            elif change == "class":
+                module.__class__ = type("Adapted", (type(module),), {"forward": lambda self, x: 0 * x[..., :32]})
             else:
-                norm.__class__ = type("Adapted", (type(norm),), {"forward": lambda self, x: 0 * x})
+                module.forward = lambda x: 0 * x[..., :32]
             after = model(tokens(1, 9)).logits
         assert not torch.allclose(before, after, atol=1e-3)
+
+
+def hold(held, x):
+    held.append(x)
+    return x
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_on_kernels_keeps_no_product_of_swiglu(pair, autocast):
+    """Of its width gate and up alone are kept, by either SwiGLU; the weights have the gradients of the reference."""
+    kept, grads = [], []
+    for model in pair(**ONE_LAYER, routed_intermediate_size=24):
+        layer, x, held = model.train().model.layers[0], torch.arange(448.0, device=DEVICE).view(2, 7, 32).sin(), []
+        hooks = torch.autograd.graph.saved_tensors_hooks(partial(hold, held), lambda x: x)
+        with torch.enable_grad(), torch.autocast(DEVICE, torch.float16, enabled=autocast):
+            with hooks:
+                out = layer(x)[0]
+            out.float().square().sum().backward()
+        kept.append([sum(x.shape[-1:] == (N,) and x.numel() != 32 * N for x in held) for N in (48, 24)])
+        grads.append([mlp.down_proj.weight.grad for mlp in (layer.mlp, layer.routed_mlp)])
+    assert kept[0] == [2, 2] and min(kept[1]) > 2
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).norm() <= (1e-2 if autocast else 1e-5) * want.norm()
 
 
 @needs_gpu

@@ -287,6 +287,17 @@ def test_gradients_of_other_ways_to_launch_are_as_accurate(operation, variant, p
     assert_gradients_as_accurate(operation, variant, SMALL._replace(T=200), torch.float16)
 
 
+def test_the_gradient_of_a_gate_ends_where_it_is_clamped():
+    """Below the bound, not at it, and for NaN as autograd has it; in a product of several programs."""
+    gate = torch.tensor([-1e4, -30.001, -30.0, -29.0, 0.0, 7.0, 1e4, float("nan")], device=DEVICE).repeat(2, 300, 1)
+    arguments = {"gate_BTN": gate, "up_BTN": torch.full_like(gate, 1e9), "weight_DN": torch.ones_like(gate[0, :3])}
+    weights = [torch.ones_like(gate[..., :3])]
+    got, want = (gradients("gated_linear", arguments, backend, weights) for backend in ("train", "reference"))
+    assert got["gate_BTN"][1, 299].bool().tolist() == [False, False, True, True, True, True, True, False]
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=0, equal_nan=True)
+
+
 def cut(*index):
     return lambda x: x[index]
 
@@ -335,6 +346,9 @@ ERRORS = [  # operation and variant, argument, what is done to it, what the mess
     ("swiglu", "plain", "up_weight_NK", cut(slice(16)), r"up_weight \(16, 40\)"),
     ("token_losses", "plain", "logits_NV", cast(torch.float64), "logits must be"),
     ("token_losses", "plain", "target_N", cut(slice(3)), "target must be int64"),
+    ("gated_linear", "plain", "gate_BTN", cast(torch.float64), "gate must be float32"),
+    ("gated_linear", "plain", "up_BTN", cut(slice(1)), "up must be as gate"),
+    ("gated_linear", "plain", "weight_DN", cast(HALF), r"weight must be \[D, 48\]"),
     ("linear_add", "plain", "weight_NK", cast(HALF), r"weight must be \[N, 48\]"),
     ("linear_add", "plain", "residual", transposed, "residual must be contiguous"),
     ("attend_token", "plain", "q_BTHE", lambda x: x.expand(-1, 2, -1, -1), "attend_token takes one token"),
