@@ -270,7 +270,7 @@ def _tiling(tokens, H, G, E, F, device, element_size, wide=False, sums=False):
     fits = E == block_e and F % block_f == 0 and tokens >= block_t
     tiled, stages = has_descriptors(device, element_size) and fits, 2 if half else 1
     few_warps = half and not wide and (E * columns <= 64 * 64 or chip == 90 or (chip == 100 and tiled and not sums))
-    # Error of the decay's gradient in bf16, T from 1100 to 4096, computed on a CPU: borders every 128 tokens 0.9 to 1.6
+    # Error of the decay's gradient in bf16, T from 1100 to 4096, made on a CPU: borders every 128 tokens 0.9 to 1.6
     # times that of eager autograd, every 256 up to 2.3 times. In float32 the reference's sums are over 64 tokens
     sizes = {
         "H": H, "G": G, "E": E, "F": F, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_F": block_f,
