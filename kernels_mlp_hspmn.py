@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .kernels_common_hspmn import (  # isort: skip
     DTYPES, Tiles, cdiv, check, has_descriptors, kernel, processors, refuse_in_place, tl, triton,
 )  # fmt: skip
-from .operations_hspmn import SILU_LIMIT, gated_linear, linear_add, swiglu
+from .operations_hspmn import SILU_LIMIT, gated_linear, linear_add, spans, swiglu
 
 LOWEST = tl.constexpr(-SILU_LIMIT)
 FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
@@ -146,7 +146,10 @@ def gated_kernel(
     tl.store(product + at, gated(z, u), mask=real)
 
 
-GATED_CONFIG = {"BLOCK": 2048, "num_warps": 4}  # two loads of 16 bytes per thread and tensor of 16 bits
+# H200, 131,072 x 8192, bf16: 1.46 ms (4.4 TB/s) and, of gradients, 3.07 (4.2); BLOCK 2048 1.47 and 3.26, 4096 with 8
+# warps 1.47 and 3.31
+GATED_CONFIG = {"BLOCK": 1024, "num_warps": 4}
+BACK_ROWS = 32768  # of gradients at once: enough for cuBLAS
 
 
 def _gated(gate_BTN, up_BTN, product, *grads):
@@ -176,8 +179,13 @@ def _gated_linear(gate_BTN, up_BTN, weight_DN):
 
 @gated_linear.gradient(wrt=("gate_BTN", "up_BTN", "weight_DN"))
 def _gated_linear_back(grad_BTD, gate_BTN, up_BTN, weight_DN):
-    """The product is made again where its gradient was, which is read at the same time."""
-    grad_MD = grad_BTD.reshape(-1, len(weight_DN))
-    gate_grad, up_grad = torch.empty_like(gate_BTN), torch.empty_like(up_BTN)
-    product = _gated(gate_BTN, up_BTN, grad_MD @ weight_DN, gate_grad, up_grad)
-    return gate_grad, up_grad, grad_MD.t() @ product
+    """The product is made again where its gradient was, which is read at the same time: `BACK_ROWS` at once, so that
+    neither exists as a whole. Parts of the weight's gradient are summed in float32."""
+    gate_MN, up_MN, grad_MD = (x.reshape(-1, x.shape[-1]) for x in (gate_BTN, up_BTN, grad_BTD))
+    gate_grad, up_grad = torch.empty_like(gate_MN), torch.empty_like(up_MN)
+    weight_grad = weight_DN.new_zeros(weight_DN.shape, dtype=torch.float32)
+    for begin, end in spans(len(gate_MN), BACK_ROWS):
+        rows, grad = slice(begin, end), grad_MD[begin:end]
+        product = _gated(gate_MN[rows], up_MN[rows], grad @ weight_DN, gate_grad[rows], up_grad[rows])
+        weight_grad += grad.t() @ product
+    return gate_grad.view_as(gate_BTN), up_grad.view_as(up_BTN), weight_grad.to(weight_DN.dtype)

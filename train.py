@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 import time
@@ -38,7 +37,6 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType, rotate_checkpoints
 from transformers.training_args import OptimizerNames
-from transformers.utils.import_utils import is_triton_available
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
@@ -51,7 +49,6 @@ from hspmn.results import (
     ROOT,
     RefusedByWorker,
     check_name,
-    complain,
     config_with,
     loading,
     parse_overrides,
@@ -94,8 +91,6 @@ FREE_PREFIXES = (
     "eval_", "logging_", "log_", "save_", "hub_", "trackio_", "dataloader_p", "ddp_", "enable_", "do_",
     "torch_compile",
 )  # fmt: skip
-COMPILERS = (os.environ.get("CC", "gcc"), "gcc", "clang")  # one of which Triton needs for its launches
-SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass
@@ -156,7 +151,6 @@ class HSPMNTrainingArguments(TrainingArguments):
     save_strategy: str = HfArg(default="steps", help="no, steps or epoch")
     logging_nan_inf_filter: bool = HfArg(default=False, help="hide non-finite losses; costs a device sync per step")
     prediction_loss_only: bool = HfArg(default=True, help="keep only the loss in validation")
-    torch_compile: bool = HfArg(default=None, help="compile each kind of layer (default: in bfloat16 on a whole GPU)")
 
     def __post_init__(self):
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
@@ -166,15 +160,6 @@ class HSPMNTrainingArguments(TrainingArguments):
         if torch.cuda.is_available() and not (self.use_cpu or self.fp16 or self.full_precision):
             self.bf16 = torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.torch_compile is None:
-            sharded = any(os.environ.get(name, "false").lower() in ("true", "1") for name in SHARDED)
-            sharded = sharded or self.deepspeed or self.fsdp
-            self.torch_compile = bool(torch.cuda.is_available() and self.bf16 and not (self.use_cpu or sharded))
-            if self.torch_compile and not (is_triton_available() and any(map(shutil.which, COMPILERS))):
-                self.torch_compile = False
-                complain(
-                    "training is not compiled, which needs triton and gcc or clang; --torch_compile false is silent"
-                )
         super().__post_init__()
         # One process drives one device: torch.nn.DataParallel would lose the bias updates of all devices but one
         self._n_gpu = min(self.n_gpu, 1)

@@ -281,6 +281,7 @@ def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant,
     ("linear_attention", "documents", {"_segments": lambda *_: 3} | descriptors(False)),
     ("linear_attention", "plain", {"_segments": lambda *_: 2} | descriptors(True)),
     ("linear_attention", "documents", descriptors(True)),
+    ("gated_linear", "plain", {"BACK_ROWS": 250}),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_gradients_of_other_ways_to_launch_are_as_accurate(operation, variant, patches, patch_kernels):
     patch_kernels(**patches)

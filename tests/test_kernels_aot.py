@@ -19,8 +19,8 @@ import pytest
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 # Bytes of local memory per thread. The launch that measured fastest for long SQSK rows takes 256 on sm_90; the most
-# that any target takes is 336 (linear attention with packed documents on sm_100)
-SPILL_LIMIT = 384
+# that any target takes is 392 (linear attention with packed documents in segments on sm_100)
+SPILL_LIMIT = 400
 
 DESCRIPTORS = (90, 100)  # chips whose matrix units read tensor descriptors; swiglu_kernel runs on no others
 SLOW = [(target, dtype, "every") for dtype in ("bfloat16", "float32") for target in SHARED_LIMIT]

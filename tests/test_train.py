@@ -394,26 +394,3 @@ def test_a_plain_trainer_compiles_rows_of_many_lengths_twice(tmp_path, monkeypat
         losses.append(logged(trainer))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert 5 < counters["stats"]["unique_graphs"] <= 2 * 5
-
-
-def test_compiles_by_default_only_where_it_can(tmp_path, monkeypatch, capsys):
-    def compiles(flags=""):
-        return train.parse_arguments(f"--output_dir {tmp_path} --use_cpu {flags}".split())[2].torch_compile
-
-    assert not compiles() and compiles("--torch_compile") and not compiles("--torch_compile false")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert not compiles()
-    monkeypatch.setattr(train.TrainingArguments, "__post_init__", lambda self: None)  # which looks for the device
-    monkeypatch.setattr(train.HSPMNTrainingArguments, "n_gpu", 1, raising=False)
-    monkeypatch.setattr(train, "is_triton_available", lambda: True)
-    for found, said in (("/usr/bin/gcc", ""), (None, "training is not compiled, which needs triton and gcc or clang")):
-        monkeypatch.setattr(train.shutil, "which", lambda name, found=found: found)
-        assert train.HSPMNTrainingArguments(str(tmp_path)).torch_compile is bool(found)
-        error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == bool(said)
-    monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/gcc")
-    for options in ({"full_precision": True}, {"fp16": True}, {"torch_compile": False}):
-        assert not train.HSPMNTrainingArguments(str(tmp_path), **options).torch_compile
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not train.HSPMNTrainingArguments(str(tmp_path)).torch_compile
