@@ -629,10 +629,12 @@ def contextual(
     index_BK, slot_BT, count_B: of `route`. first_BK: of `sqsk_attention`. Returns out_BTHE in q's dtype and, detached,
     the two outputs of `sqsk_attention`: what a kernel's gradient keeps beside the arguments.
     """
+    # gather and not take_along_dim, which fixes a symbolic length
     token, slot = index_BK.clamp(min=0)[..., None, None], slot_BT[..., None, None]
-    rows = q_BTHE.take_along_dim(token, 1), k_BTGE.take_along_dim(token, 1), v_BTGE.take_along_dim(token, 1)
+    q_at, kv_at = token.expand(-1, -1, *q_BTHE.shape[2:]), token.expand(-1, -1, *k_BTGE.shape[2:])
+    rows = q_BTHE.gather(1, q_at), k_BTGE.gather(1, kv_at), v_BTGE.gather(1, kv_at)
     out_BKHE, lse_BKH = sqsk_attention.reference(*rows, first_BK, None, count_B)
-    out_BTHE = out_BKHE.take_along_dim(slot.clamp(min=0), 1) * gate_BT[..., None, None].to(out_BKHE.dtype)
+    out_BTHE = out_BKHE.gather(1, slot.clamp(min=0).expand_as(q_BTHE)) * gate_BT[..., None, None].to(out_BKHE.dtype)
     return out_BTHE.masked_fill(slot < 0, 0), out_BKHE.detach(), lse_BKH.detach()
 
 
