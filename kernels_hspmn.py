@@ -1,4 +1,4 @@
-"""HSPMN's operations as Triton kernels for inference; importing this file registers them all.
+"""HSPMN's operations as Triton kernels, most with gradients; importing this file registers them all.
 
 Routing is here; `kernels_projection_hspmn` makes what the streams read, which are in `kernels_linear_hspmn` and
 `kernels_attention_hspmn`, `kernels_mlp_hspmn` has the SwiGLU, `kernels_loss_hspmn` the loss and `kernels_decode_hspmn`

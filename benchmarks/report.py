@@ -19,11 +19,11 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 SECTION = re.compile(r"<!-- results:(\w+) -->\n(.*?)<!-- /results -->", re.DOTALL)
 NOTHING = "-"
 HSPMN = ("hspmn", "hspmn_routing", "hspmn_reflexive", "hspmn_even")  # first in every group of rows, in this order
-EVEN = "Original setting: 0.2 of the tokens are routed in every layer."
-BOTH = (
+DEFAULT = (
     "`hspmn`: default configuration, 0.8 of the tokens in every fourth layer, none elsewhere; its block is the mean "
-    "of one `hspmn_routing` and three `hspmn_reflexive`. `hspmn_even`: original setting, 0.2 in every layer."
+    "of one `hspmn_routing` and three `hspmn_reflexive`."
 )
+EVEN = " `hspmn_even`: original setting, 0.2 in every layer."
 
 
 def three_digits(value):
@@ -126,7 +126,8 @@ def section_lines(section, path, document):
         command = f"{gathered} commands, all in `commands` of `{path.name}`, the last {command}"
     lines = [f"{source}: {command}", ""]
     if section.has_even:
-        lines += [BOTH if any(row["case"].startswith("hspmn_even/") for row in document["rows"]) else EVEN, ""]
+        even = any(row["case"].startswith("hspmn_even/") for row in document["rows"])
+        lines += [DEFAULT + EVEN * even, ""]
     return "\n".join([*lines, *table(section, document["rows"]), "", ""])
 
 
