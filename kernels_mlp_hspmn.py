@@ -183,9 +183,10 @@ def _gated_linear_back(grad_BTD, gate_BTN, up_BTN, weight_DN):
     neither exists as a whole. Parts of the weight's gradient are summed in float32."""
     gate_MN, up_MN, grad_MD = (x.reshape(-1, x.shape[-1]) for x in (gate_BTN, up_BTN, grad_BTD))
     gate_grad, up_grad = torch.empty_like(gate_MN), torch.empty_like(up_MN)
-    weight_grad = weight_DN.new_zeros(weight_DN.shape, dtype=torch.float32)
+    weight_grad = None
     for begin, end in spans(len(gate_MN), BACK_ROWS):
         rows, grad = slice(begin, end), grad_MD[begin:end]
         product = _gated(gate_MN[rows], up_MN[rows], grad @ weight_DN, gate_grad[rows], up_grad[rows])
-        weight_grad += grad.t() @ product
+        part = grad.t() @ product
+        weight_grad = part if weight_grad is None else weight_grad.float().add_(part)
     return gate_grad.view_as(gate_BTN), up_grad.view_as(up_BTN), weight_grad.to(weight_DN.dtype)

@@ -499,7 +499,7 @@ class HSPMNTrainer(Trainer):
         args["dynamo_plugin"].use_regional_compilation = True
         if self.args.torch_compile:
             torch._dynamo.config.recompile_limit = 64  # each layer may have a share of its own
-            torch._dynamo.config.optimize_ddp = False  # nor are a layer's graphs to be cut by DDP's buckets
+            torch._dynamo.config.optimize_ddp = False  # a layer is a graph already, whatever DDP's buckets are
         return args
 
     def train(self, *args, **kwargs):
