@@ -282,15 +282,16 @@ def test_compiled_inference_equals_the_eager_reference(pair, variant, backend):
 
 
 @needs_gpu
+@pytest.mark.parametrize("backend", ["triton", "flex"])
 @pytest.mark.parametrize("T", [60, 700])
-def test_compiled_training_equals_the_eager_reference(pair, T):
-    flex, reference = (model.train() for model in pair(num_hidden_layers=3, sparsity_k=[0.3, 0.05, 0.0]))
-    flex.config.backend, ids = "flex", tokens(3, T)
+def test_compiled_training_equals_the_eager_reference(pair, T, backend):
+    model, reference = (model.train() for model in pair(num_hidden_layers=3, sparsity_k=[0.3, 0.05, 0.0]))
+    model.config.backend, ids = backend, tokens(3, T)
     with torch.enable_grad():
-        losses = [model(ids, labels=ids).loss for model in (torch.compile(flex, fullgraph=True), reference)]
+        losses = [each(ids, labels=ids).loss for each in (torch.compile(model, fullgraph=True), reference)]
         sum(losses).backward()
     torch.testing.assert_close(*losses, rtol=0, atol=1e-4)
-    for (name, p), q in zip(flex.named_parameters(), reference.parameters(), strict=True):
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 2e-3 * q.grad.norm() + 1e-6, name
 
 
