@@ -177,7 +177,7 @@ def _gated_linear(gate_BTN, up_BTN, weight_DN):
     return F.linear(_gated(gate_BTN, up_BTN, torch.empty_like(gate_BTN)), weight_DN)
 
 
-@gated_linear.gradient(wrt=("gate_BTN", "up_BTN", "weight_DN"))
+@gated_linear.gradient(wrt=("gate_BTN", "up_BTN", "weight_DN"), takes=lambda gate_BTN, *_: gate_BTN.dtype in DTYPES)
 def _gated_linear_back(grad_BTD, gate_BTN, up_BTN, weight_DN):
     """The product is made again where its gradient was, which is read at the same time: `BACK_ROWS` at once, so that
     neither exists as a whole. Parts of the weight's gradient are summed in float32."""

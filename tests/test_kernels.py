@@ -272,6 +272,18 @@ def test_gradients_are_as_accurate_as_those_of_the_reference(operation, variant,
     assert_gradients_as_accurate(operation, variant, sizes, dtype)
 
 
+@pytest.mark.parametrize("operation, variant", dict(TRAINED).items())
+def test_the_reference_trains_what_kernels_do_not_take(operation, variant):
+    """float64, and heads of a width that is none of theirs; some operations take anything, or know no heads."""
+    arguments = make(operation, variant, TINY, torch.float32)[1]
+    assert REGISTRY[operation].trains(*exactly(arguments).values()) == (operation == "take_rows")
+    arguments, heedless = (
+        make(operation, variant, TINY._replace(E=48), torch.float32)[1],
+        ("gated_linear", "token_losses"),
+    )
+    assert REGISTRY[operation].trains(*arguments.values()) == (operation in ("take_rows", *heedless))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("operation, variant, patches", [
     ("local_attention", "plain", descriptors(not CUDA)),
