@@ -262,10 +262,11 @@ def _tiling(tokens, H, G, E, F, device, element_size, wide=False, sums=False):
     # H200, B=64, T=4096, 16/4 heads, E=F=128, bf16: 64 tokens and 64 columns 1.40 ms with descriptors, 1.73 without;
     # three stages (one program per processor instead of two) 1.87; 128 columns with 8 warps 2.02; 128 by 128 1.99. On
     # sm_80 and sm_120, whose products keep their operands in registers, 4 warps spill, and on sm_100 where there are
-    # sums or no descriptors; so do float32 tiles of more than 16 tokens, and those of 64 tokens of a head wider than
-    # 128 (compiler's report, not timed)
+    # sums or no descriptors; so do float32 tiles of more than 16 tokens or, with sums, 32 columns, and those of 64
+    # tokens of a head wider than 128 (compiler's report, not timed)
     half, columns, block_e, chip = element_size == 2, power_of_2(F), max(16, power_of_2(E)), capability(device)
-    block_t, block_f = (32 if wide else 64) if half else 16, max(16, min(32 if E > 128 else 64, columns))
+    narrow = E > 128 or (sums and not half)
+    block_t, block_f = (32 if wide else 64) if half else 16, max(16, min(32 if narrow else 64, columns))
     # A tile of columns must not reach into the next head
     fits = E == block_e and F % block_f == 0 and tokens >= block_t
     tiled, stages = has_descriptors(device, element_size) and fits, 2 if half else 1
