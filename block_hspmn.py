@@ -40,6 +40,8 @@ if HAS_TRITON:
 # Kernels go through the dispatcher, "triton", only where a compiler looks on
 OPERATIONS = {backend: operations(backend) for backend in ("reference", "flex", "train", "triton", "launch")}
 SHARE_UNIT = 10**6  # shares are whole multiples of 1 / SHARE_UNIT where tokens are counted, also of a symbolic length
+# Those attributes of a module of which one is true where it is hooked, or has another forward than its class
+CHANGES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
 
@@ -312,8 +314,7 @@ class SharedProjection(nn.Module):
         place, kind = (history_BLC, stream.start_BT, stream.length_B), config.linear_attention
         plain = not config.num_sink_tokens
         for norm in (self.q_norm, self.k_norm):
-            hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-            plain = plain and type(norm) is RMSNorm and not hooked and "forward" not in norm.__dict__
+            plain = plain and type(norm) is RMSNorm and not any(map(norm.__dict__.get, CHANGES))
         if plain:
             return Heads(*OPERATIONS[stream.backend].split_heads(
                 x_BTC, self.conv_weight, *place, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
@@ -436,11 +437,10 @@ class SwiGLU(nn.Module):
         """[B, T, D] to [B, T, D]; backend: of `Stream`. Training on kernels takes a plain `down_proj`'s weight."""
         gate_BTN, up_BTN, down = self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj
         plain = backend == "train" and type(down) is nn.Linear and down.bias is None and gate_BTN.dtype == up_BTN.dtype
-        if plain and type(down.weight) is nn.Parameter and down.weight.requires_grad:
-            hooked = down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks
-            if not hooked and "forward" not in down.__dict__:
-                # Under autocast it is wider than gate and up; a frozen one is left out above, as it needs no gradient
-                return OPERATIONS[backend].gated_linear(gate_BTN, up_BTN, down.weight.to(gate_BTN.dtype))
+        plain = plain and type(down.weight) is nn.Parameter and down.weight.requires_grad
+        if plain and not any(map(down.__dict__.get, CHANGES)):
+            # Under autocast it is wider than gate and up; a frozen one is left out above, as it needs no gradient
+            return OPERATIONS[backend].gated_linear(gate_BTN, up_BTN, down.weight.to(gate_BTN.dtype))
         return down(gated_product(gate_BTN, up_BTN))
 
 
@@ -665,7 +665,7 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         seen_B = cache.seen
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)
-        if placed and not (rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in rotary.__dict__):
+        if placed and not any(map(rotary.__dict__.get, CHANGES)):
             cos, sin, start_BT, position_BT = OPERATIONS[backend].place(
                 T, position_BT, cache.document_seen, cache.last_position, rotary.inv_freq,
                 float(rotary.attention_scaling), x_BTD.dtype,

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    DTYPES, FLOOR, HEAD_WIDTHS, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start,
-    has_descriptors, kernel, power_of_2, processors, tile_maps, tl, triton,
+    FLOOR, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start, has_descriptors,
+    kernel, power_of_2, processors, takes_heads, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import (  # isort: skip
     contextual, extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows,
@@ -712,8 +712,7 @@ def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
 
 def _has_gradient(q, k, v):
     """Whether the kernels have the gradient of such queries, keys and values, of one call alone."""
-    alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.shape[:2] == k.shape[:2]
-    return alike and q.dtype in DTYPES and q.shape[3] in HEAD_WIDTHS and not q.shape[2] % k.shape[2]
+    return takes_heads(q, k, v) and k.shape == v.shape and q.shape[:2] == k.shape[:2]
 
 
 @lru_cache(maxsize=1024)

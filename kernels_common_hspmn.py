@@ -201,6 +201,13 @@ def check_heads(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype):
     )
 
 
+def takes_heads(q, k, v):
+    """Whether a gradient has kernels for heads of these counts, widths and dtypes; the others are not refused, as
+    `check_heads` does, but left to the reference."""
+    alike = q.dtype == k.dtype == v.dtype and q.shape[2] % k.shape[2] == 0
+    return alike and q.dtype in DTYPES and q.shape[3] in HEAD_WIDTHS
+
+
 def refuse_in_place(name, x, shape, dtype):
     """Raise ValueError for `x`, which is not contiguous, of that shape and dtype; asked for where it is launched."""
     got = f"{x.dtype} {tuple(x.shape)}, contiguous={x.is_contiguous()}"

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    DTYPES, HEAD_WIDTHS, LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, has_descriptors, kernel,
-    power_of_2, processors, tile_maps, tl,
+    LOG2E, ROW_START, TOKEN_START, capability, cdiv, check_heads, has_descriptors, kernel, power_of_2,
+    processors, takes_heads, tile_maps, tl,
 )  # fmt: skip
 from .operations_hspmn import linear_attention
 
@@ -363,8 +363,7 @@ def _gradient_plan(q_shape, v_shape, device, element_size):
 
 def _takes(q_BTHE, k_BTGE, v_BTGF, *_):
     """Whether the gradient has kernels: those of float32 values wider than 128 would spill 5 KB per thread."""
-    taken = q_BTHE.shape[3] in HEAD_WIDTHS and q_BTHE.dtype in DTYPES and q_BTHE.dtype == k_BTGE.dtype == v_BTGF.dtype
-    return taken and (v_BTGF.shape[3] <= 128 or q_BTHE.dtype != torch.float32)
+    return takes_heads(q_BTHE, k_BTGE, v_BTGF) and (v_BTGF.shape[3] <= 128 or q_BTHE.dtype != torch.float32)
 
 
 @linear_attention.gradient(wrt=("q_BTHE", "k_BTGE", "v_BTGF", "log_decay_BTH"), takes=_takes)
