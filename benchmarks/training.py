@@ -97,7 +97,7 @@ def distribute(args, model):
     if args.parallel == "ddp":
         # by layers as they are: the compiler would cut each along DDP's buckets, and refuses to where it holds a mask
         torch._dynamo.config.optimize_ddp = False
-        return DistributedDataParallel(compile_model(args, model))
+        return DistributedDataParallel(compile_model(args, model), bucket_cap_mb=100, gradient_as_bucket_view=True)
     mesh = init_device_mesh(args.device.type, (distributed.get_world_size(),))
     # casts weights alone, as autocast does with one process; residuals and angles stay float32
     policy = MixedPrecisionPolicy(param_dtype=args.low, reduce_dtype=torch.float32, cast_forward_inputs=False)
