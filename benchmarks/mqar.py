@@ -115,7 +115,7 @@ def main(argv=None):
     parser.set_defaults(**FULL)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["dense", "hspmn", "reflexive"])
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig for all models but dense")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, which a Llama has not")
     add("--lengths", type=at_least(16), nargs="+", default=[256, 512, 1024, 2048], help="tokens per row")
     add("--steps", type=at_least(1), default=3000)
     add("--lr", type=RATE, default=2e-3)

@@ -3,27 +3,57 @@
 import math
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ..block_hspmn import SharedProjection, Stream
 from ..results import config_with, low_precision, refusing
 
-MODELS = ("dense", "linear_full4", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
+LLAMAS = ("dense", "dense_conv")  # models of transformers, which have no field of `HSPMNConfig`
+MODELS = (*LLAMAS, "linear_full4", "linear_full8", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
+
+
+class MatchedAttention(nn.Module):
+    """A Llama's attention behind HSPMN's projection: short convolution, norms of queries and keys, and fresh weights
+    by which a query already matches the keys of tokens like its own, in every second key head their successors'."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.projection = SharedProjection(config)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        for linear in (self.projection.qkv_proj, self.o_proj):
+            nn.init.normal_(linear.weight, std=config.initializer_range)
+        self.projection.reset_parameters()
+
+    def forward(self, hidden_states, position_embeddings, **_):
+        """As `LlamaAttention` without a cache or padding: [B, T, D] to the same, and no weights."""
+        heads = self.projection(hidden_states, Stream(None, *position_embeddings))
+        q, k, v = (x.transpose(1, 2) for x in heads[2:5])
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
 def comparison_config(case, sizes, overrides=None):
     """Configuration of a case; `sizes` are fields that every decoder has, `overrides` fields of `HSPMNConfig`.
     linear_full4 is the usual hybrid built from the same blocks: gated linear attention in every layer, full causal
-    attention beside it in every fourth (the last one of a shorter stack), no local window. It and the reflexive model
-    keep their distant past in linear states, so no bound is put on what these remember."""
+    attention beside it in every fourth (the last one of a shorter stack), no local window; linear_full8 in every
+    eighth. They and the reflexive model keep their distant past in linear states, so no bound is put on what these
+    remember."""
     sizes = sizes | {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "tie_word_embeddings": True}
-    if case == "dense":
+    if case in LLAMAS:
         config_with(sizes)  # refuses what neither can have
         with refusing(TypeError):
             return LlamaConfig(**sizes, rms_norm_eps=1e-6, max_position_embeddings=1048576)
     layers = sizes["num_hidden_layers"]
-    full = [1.0 if i % 4 == 3 or (layers < 4 and i == layers - 1) else 0.0 for i in range(layers)]
+
+    def hybrid(every):
+        full = [float(i % every == every - 1 or (layers < every and i == layers - 1)) for i in range(layers)]
+        return {"sparsity_k": full, "sliding_window": 0, "linear_attention_horizon": 0}
+
     own = {
-        "linear_full4": {"sparsity_k": full, "sliding_window": 0, "linear_attention_horizon": 0},
+        "linear_full4": hybrid(4),
+        "linear_full8": hybrid(8),
         "hspmn_annealed": {"sparsity_anneal_fraction": 0.6},
         "reflexive": {"sparsity_k": 0.0, "linear_attention_horizon": 0}}  # fmt: skip
     return config_with(sizes | (overrides or {}) | own.get(case, {}))
@@ -34,6 +64,11 @@ def build_model(case, config, seed):
     learn nothing from the scores either: they would bend to where the frozen weights point."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    if case == "dense_conv":
+        fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "initializer_range")
+        own = config_with({field: getattr(config, field) for field in fields})
+        for layer in model.base_model.layers:
+            layer.self_attn = MatchedAttention(own)
     if case == "hspmn_random":
         for router in filter(None, (layer.router for layer in model.base_model.layers)):
             router.weight.requires_grad_(False)

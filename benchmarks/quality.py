@@ -1,6 +1,6 @@
 """Does routing a fifth of the tokens cost quality? Trains the models of the comparison on the same data and says.
 
-    python benchmarks/quality.py                                        all six models, three seeds, one GPU
+    python benchmarks/quality.py                                        all models, three seeds, one GPU
     python benchmarks/quality.py --models dense hspmn --seeds 0 1       some of it; finished pairs are kept
     python benchmarks/quality.py --name ablations --models hspmn --seeds 0 --variants window64:sliding_window=64
     python benchmarks/quality.py --models --variants even_random@hspmn_random:sparsity_k=0.2
@@ -10,7 +10,9 @@ Models, with the same data order, optimiser, steps and number of parameters:
     dense           LlamaForCausalLM of transformers with SDPA, from weights of twice the others' deviation: from 0.02
                     its training loss after 700 steps was 2.62, from 0.04 2.42, that of linear_full4 2.19 and 2.33
                     (one seed, H100, 2026-11-24)
+    dense_conv      the same with HSPMN's short convolution, norms of queries and keys, and matching fresh weights
     linear_full4    gated linear attention in every layer, full causal attention beside it in every fourth
+    linear_full8    the same in every eighth
     hspmn           HSPMN as configured: the target share is `sparsity_k` from the first step on
     hspmn_random    the same with every router frozen at its random start; its bias still balances the load
     hspmn_annealed  the target falls from 1 to `sparsity_k` over the first 60 % of the steps, states are bounded alike
@@ -45,7 +47,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from hspmn import results
-from hspmn.benchmarks.peers import MODELS, build_model, comparison_config, train_steps
+from hspmn.benchmarks.peers import LLAMAS, MODELS, build_model, comparison_config, train_steps
 from hspmn.benchmarks.report import SECTIONS, table
 from hspmn.corpus import BYTES_PER_TOKEN, encode, fit_tokenizer, read_sources, rows_of
 from hspmn.evaluate import NeedleRows, validate
@@ -113,9 +115,9 @@ class Batches:
 
 
 def sizes_of(args, case):
-    """Fields that every decoder has; the dense model has a deviation of fresh weights of its own."""
+    """Fields that every decoder has; the Llamas have a deviation of fresh weights of their own."""
     sizes = {field: getattr(args, field) for field in SIZES}
-    return sizes | {"initializer_range": args.dense_initializer_range} if case == "dense" else sizes
+    return sizes | {"initializer_range": args.dense_initializer_range} if case in LLAMAS else sizes
 
 
 def count_parameters(case, config):
@@ -325,14 +327,14 @@ def show(path):
 def list_cases(args):
     """By name, the model of the comparison that a case is built like and its overrides; of two, the last counts."""
     shared = results.parse_overrides("--set", args.set)
-    cases = {name: (name, {} if name == "dense" else shared) for name in args.models}
+    cases = {name: (name, {} if name in LLAMAS else shared) for name in args.models}
     for item in args.variants:
         head, colon, fields = item.partition(":")
         name, at, model = head.partition("@")
         if not colon or name in MODELS or not results.is_plain(name):
             results.refuse(f"--variants {item}: expected NAME:KEY=VALUE,... with a NAME that no model has")
         model = model if at else "hspmn"
-        results.check_name("--variants: the model", model, MODELS[1:])  # not dense, which has no such fields
+        results.check_name("--variants: the model", model, MODELS[len(LLAMAS) :])  # others have no such fields
         cases[name] = (model, shared | results.parse_overrides("--variants", re.split(r",(?=\w+=)", fields)))
     for name in args.save:
         results.check_name("--save", name, cases)
@@ -381,7 +383,7 @@ def make_parser():
     add, positive, rate = parser.add_argument, results.at_least(1), results.RATE
     add("--models", nargs="*", choices=MODELS, default=list(MODELS))
     add("--seeds", type=results.SEED, nargs="+", default=[0, 1, 2])
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig for all models but dense")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, which a Llama has not")
     variants = "NAME[@MODEL]:KEY=VALUE,..."
     add("--variants", nargs="*", default=[], metavar=variants, help="hspmn, or MODEL, with other fields")
     add("--name", type=results.file_name, default="quality", help="name of the results file")
@@ -395,8 +397,8 @@ def make_parser():
     add("--needle_mix", type=results.SHARE, default=0.0, help="share of the rows of each batch that are needle tasks")
     for field, size in FULL.items():
         add(f"--{field}", type=positive, default=size)
-    add("--initializer_range", type=rate, default=0.02, help="deviation of fresh weights of all models but dense")
-    add("--dense_initializer_range", type=rate, default=0.04, help="that of dense, which learns best from another")
+    add("--initializer_range", type=rate, default=0.02, help="deviation of fresh weights of all but the Llamas")
+    add("--dense_initializer_range", type=rate, default=0.04, help="that of the Llamas, which learn best from another")
     add("--parameter_tolerance", type=results.SHARE, default=0.03, help="allowed difference in size")
     add("--validation_tokens", type=positive, default=2_000_000)
     add("--device", choices=results.DEVICES, default=results.DEVICES[0])
