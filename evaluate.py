@@ -26,7 +26,6 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"] = ModuleType("hspmn")
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
-from hspmn.corpus import rows_of, validation_tokens
 from hspmn.results import (
     DEVICES,
     ROOT,
@@ -43,6 +42,7 @@ from hspmn.results import (
     row,
 )
 from hspmn.runs import load_model
+from hspmn.tokens import rows_of, validation_tokens
 
 
 def recall_targets(ids_BT):

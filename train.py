@@ -43,7 +43,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn import runs
-from hspmn.corpus import BATCH, batches, bigram_loss, collate, count_tokens, fit_tokenizer, load_documents, pack
+from hspmn.corpus import BATCH, batches, bigram_loss, collate, count_tokens, load_documents, pack
 from hspmn.results import (
     PEAK_TFLOPS,
     ROOT,
@@ -56,6 +56,7 @@ from hspmn.results import (
     refusing,
     write_json,
 )
+from hspmn.tokens import fit_tokenizer
 
 Several = partial(HfArg, default_factory=list)
 DEFAULT_STEPS = 600

@@ -49,8 +49,8 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
 from hspmn import results
 from hspmn.benchmarks.peers import LLAMAS, MODELS, build_model, comparison_config, train_steps
 from hspmn.benchmarks.report import SECTIONS, table
-from hspmn.corpus import BYTES_PER_TOKEN, encode, fit_tokenizer, read_sources, rows_of
 from hspmn.evaluate import NeedleRows, validate
+from hspmn.tokens import BYTES_PER_TOKEN, encode, fit_tokenizer, read_sources, rows_of
 
 FULL = {
     "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,

@@ -48,7 +48,10 @@ COLUMNS = {  # a function from a value to a text, and the metric, or two of them
     "decode tok/s": (millions, "decode_tok_s"), "tokens": (WHOLE, "tokens"), "peak GB": (ONE_PLACE, "peak_gb"),
     "launches": (three_digits, "launches"), "host us": (three_digits, "host_us"), "TB/s": (three_digits, "tb_s"),
     "TFLOP/s": (three_digits, "tflops"), "MFU": (TWO_PLACES, "mfu"), "first step s": (three_digits, "first_step_s"),
-    "scaling": (TWO_PLACES, "scaling"), "floor ratio": (TWO_PLACES, "floor_ratio")}  # fmt: skip
+    "scaling": (TWO_PLACES, "scaling"), "floor ratio": (TWO_PLACES, "floor_ratio"),
+    "details right": (THREE_PLACES, "incident_accuracy"), "incidents kept": (THREE_PLACES, "incident_share"),
+    "routine kept": (THREE_PLACES, "routine_share"), "AUC": (THREE_PLACES, "auc"),
+    "AUC, unseen": (THREE_PLACES, "auc_unseen"), "bytes per line": (WHOLE, "bytes_per_line")}  # fmt: skip
 # The command that measures it, its columns, the part of a case name that keeps rows together, and whether its cases
 # are of two configurations, which the table then names
 Section = namedtuple("Section", "command columns group has_even", defaults=(-1, False))
@@ -66,7 +69,9 @@ SECTIONS = {
     "decode": Section(MODE + "decode", ("ms", "tok/s", "floor ratio", "over dense"), has_even=True),
     "context": Section(MODE + "context", ("tokens", "prefill tok/s", "decode tok/s", "peak GB"), has_even=True),
     "needle": Section("python evaluate.py --task needle FOLDER", ("accuracy",), group=0),
-    "mqar": Section("python benchmarks/mqar.py", ("accuracy",))}  # fmt: skip
+    "mqar": Section("python benchmarks/mqar.py", ("accuracy",)),
+    "logs": Section("python benchmarks/logs.py", (
+        "details right", "incidents kept", "routine kept", "AUC", "AUC, unseen", "bytes per line"))}  # fmt: skip
 
 
 def cell(values, case, column):

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hspmn import corpus, runs, train
+from hspmn import corpus, runs, tokens, train
 from hspmn.results import config_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -202,7 +202,7 @@ def test_bigram_is_a_distribution_and_learns_pairs():
 
 
 def test_packing_keeps_every_token_in_order_and_isolated_documents_restart_their_positions():
-    tokenizer = corpus.fit_tokenizer([text(20)], 300, padding=True)
+    tokenizer = tokens.fit_tokenizer([text(20)], 300, padding=True)
     documents = datasets.Dataset.from_dict({"text": ["def f(x)", "", "return x + 1 and more"]})
     packed = corpus.pack(documents, tokenizer, 4)["input_ids"]
     ids = [*tokenizer("def f(x)")["input_ids"], 0, *tokenizer("return x + 1 and more")["input_ids"], 0]

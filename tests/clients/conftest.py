@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from hspmn.corpus import fit_tokenizer
+from hspmn.tokens import fit_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ["def area(self, width): return self.height * width\n" * n for n in (2, 3, 5)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hspmn import benchmark, corpus, evaluate, results
+from hspmn import benchmark, evaluate, results, tokens
 from hspmn.benchmarks import mqar, quality, report
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ def folder(tmp_path):
     """A saved model with its tokenizer."""
     config = results.config_with(SIZES)
     AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(tmp_path / "model")
-    corpus.fit_tokenizer(["SECRET = some words"], 300).save_pretrained(tmp_path / "model")
+    tokens.fit_tokenizer(["SECRET = some words"], 300).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -124,7 +124,7 @@ def spoil(folder, kind):
         if kind == broken:
             (folder / broken).write_text((folder / broken).read_text()[:200])
     if kind == "tokenizer":
-        corpus.fit_tokenizer([f"many{i} words{i}" for i in range(999)], 900).save_pretrained(folder)
+        tokens.fit_tokenizer([f"many{i} words{i}" for i in range(999)], 900).save_pretrained(folder)
 
 
 SPOILT = {

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from hspmn import corpus, train
+from hspmn import corpus, tokens, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return corpus.fit_tokenizer([LOG.format(i) for i in range(99)] + ["some words, and \n  lines"], 400, padding=True)
+    return tokens.fit_tokenizer([LOG.format(i) for i in range(99)] + ["some words, and \n  lines"], 400, padding=True)
 
 
 def load(*sources, streaming=False, **options):
@@ -181,25 +181,25 @@ def test_json_is_read_in_parts_as_a_whole(values, indent, listed, ascii, tmp_pat
 def test_special_tokens_spelt_in_text_are_text(tokenizer, tmp_path):
     text = "x <|endoftext|> y <|pad|>"
     tokenizer.save_pretrained(tmp_path)
-    foreign = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=corpus.END_OF_TEXT)
+    foreign = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=tokens.END_OF_TEXT)
     for kind in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         ids = kind(text, add_special_tokens=False)["input_ids"]
         assert not {0, 1} & set(ids) and kind.decode(ids) == text
         assert kind(text, split_special_tokens=False)["input_ids"].count(0) == 1
     assert foreign(text)["input_ids"].count(0) == 1  # to itself, but not to what reads documents
-    assert corpus.encode(foreign, [text, text]).tolist() == [*ids, 0, *ids, 0]
+    assert tokens.encode(foreign, [text, text]).tolist() == [*ids, 0, *ids, 0]
 
 
 @pytest.mark.parametrize("word", ["a" * 400_000, "ab" * 200_000, " " * 400_000, "=" * 400_000, "é" * 200_000])
 def test_a_long_word_takes_no_time(word):
     begun = time.monotonic()
-    tokenizer = corpus.fit_tokenizer([word, "some words"], 600)
-    assert tokenizer.decode(corpus.encode(tokenizer, [word], ends=[False]).tolist()) == word
+    tokenizer = tokens.fit_tokenizer([word, "some words"], 600)
+    assert tokenizer.decode(tokens.encode(tokenizer, [word], ends=[False]).tolist()) == word
     assert time.monotonic() - begun < 2
 
 
 def test_words_that_are_not_long_are_cut_as_before(tokenizer):
-    text = "def f(x):\n\n        return '----------' * 80  # " + "=" * (corpus.LONGEST_WORD - 1)
+    text = "def f(x):\n\n        return '----------' * 80  # " + "=" * (tokens.LONGEST_WORD - 1)
     plain = tokenizer._tokenizer.pre_tokenizer[0].pre_tokenize_str(text)
     assert tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text) == plain
 
@@ -213,9 +213,9 @@ def test_long_documents_are_read_in_pieces_that_give_their_tokens(tokenizer, tmp
     text = text.replace("\r\n", "\n")
     last = [row["ends"] for row in rows].index(True) + 1
     assert "".join(row["text"] for row in rows[:last]) == text
-    whole = corpus.encode(tokenizer, [text])
+    whole = tokens.encode(tokenizer, [text])
     ends = [row["ends"] for row in rows[:last]]
-    assert np.array_equal(corpus.encode(tokenizer, [row["text"] for row in rows[:last]], ends=ends), whole)
+    assert np.array_equal(tokens.encode(tokenizer, [row["text"] for row in rows[:last]], ends=ends), whole)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
@@ -255,16 +255,16 @@ def test_documents_are_held_out_whole_and_a_single_one_is_cut(fraction):
 @given(words=st.lists(st.integers(0, 40), min_size=1), seq_len=st.integers(2, 50), batch=st.integers(0, 3))
 def test_no_token_is_lost_to_packing(words, seq_len, batch, tokenizer):
     documents = datasets.Dataset.from_dict({"text": [" word" * count for count in words]})
-    tokens = corpus.encode(tokenizer, [text for text in documents["text"] if text]).tolist()
+    stream = tokens.encode(tokenizer, [text for text in documents["text"] if text]).tolist()
     read = torch.zeros((), dtype=torch.int64)
     packed = list(corpus.blocks(documents, tokenizer, seq_len, batch, read))
-    assert sum(row["tokens"] for row in packed) == len(tokens)
+    assert sum(row["tokens"] for row in packed) == len(stream)
     flat = [int(token) for row in packed for token in row["input_ids"]]
     if batch:  # whole batches: all tokens, and the first ones again
         assert len(packed) % batch == 0 and int(read) == len(flat)
-        assert flat == np.resize(tokens, len(flat)).tolist() and len(flat) - len(tokens) in range(batch * seq_len)
+        assert flat == np.resize(stream, len(flat)).tolist() and len(flat) - len(stream) in range(batch * seq_len)
     else:
-        assert flat == tokens[: len(tokens) // seq_len * seq_len or len(tokens)] and int(read) == len(tokens)
+        assert flat == stream[: len(stream) // seq_len * seq_len or len(stream)] and int(read) == len(stream)
 
 
 @pytest.mark.parametrize("seq_len", [32, 2048])
@@ -275,7 +275,7 @@ def test_short_lines_train_at_any_length_and_every_token_is_accounted_for(seq_le
     words = f"--dataset {tmp_path}/log.jsonl --streaming {streaming} --seq_len {seq_len} --output_dir {tmp_path}/run"
     results = train.main([*RUN, *words.split()])
     tokenizer, tokens = AutoTokenizer.from_pretrained(tmp_path / "run"), results["tokens"]
-    total = len(corpus.encode(tokenizer, lines))
+    total = len(tokens.encode(tokenizer, lines))
     assert tokens["read"] == tokens["train"] + tokens["held_out"] + tokens["left_over"]
     assert tokens["read"] == total if streaming == "false" else tokens["read"] >= total
     assert tokens["seen"] == 2 * 2 * seq_len and (tokens["left_over"] == 0 or streaming == "true")

@@ -1,0 +1,59 @@
+"""streams.py: lines of logs whose reports are true, and a testing side that training never shows."""
+
+import gzip
+from itertools import islice
+
+import pytest
+from hspmn import streams
+from hspmn.streams import INCIDENTS, SEEN, UNSEEN, LogStream
+
+
+def lines(seed, count=4000, **options):
+    return list(islice(LogStream(seed, **options), count))
+
+
+def test_a_stream_is_a_function_of_its_seed():
+    assert lines(7) == lines(7) and lines(7) != lines(8)
+
+
+def test_the_testing_side_shares_no_value_and_has_kinds_of_its_own():
+    sides = [[line for seed in range(3) for line in lines(seed, test=test, every=10)] for test in (False, True)]
+    for part in (lambda line: line.id, lambda line: line.text[9:]):  # all but the time of day
+        train, test = ({part(line) for line in side} for side in sides)
+        assert not train & test and len(test) > 9000
+    values = [{value for line in side for value in line.details.values()} for side in sides]
+    assert not values[0] & values[1]
+    kinds = [{line.kind for line in side if line.label == "incident"} for side in sides]
+    assert kinds == [{*SEEN}, {*SEEN, *UNSEEN}] == [kinds[0], {*INCIDENTS}]
+
+
+def test_every_report_is_true():
+    made = lines(1, 20_000, every=20, asked=2.0, lag=100)
+    told, incidents, about = {}, [line for line in made if line.label == "incident"], []
+    assert len({line.id for line in incidents}) == len(incidents) == pytest.approx(1000, rel=0.1)
+    for number, line in enumerate(made):
+        if line.label != "report":
+            told[line.id] = number, line
+            continue
+        begun, first = told[line.id]
+        assert {*line.details.items()} == {*first.details.items()} and number > begun
+        assert [line.text[begin:end] for begin, end in line.answers] == [*line.details.values()]
+        assert all(value in first.text for value in line.details.values()) and f"id={line.id}" in line.text
+        about.append(first.label)
+    assert about.count("incident") == pytest.approx(2 * len(incidents), rel=0.1)
+    assert 0 < about.count("routine") < 0.05 * len(about)
+
+
+def test_the_command_writes_a_stream_with_lines_of_the_machine(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.log").write_bytes(b"status installed one\n\n\xff broken\n")
+    (tmp_path / "a.log.1.gz").write_bytes(gzip.compress(b"status removed two\n"))
+    monkeypatch.setattr(streams, "MACHINE_LOGS", (f"{tmp_path}/a.log*", f"{tmp_path}/none"))
+    out = tmp_path / "made" / "stream.txt"
+    command = ["--lines", "3000", "--seed", "3", "-o", str(out)]
+    assert streams.main(command) == 0
+    assert out.read_text().splitlines(keepends=True) == [line.text for line in lines(3, 3000)]
+    assert streams.main([*command, "--machine"]) == 0
+    assert {"status installed one\n", "status removed two\n"} < {*out.read_text().splitlines(keepends=True)}
+    with pytest.raises(SystemExit, match="2"):
+        streams.main(["-o", str(out / "below")])
+    assert len(capsys.readouterr().err.splitlines()) == 1
