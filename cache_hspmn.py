@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .operations_hspmn import read_slots
+from .operations_hspmn import LEVELS, STORES, read_slots
 
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
@@ -132,9 +132,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         linear_state: [B, H, E, F] float32.
         conv_state: [B, conv_kernel_size - 1, C], the last real tokens, latest last.
         window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
-        keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes.
-        key_scales, value_scales: [B, P + 1, G] float32, those of keys and values if these are int8
-            (`kv_cache_dtype`), see `quantize`; [B, 1, G], not used, if not.
+        keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes. As
+            `kv_cache_dtype` says, these may be whole numbers: int8, or two in each of E / 2 bytes.
+        key_scales, value_scales: [B, P + 1, G] bfloat16, those of whole numbers, see `quantize`; else [B, 1, G], not
+            used.
         positions: [B, P + 1] int32, the position id of each routed token.
         count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
     """
@@ -153,8 +154,9 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         H, G, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._state_shape = (H, E, E + (config.linear_attention == "elu"))
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
-        self._head_shape, self.quantized = (G, E), config.kv_cache_dtype == "int8"
-        self.slot_tensors = ("keys", "values", "positions") + self.quantized * ("key_scales", "value_scales")
+        self._head_shape, self.quantized = (G, E), STORES.get(config.kv_cache_dtype)  # to this dtype, or None
+        self.slot_tensors = ("keys", "values", "positions")
+        self.slot_tensors += ("key_scales", "value_scales") if self.quantized else ()
         self.columns, self.most_used, self.dtype = 0, 0, None
         for name in self._batched:
             setattr(self, name, None)
@@ -175,10 +177,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
                 "it: make the cache with that dtype, or make one eager call first"
             )
         wide, self.dtype, self.device = torch.promote_types(dtype, torch.float32), dtype, device
-        wider = ("linear_state", "key_scales", "value_scales")
+        kinds = {"linear_state": wide, "key_scales": torch.bfloat16, "value_scales": torch.bfloat16}
         for name in self._batched:
             held = getattr(self, name)
-            kind = held.dtype if not held.is_floating_point() else wide if name in wider else dtype
+            kind = kinds.get(name, dtype) if held.is_floating_point() else held.dtype
             held = held.to(device, kind)
             setattr(self, name, mark_static(held) if self.static else held)
 
@@ -188,9 +190,9 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         Every tensor has memory of its own: torch 2.11 compiles writes to a part of a larger one wrongly. fill: what
         makes a tensor; a caller that gives `torch.empty` fills them with zeros.
         """
-        wide, kept = torch.promote_types(dtype, torch.float32), torch.int8 if self.quantized else dtype
-        scales = (wide, slots + 1 if self.quantized else 1, self._head_shape[0])
-        window, store = (dtype, self.window, *self._head_shape), (kept, slots + 1, *self._head_shape)
+        wide, kept, (G, E) = torch.promote_types(dtype, torch.float32), self.quantized or dtype, self._head_shape
+        scales = (torch.bfloat16, slots + 1 if self.quantized else 1, G)
+        window, store = (dtype, self.window, G, E), (kept, slots + 1, G, E // 2 if LEVELS.get(kept) == 16 else E)
         shapes = {
             "linear_state": (wide, *self._state_shape), "conv_state": (dtype, *self._conv_shape),
             "window_keys": window, "window_values": window, "keys": store, "values": store, "key_scales": scales,
@@ -220,10 +222,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         """Take in this call's keys and values [B, T, G, E]: the last of them in the window, routed ones in the store.
 
         stream: the call's `Stream`. route: the layer's `Route` or None. operations: the forms that run. Returns what
-        `sqsk_attention` needs beside the queries, None without a route: all keys and values [B, P, G, E] (those of
-        int8 in the dtype of the new ones), where slots past a row's count hold nothing meaningful; the first visible
-        slot of each routed token; the slots used before, and how many of this call's tokens have one (all of them,
-        unless a static store is full: the latest are left out).
+        `sqsk_attention` needs beside the queries, None without a route: all keys and values [B, P, G, E] (stored whole
+        numbers in the dtype of the new ones), where slots past a row's count hold nothing meaningful; the first
+        visible slot of each routed token; the slots used before, and how many of this call's tokens have one (all of
+        them, unless a static store is full: the latest are left out).
         """
         chosen = (None, None, None) if route is None else (route.index_BK, route.slot_BT, route.count_B)
         first_BK, numbers_2B, count_B, document_slot_B = operations.extend(
@@ -235,10 +237,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             return None
         self.keep("count", count_B)
         self.keep("document_slot", document_slot_B)
-        keys, values = self.keys[:, :-1], self.values[:, :-1]
-        if self.quantized:
-            keys = read_slots(self.keys, self.key_scales, key_states.dtype)
-            values = read_slots(self.values, self.value_scales, key_states.dtype)
+        keys = read_slots(self.keys, self.key_scales, key_states.dtype)
+        values = read_slots(self.values, self.value_scales, key_states.dtype)
         return keys, values, first_BK, *numbers_2B.unbind()
 
     def get_mask_sizes(self, query_length):
@@ -402,8 +402,8 @@ class HSPMNCache(Rows, Cache):
             )
         if records and self.layers[0].quantized and self.columns:
             raise ValueError(
-                "past_key_values holds kv_cache_dtype='int8', through which no gradient passes; call the model under "
-                "torch.no_grad(), or with all tokens at once"
+                f"past_key_values holds kv_cache_dtype={self.fields[FIELDS.index('kv_cache_dtype')]!r}, through which "
+                "no gradient passes; call the model under torch.no_grad(), or with all tokens at once"
             )
         if self.seen is None:
             self._start_rows(batch_size, device)
@@ -631,9 +631,9 @@ class HSPMNStaticCache(HSPMNCache):
     batch_size, max_length: rows, and tokens per row that are sure to fit, at least 1 each. capacity: sparse slots per
     row of every layer that routes, or a list with one number per layer. None holds `max_length`, so that nothing can
     overflow; a long context needs about `sparsity_k * max_length`, and room for one whole call more, because how many
-    of its tokens are routed is known only layer by layer. device, dtype: of all tensors; of keys, values (unless
-    `kv_cache_dtype` makes those of the store int8) and convolution inputs, which is that of the model's projections.
-    None for torch's defaults. rollback: of `HSPMNCache`.
+    of its tokens are routed is known only layer by layer. device, dtype: of all tensors; of keys, values (those of
+    the store unless `kv_cache_dtype` makes them whole numbers) and convolution inputs, which is that of the model's
+    projections. None for torch's defaults. rollback: of `HSPMNCache`.
 
     A call of T tokens is refused before it changes anything unless T slots are free in every layer, see `reserve`.
     Compiled and captured code has no host to refuse: call `reserve` before each step of it, as `generate()` does.

@@ -10,7 +10,7 @@ CONCENTRATED_SHARE, ROUTING_PERIOD = 0.2, 4  # of `sparsity_k=None`: the average
 LEAST_SHARE = 1e-6  # of routed tokens in a layer that routes any
 CHOICES = {
     "router_mode": ("threshold", "topk"), "linear_attention": ("gated", "elu"), "hidden_act": ("silu",),
-    "backend": ("auto", "reference", "flex", "triton"), "kv_cache_dtype": ("auto", "int8"),
+    "backend": ("auto", "reference", "flex", "triton"), "kv_cache_dtype": ("auto", "int8", "int4"),
 }  # fmt: skip
 ROPE_TYPES = {  # and what each needs beside `rope_theta`
     "default": (), "linear": ("factor",), "proportional": (), "yarn": ("factor", "original_max_position_embeddings"),
@@ -144,10 +144,10 @@ class HSPMNConfig(PreTrainedConfig):
     # a state may learn to hold whole training rows, and both recall and the routed shares fail beyond their length.
     linear_attention_horizon: int = 128
     conv_kernel_size: int = 4  # taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out
-    # Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, or "int8", whole
-    # numbers with a float32 scale per token and key head, for half of bfloat16's bytes. With a cache they are read as
-    # they are stored, however the tokens are fed; a forward without one, or one that records gradients, reads them as
-    # they are computed.
+    # Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, "int8" or "int4",
+    # whole numbers of so many bits with a bfloat16 scale per token and key head, for about a half and a quarter of
+    # bfloat16's bytes. With a cache they are read as they are stored, however the tokens are fed; a forward without
+    # one, or one that records gradients, reads them as they are computed.
     kv_cache_dtype: str = "auto"
     backend: str = "auto"  # "auto" picks by device; "reference", "flex" or "triton": that one, or it fails
 

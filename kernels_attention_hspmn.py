@@ -5,7 +5,7 @@ rows of one tile, so keys and values are read once for all of them and a tile sp
 part of the diagonal small.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -14,7 +14,7 @@ from .kernels_common_hspmn import (  # isort: skip
     kernel, power_of_2, processors, takes_heads, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import (  # isort: skip
-    contextual, extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows,
+    LEVELS, contextual, extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows,
 )  # fmt: skip
 
 STORE_BLOCK = 32  # slots that one program of `extend_kernel` writes
@@ -295,24 +295,41 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def quantize(rows):
-    """Rows [N, E] as whole numbers of at most 127, in float32, and their scales [N], as `quantize` has them."""
+def quantize(rows, HALF: tl.constexpr):
+    """Rows [N, E] as numbers from -HALF to HALF - 1, in float32, and their scales [N], as `quantize` has them."""
     rows = rows.to(tl.float32)
     peak = tl.max(tl.abs(rows), 1)
-    held = peak > LEAST
-    factor = tl.where(held, tl.div_rn(1.0, tl.where(held, peak, 1.0)) * 127.0, 0.0)
-    return tl.floor(rows * factor[:, None] + 0.5), tl.where(held, peak * (1 / 127), 0.0)
+    bits = tl.where(peak > LEAST, peak * (1 / HALF), 0.0).to(tl.int32, bitcast=True) + 0xFFFF
+    scale = (bits & -0x10000).to(tl.float32, bitcast=True)
+    factor = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
+    return tl.minimum(tl.maximum(tl.floor(rows * factor[:, None]), -HALF), HALF - 1), scale
 
 
 @triton.jit
-def copy_rows(x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr):
-    """Rows `source` of x into the rows `target` of a store (int8 with scales) or ring, of one head, where `moved`."""
-    e = tl.arange(0, E)
-    rows = tl.load(x + source[:, None] * (G * E) + e[None, :], mask=moved[:, None], other=0.0)
-    if kept.dtype.element_ty == tl.int8:
-        rows, scale = quantize(rows)
-        tl.store(scales + target * G, scale, mask=moved)
-    tl.store(kept + target[:, None] * (G * E) + e[None, :], rows.to(kept.dtype.element_ty), mask=moved[:, None])
+def store_rows(rows, row_scales, kept, scales, target, stored, G: tl.constexpr, HALF: tl.constexpr):
+    """Rows [N, E] into the rows `target` of a store or ring, of one head, where `stored`; with HALF they are numbers
+    of `quantize` and have scales."""
+    N: tl.constexpr = rows.shape[0]
+    if HALF == 8:
+        low, high = tl.split(tl.reshape((rows + HALF).to(tl.uint8), (N, rows.shape[1] // 2, 2)))
+        rows = low | (high << 4)
+    WIDTH: tl.constexpr = rows.shape[1]
+    at = target[:, None] * (G * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    tl.store(kept + at, rows.to(kept.dtype.element_ty), mask=stored[:, None])
+    if HALF > 0:
+        tl.store(scales + target * G, row_scales.to(scales.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def copy_rows(
+    x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Rows `source` of x into the rows `target` of a store or ring, of one head, where `moved`. HALF: of `HALVES`."""
+    rows = tl.load(x + source[:, None] * (G * E) + tl.arange(0, E)[None, :], mask=moved[:, None], other=0.0)
+    row_scales = None
+    if HALF > 0:
+        rows, row_scales = quantize(rows, HALF)
+    store_rows(rows, row_scales, kept, scales, target, moved, G, HALF)
 
 
 @triton.jit
@@ -333,9 +350,10 @@ def extend_kernel(
     k, v, position, start, length, seen, index, count, ring_k, ring_v, keys, values, positions, held, document_slot,
     key_scales, value_scales, first, numbers, after, document, B, T, K, P, POSITION_STEP, BITS,
     G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """BLOCK slots of one row and head: of the window's ring in the first programs, else of the sparse store.
-    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection."""
+    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection. WIDTH, HALF: of `kept_form`."""
     RINGS: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK
     b = tl.program_id(1).to(tl.int64)
     g, unit = tl.program_id(0) % G, tl.program_id(0) // G
@@ -346,8 +364,8 @@ def extend_kernel(
             last = before + (T if length is None else tl.load(length + b)) - 1
             token = last - (last - slot + WINDOW) % WINDOW - before  # negative: of an earlier call
             moved, source, target = (slot < WINDOW) & (token >= 0), b * T + token, b * WINDOW + slot
-            copy_rows(k + g * E, ring_k + g * E, None, source, target, moved, G, E)
-            copy_rows(v + g * E, ring_v + g * E, None, source, target, moved, G, E)
+            copy_rows(k + g * E, ring_k + g * E, None, source, target, moved, G, E, 0)
+            copy_rows(v + g * E, ring_v + g * E, None, source, target, moved, G, E, 0)
     if index is not None:
         block = unit - RINGS
         if (block == 0) | ((block > 0) & (block * BLOCK < tl.load(count + b))):
@@ -358,8 +376,8 @@ def extend_kernel(
             kept = tl.minimum(total + used, P) - before
             token = tl.load(index + b * K + slot, mask=slot < used, other=0)
             moved, source, target = slot < kept, b * T + token, b * (P + 1) + before + slot
-            copy_rows(k + g * E, keys + g * E, key_scales + g, source, target, moved, G, E)
-            copy_rows(v + g * E, values + g * E, value_scales + g, source, target, moved, G, E)
+            copy_rows(k + g * E, keys + g * WIDTH, key_scales + g, source, target, moved, G, E, HALF)
+            copy_rows(v + g * E, values + g * WIDTH, value_scales + g, source, target, moved, G, E, HALF)
             if g == 0:
                 places = tl.load(position + b * POSITION_STEP + token, mask=moved, other=0)
                 tl.store(positions + target, places.to(tl.int32), mask=moved)
@@ -815,6 +833,13 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     _launch_sqsk(q_BTHE, k, v, index_BK, first_BK, held_B, count_B, gate_BT, reflexive_BTHE, None, K)
 
 
+@cache
+def kept_form(dtype, E):
+    """Constants of a store of `dtype`: bytes or elements of a head, and half of the levels of a whole number, or 0."""
+    half = LEVELS.get(dtype, 0) // 2
+    return {"WIDTH": E // 2 if half == 8 else E, "HALF": half}
+
+
 @extend.kernel
 def _extend(
     k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, ring_k_BWGE, ring_v_BWGE,
@@ -823,9 +848,10 @@ def _extend(
     """One launch for ring and store; documents' first slots come from a bisection of the routed tokens."""
     (B, T, G, E), W, P = k_BTGE.shape, ring_k_BWGE.shape[1], keys_BPGE.shape[1] - 1
     written = {"ring_k": ring_k_BWGE, "ring_v": ring_v_BWGE, "keys": keys_BPGE, "values": values_BPGE}
-    for name, x in written.items():
-        if not x.is_contiguous() or x.shape[2:] != k_BTGE.shape[2:]:
-            raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {E}] to be written, got {tuple(x.shape)}")
+    kept = kept_form(keys_BPGE.dtype, E)
+    for (name, x), width in zip(written.items(), (E, E, kept["WIDTH"], kept["WIDTH"]), strict=True):
+        if not x.is_contiguous() or x.shape[2:] != (G, width):
+            raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {width}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
     blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)
     shapes = ((B, K), (2, B), B, B) if routes else (0,) * 4
@@ -836,6 +862,6 @@ def _extend(
         k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, count_B, *written.values(), positions_BP,
         held_B, document_slot_B, key_scales_BPG, value_scales_BPG, *outputs, B, T, K, P,
         T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
-        START=0 if start_BT is None else min(2, start_BT.shape[1]), num_warps=4,
+        START=0 if start_BT is None else min(2, start_BT.shape[1]), **kept, num_warps=4,
     )  # fmt: skip
     return outputs

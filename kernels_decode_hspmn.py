@@ -15,7 +15,7 @@ from .kernels_common_hspmn import (  # isort: skip
     DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, dependent, kernel, power_of_2, processors,
     refuse_in_place, tl, triton,
 )  # fmt: skip
-from .kernels_attention_hspmn import finish, fold_block, quantize
+from .kernels_attention_hspmn import finish, fold_block, kept_form, quantize, store_rows
 from .kernels_mlp_hspmn import gated
 from .kernels_projection_hspmn import softplus
 from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
@@ -24,11 +24,17 @@ MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 
 
 @triton.jit
-def load_slots(slots, scales, at, slot, shown, G: tl.constexpr):
-    """The rows `at` of a store or ring, zeros where not shown; of int8 what they stand for, float32."""
-    tile = tl.load(slots + at, mask=shown[:, None], other=0)
-    if slots.dtype.element_ty == tl.int8:
-        tile = tile.to(tl.float32) * tl.load(scales + slot * G, mask=shown, other=0.0)[:, None]
+def load_slots(slots, scales, first, shown, G: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """The slots from `first` on of a store or ring, zeros where not shown; of numbers what they stand for, float32."""
+    n = tl.arange(0, shown.shape[0])
+    at = n[:, None] * (G * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    tile = tl.load(slots + first * (G * WIDTH) + at, mask=shown[:, None], other=0)
+    if HALF == 8:
+        tile = tl.interleave(tile & 15, tile >> 4).to(tl.float32) - 7.5
+    elif HALF > 0:
+        tile = tile.to(tl.float32) + 0.5
+    if HALF > 0:
+        tile *= tl.load(scales + first * G + n * G, mask=shown, other=0.0).to(tl.float32)[:, None]
     return tile
 
 
@@ -36,46 +42,40 @@ def load_slots(slots, scales, at, slot, shown, G: tl.constexpr):
 def attend_range(
     q, k, v, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place, past,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Attention of row b and key head g over its slots low .. high - 1, as part `split`. k_slots, v_slots: slot 0 of
     row and head, in the sparse store or, with RING slots, in the window, of which the last `past` tokens before slot
-    `place` are shown. own: over the token's own key and value too. pushed: these go to slot `place`. Slots of int8
-    have scales, from k_scales and v_scales on."""
+    `place` are shown. own: over the token's own key and value too. pushed: these go to slot `place`. WIDTH, HALF: of
+    `kept_form`; with HALF slots have scales, from k_scales and v_scales on."""
     R: tl.constexpr = H // G
     n, e, m = tl.arange(0, BLOCK_N), tl.arange(0, E), tl.arange(0, ROWS)
     query = g * R + m
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
     k_row, v_row = tl.load(k + (b * G + g) * E + e)[None, :], tl.load(v + (b * G + g) * E + e)[None, :]
-    if k_slots.dtype.element_ty == tl.int8:
-        k_whole, k_scale = quantize(k_row)
-        v_whole, v_scale = quantize(v_row)
-        k_row = (k_whole * k_scale[:, None]).to(k_row.dtype)  # also the token's own are read as they are stored
-        v_row = (v_whole * v_scale[:, None]).to(v_row.dtype)
+    k_kept, v_kept, k_scale, v_scale = k_row, v_row, None, None
+    if HALF > 0:
+        k_kept, k_scale = quantize(k_row, HALF)
+        v_kept, v_scale = quantize(v_row, HALF)
+        k_row = ((k_kept + 0.5) * k_scale[:, None]).to(k_row.dtype)  # also the token's own are read as they are stored
+        v_row = ((v_kept + 0.5) * v_scale[:, None]).to(v_row.dtype)
     own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32), 1) * SCALE
     peak = tl.where(own, own_score, FLOOR)
     total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
     acc = tl.zeros([ROWS, E], tl.float32) + tl.where(own, v_row.to(tl.float32), 0.0)
-    kv_at = n[:, None] * (G * E) + e[None, :]
     for s in range(low, high, BLOCK_N):
         shown = s + n < high
         if RING > 0:
             age = (place - s - n + RING) % RING
             shown = shown & (age > 0) & (age <= past)
         first = b * 0 + s  # 64 bits
-        at, slot = first * (G * E) + kv_at, first + n
-        k_tile = load_slots(k_slots, k_scales, at, slot, shown, G).to(q_tile.dtype)
-        v_tile = load_slots(v_slots, v_scales, at, slot, shown, G).to(q_tile.dtype)
+        k_tile = load_slots(k_slots, k_scales, first, shown, G, WIDTH, HALF).to(q_tile.dtype)
+        v_tile = load_slots(v_slots, v_scales, first, shown, G, WIDTH, HALF).to(q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         acc, peak, total = fold_block(scores, v_tile, shown[None, :], acc, peak, total, SCALE)
-    at = place.to(tl.int64) * (G * E) + e[None, :]
-    if k_slots.dtype.element_ty == tl.int8:
-        slot = place.to(tl.int64) * G + tl.arange(0, 1)
-        tl.store(k_scales + slot, k_scale, mask=pushed & (slot >= 0))
-        tl.store(v_scales + slot, v_scale, mask=pushed & (slot >= 0))
-        k_row, v_row = k_whole, v_whole
-    tl.store(k_slots + at, k_row.to(k_slots.dtype.element_ty), mask=pushed & (at >= 0))
-    tl.store(v_slots + at, v_row.to(v_slots.dtype.element_ty), mask=pushed & (at >= 0))
+    slot = place.to(tl.int64) + tl.arange(0, 1)
+    store_rows(k_kept, k_scale, k_slots, k_scales, slot, pushed & (slot >= 0), G, HALF)
+    store_rows(v_kept, v_scale, v_slots, v_scales, slot, pushed & (slot >= 0), G, HALF)
     tile, row_lse = finish(acc, peak, total)
     at = (b * (SPLITS + 1) + split) * H + query
     tl.store(part + at[:, None] * E + e[None, :], tile, mask=((m < R) & (total > 0))[:, None])
@@ -88,7 +88,7 @@ def attend_token_kernel(
     state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
     part_lse, plan, token_slot, B, P, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
     SCALE: tl.constexpr, INITIAL: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
     The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
@@ -130,7 +130,7 @@ def attend_token_kernel(
         base = (row * WINDOW * G + g) * E
         attend_range(
             q, k, v, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0, WINDOW,
-            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS,
+            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
         )  # fmt: skip
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
@@ -170,9 +170,9 @@ def attend_token_kernel(
                 place = tl.sum(tl.where(chosen, last, 0), 0)
                 store = b * (P + 1) * G + g
                 attend_range(
-                    q, k, v, keys + store * E, values + store * E, key_scales + store, value_scales + store, part,
-                    part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), begin == 0,
-                    begin == 0, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS,
+                    q, k, v, keys + store * WIDTH, values + store * WIDTH, key_scales + store, value_scales + store,
+                    part, part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place),
+                    begin == 0, begin == 0, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, WIDTH, HALF,
                 )  # fmt: skip
             elif own_blocks > 0:
                 m = tl.arange(0, ROWS)
@@ -265,14 +265,15 @@ def _attend_token(
         (q_BTHE.dtype, k_BTGE.dtype, v_BTGE.dtype, q_linear_BTHE.dtype, k_linear_BTGE.dtype), q_BTHE.device,
         ring_k_BWGE.element_size(), P, score_BT is not None,
     )  # fmt: skip
-    quantized, kept, kind = keys_BPGE.dtype == torch.int8, (B, P + 1, G, E), ring_k_BWGE.dtype
-    ring, scales, counts = (B, max(1, W), G, E), (B, P + 1, G) if quantized else None, (B,)
+    form, kind, ring, counts = kept_form(keys_BPGE.dtype, E), ring_k_BWGE.dtype, (B, max(1, W), G, E), (B,)
+    kept, held = (B, P + 1, G, form["WIDTH"]), keys_BPGE.dtype if form["HALF"] else kind
+    scales = (B, P + 1, G) if form["HALF"] else None
     for name, x, shape, dtype in (
         ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, ring, kind), ("ring_v",
-        ring_v_BWGE, ring, kind), ("keys", keys_BPGE, kept, torch.int8 if quantized else kind), ("values", values_BPGE,
-        kept, values_BPGE.dtype), ("positions", positions_BP, kept[:2], torch.int32), ("held", held_B, counts,
+        ring_v_BWGE, ring, kind), ("keys", keys_BPGE, kept, held), ("values", values_BPGE,
+        kept, held), ("positions", positions_BP, kept[:2], torch.int32), ("held", held_B, counts,
         torch.int32), ("document_slot", document_slot_B, counts, torch.int32), ("key_scales", key_scales_BPG, scales,
-        torch.float32), ("value_scales", value_scales_BPG, scales, torch.float32),
+        torch.bfloat16), ("value_scales", value_scales_BPG, scales, torch.bfloat16),
     ):  # fmt: skip
         if shape is not None and (x.shape != shape or x.dtype != dtype or not x.is_contiguous()):
             refuse_in_place(name, x, shape, dtype)
@@ -287,7 +288,7 @@ def _attend_token(
         q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least,
         position_BT.expand(B, 1).contiguous(), start_BT, length_B, seen_B, score_BT, bias, state_BHEE, ring_k_BWGE,
         ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
-        linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **constants,
+        linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **form, **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
         linear_BHE, head_BTX, norm_E, part, part_lse, plan_B2, slot_BT, score_BT, held_B, document_slot_B, out_BTHE,

@@ -147,15 +147,14 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         return torch.stack(targets) if targets else torch.zeros(0)
 
     def kv_bytes_per_token(self, dtype=None):
-        """Bytes of keys and values by which the cache grows per token, on average at the configured `sparsity_k`.
+        """Bytes by which the cache grows per token, on average at the configured `sparsity_k`: keys, values, scales
+        of whole numbers, and the position id of each slot. The states do not grow.
 
-        dtype: that of the keys and values, the model's own by default, if `kv_cache_dtype` is "auto". Not counted: the
-        int32 position id of each slot (4 bytes to 2,048 of keys and values at 4 heads of 128 in bf16) and the states,
-        which do not grow.
+        dtype: that of the keys and values, the model's own by default, if `kv_cache_dtype` is "auto".
         """
-        config, E = self.config, self.config.head_dim
-        head = E + 4 if config.kv_cache_dtype == "int8" else E * (dtype or self.dtype).itemsize  # 4 of the scale
-        return 2 * config.num_key_value_heads * head * sum(config.layer_sparsity)
+        layer = HSPMNCache(self.config).layers[0]
+        layer.allocate(1, 0, dtype or self.dtype, "meta")  # of the spare slot alone
+        return sum(getattr(layer, name).nbytes for name in layer.slot_tensors) * sum(self.config.layer_sparsity)
 
     def estimate_flops(self, sequence_length, batch_size=1):
         """Multiply-adds, counted as two operations each, of one forward pass over `batch_size` full rows."""

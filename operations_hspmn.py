@@ -37,6 +37,10 @@ LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; lon
 QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
+# Stores of whole numbers: dtypes by `kv_cache_dtype`, and the levels of a number by dtype. A byte holds two numbers of
+# 16 levels, the first in its low half
+STORES = {"int8": torch.int8, "int4": torch.uint8}
+LEVELS = {torch.int8: 256, torch.uint8: 16}
 LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
 HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
 IGNORED = -100  # the target of a token that has none
@@ -657,32 +661,46 @@ def sqsk_merge(
     reflexive_BTHE.scatter_add_(1, token, torch.where(weight_BK[..., None, None] > 0, added_BKHE, 0))
 
 
-def quantize(x_BKGE):
-    """int8 [B, K, G, E] and, of each head, the scale [B, K, G] that takes its largest element to 127; zeros have 0."""
-    x_BKGE = wide(x_BKGE)
+def quantize(x_BKGE, dtype):
+    """Rows as a store of `dtype` holds them, int8 [B, K, G, E] or uint8 [B, K, G, E / 2], and their scales [B, K, G],
+    bfloat16: the numbers floor(x / scale) cut the range of a head's elements into `LEVELS` equal parts, of which
+    `dequantize` gives the middles. Zeros have scale 0.
+    """
+    half, x_BKGE = LEVELS[dtype] // 2, wide(x_BKGE)
     peak_BKG = x_BKGE.abs().amax(-1)
-    held_BKG = peak_BKG > LEAST_PEAK
-    # Products with reciprocals, which is what CUDA makes of divisions by a number: the kernel has the same bits then
-    factor_BKG = torch.where(held_BKG, peak_BKG.reciprocal() * 127, 0)
-    scale_BKG = torch.where(held_BKG, peak_BKG * (1 / 127), 0)
-    return (x_BKGE * factor_BKG[..., None] + 0.5).floor().to(torch.int8), scale_BKG
+    # The kernel has the same bits: scales are rounded, up, as integers, and no compiler joins the product with a sum
+    bits_BKG = torch.where(peak_BKG > LEAST_PEAK, peak_BKG / half, 0).float().view(torch.int32) + 0xFFFF
+    scale_BKG = (bits_BKG & -0x10000).view(torch.float32)
+    factor_BKG = torch.where(scale_BKG > 0, scale_BKG.to(x_BKGE.dtype).reciprocal(), 0)
+    number_BKGE = (x_BKGE * factor_BKG[..., None]).floor().clamp(-half, half - 1)
+    if dtype == torch.int8:
+        return number_BKGE.to(dtype), scale_BKG.bfloat16()
+    low, high = (number_BKGE + half).to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4, scale_BKG.bfloat16()
+
+
+def dequantize(kept_BPGE, scales_BPG, dtype):
+    """What `quantize` gave, as rows [B, P, G, E] in `dtype`."""
+    if kept_BPGE.dtype == torch.int8:
+        number_BPGE = kept_BPGE + 0.5
+    else:
+        number_BPGE = torch.stack((kept_BPGE & 15, kept_BPGE >> 4), -1).flatten(-2) - 7.5
+    return (number_BPGE * scales_BPG[..., None]).to(dtype)  # exact before: each has 8 bits
 
 
 def write_slots(kept_BPGE, scales_BPG, at, x_BKGE):
-    """Put rows into the slots `at` of a sparse store, IN PLACE; their scales too if the store is int8."""
-    if kept_BPGE.dtype == torch.int8:
-        x_BKGE, scale_BKG = quantize(x_BKGE)
+    """Put rows into the slots `at` of a sparse store, IN PLACE; their scales too if it is one of whole numbers."""
+    if kept_BPGE.dtype in LEVELS:
+        x_BKGE, scale_BKG = quantize(x_BKGE, kept_BPGE.dtype)
         scales_BPG.index_put_(at, scale_BKG.to(scales_BPG.dtype))
     # index_put and not scatter: inductor does the one in place, and copies the whole store for the other
     kept_BPGE.index_put_(at, x_BKGE.to(kept_BPGE.dtype))
 
 
 def read_slots(kept_BPGE, scales_BPG, dtype):
-    """A sparse store without its spare slot, as it is or, if it is int8, what it stands for in `dtype`."""
+    """A sparse store without its spare slot, as it is or, if of whole numbers, what it stands for in `dtype`."""
     kept_BPGE = kept_BPGE[:, :-1]
-    if kept_BPGE.dtype != torch.int8:
-        return kept_BPGE
-    return (kept_BPGE.to(scales_BPG.dtype) * scales_BPG[:, :-1, :, None]).to(dtype)
+    return dequantize(kept_BPGE, scales_BPG[:, :-1], dtype) if kept_BPGE.dtype in LEVELS else kept_BPGE
 
 
 @operation(*KEPT)
@@ -698,10 +716,11 @@ def extend(
     this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. ring_* [B, W, G, E]: of
     `local_attention`. keys, values [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot
     takes discarded writes. held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B
-    (int32): the first slot of each row's document. *_scales_BPG: of `quantize` for int8, else unused. Ring and store
-    are written IN PLACE. Returns, int32, first_BK of `sqsk_attention`; slots held before, and tokens of this call that
-    have one (the latest are left out of a full store) [2, B]; and the next call's `held_B` and `document_slot_B`, each
-    in memory of its own, as a compiled call asks of what it writes; empty ones for a layer that routes nothing.
+    (int32): the first slot of each row's document. *_scales_BPG: of `quantize`, where keys and values are of a
+    dtype of `LEVELS` (of 16, they are [B, P + 1, G, E / 2]), else unused. Ring and store are written IN PLACE.
+    Returns, int32, first_BK of `sqsk_attention`; slots held before, and tokens of this call that have one (the latest
+    are left out of a full store) [2, B]; and the next call's `held_B` and `document_slot_B`, each in memory of its
+    own, as a compiled call asks of what it writes; empty ones for a layer that routes nothing.
     """
     T, W = k_BTGE.shape[1], ring_k_BWGE.shape[1]
     if W:

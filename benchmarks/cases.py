@@ -99,16 +99,17 @@ class Draw:
         first_BK = self.start("packed", past)[:, :K]
         return first_BK if held_B is None else (first_BK + held_B[:, None]).clamp(min=0)
 
-    def store(self, held_B, whole=False):
-        """The last seven arguments of `extend`, keys and values int8 if they are to be `whole`; and masks, by name,
-        that leave out the spare slot."""
+    def store(self, held_B, whole=None):
+        """The last seven arguments of `extend`, keys and values whole numbers of a dtype if one is given; and masks,
+        by name, that leave out the spare slot."""
         kept = self.heads(self.P + 1)[1:]
-        scales = [self.wide(self.B, 1, self.G) for _ in range(2)]  # not used
-        if whole:
-            kept, scales = zip(*map(quantize, kept), strict=True)
+        scales = [self.normal(self.B, 1, self.G, dtype=torch.bfloat16) for _ in range(2)]  # not used
+        if whole is not None:
+            kept, scales = zip(*(quantize(x, whole) for x in kept), strict=True)
         positions_BP = torch.zeros(self.B, self.P + 1, dtype=torch.int32, device=self.device)
         opened_B = self.slots(min(70, self.P // 2), 0, 0, 1).minimum(held_B)
-        names = ("keys_BPGE", "values_BPGE", "positions_BP") + ("key_scales_BPG", "value_scales_BPG") * whole
+        names = ("keys_BPGE", "values_BPGE", "positions_BP")
+        names += () if whole is None else ("key_scales_BPG", "value_scales_BPG")
         masks = dict.fromkeys(names, self.upto(self.P + 1, self.rows(self.P)))
         return (*kept, positions_BP, held_B, opened_B, *scales), masks
 
@@ -249,8 +250,9 @@ def _contextual(m, packed=False):
 
 
 @variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
-          int8={"whole": True}, full={"full": True}, window={"routed": False})  # fmt: skip
-def _extend(m, kind="row", padded=False, whole=False, full=False, routed=True):
+          int8={"whole": torch.int8}, full={"full": True}, window={"routed": False},
+          int4={"whole": torch.uint8})  # fmt: skip
+def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True):
     """full: the store overflows in the first row, and has overflowed in the second."""
     length_B = m.length(padded)
     held_B = m.slots(m.P - 1, m.P + 2, 5) if full else m.slots(m.P // 2, m.P // 3, 0)
@@ -272,13 +274,13 @@ def _place(m, given=None):
 
 
 @variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
-          int8={"whole": True}, full={"full": True})  # fmt: skip
-def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=False):
+          int8={"whole": torch.int8}, full={"full": True}, int4={"whole": torch.uint8})  # fmt: skip
+def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
     Slots outside of a row's document are not read, neither in the store nor in the window."""
     (q_linear, k_linear, _), heads = m.heads(1), m.heads(1)
     features = [F.normalize(x.float(), dim=-1).to(m.dtype) for x in (q_linear, k_linear)]
-    if whole:
+    if whole is not None:
         heads[1][1:2] = 0.0  # a key without a scale
     start_B, seen_B = m.rows(-500, 0, -1, -3, -9), m.rows(500, 77, 5, 2, 9)
     length_B = m.rows(1, 0, 1, 1, 1) if padded else None
@@ -293,7 +295,7 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=False, full=Fal
     args = (*features, *heads, *fixed, *place, *router, 0.05, initial, m.wide(m.B, m.H, m.E, m.E), *m.rings(), *store)
 
     ring = ("ring_k_BWGE", "ring_v_BWGE")
-    kept = ("key_scales_BPG", "value_scales_BPG") if whole else ("keys_BPGE", "values_BPGE")
+    kept = ("keys_BPGE", "values_BPGE") if whole is None else ("key_scales_BPG", "value_scales_BPG")
     slot_W, slot_P = torch.arange(m.W, device=m.device), torch.arange(m.P + 1, device=m.device)
     hidden_BW = (seen_B[:, None] - slot_W) % m.W > -start_B[:, None]
     unused_BP = (slot_P >= held_B[:, None]) | (slot_P < store[4][:, None])

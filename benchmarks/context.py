@@ -134,7 +134,7 @@ def fill(cache, shares, tokens):
         layer.document_slot.zero_()
         for name in ("linear_state", "conv_state", "window_keys", "window_values", *layer.slot_tensors):
             x = getattr(layer, name)
-            x.normal_() if x.is_floating_point() else x.random_(-127, 128)
+            x.normal_() if x.is_floating_point() else x.random_(torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max + 1)
     for counter in (cache.columns, cache.seen, cache.document_seen):
         counter.fill_(tokens)
     cache.last_position.fill_(tokens - 1)
