@@ -633,6 +633,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
         )  # fmt: skip
         if router is not None:
             score_BT = scores
+            if layer_cache.max_slots is not None:  # into the slot that it takes if it is routed; if not, another will
+                layer_cache.keep_scores(score_BT, layer_cache.count.clamp(max=layer_cache.slots)[:, None])
         merged_BTHE, slot_BT = operations.attend_token(
             *heads, head_BTX, reflexive.decay_log_rate, reflexive.decay_bias, reflexive.least_decay,
             reflexive.norm.weight, reflexive.norm.eps, stream.position_BT, start_BT, length_B, stream.seen_B, score_BT,

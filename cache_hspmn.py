@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .operations_hspmn import LEVELS, STORES, read_slots
+from .operations_hspmn import LEVELS, STORES, compact, read_slots
 
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
+EVICTED = 8  # one part in so many of a full bounded store leaves at once, so that a decoded token seldom waits for it
 # What the shapes of a cache follow from
 FIELDS = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
@@ -137,6 +138,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         key_scales, value_scales: [B, P + 1, G] bfloat16, those of whole numbers, see `quantize`; else [B, 1, G], not
             used.
         positions: [B, P + 1] int32, the position id of each routed token.
+        scores: [B, P + 1] float32, its router score, if `max_slots` bounds P; [B, 1], not used, if not.
         count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
     """
 
@@ -144,10 +146,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
     states = ("linear_state", "conv_state", "window_keys", "window_values", "count", "document_slot")
     _batched = (
         *("linear_state", "conv_state", "window_keys", "window_values"),
-        *("keys", "values", "key_scales", "value_scales", "positions", "count", "document_slot"),
+        *("keys", "values", "key_scales", "value_scales", "positions", "scores", "count", "document_slot"),
     )
 
-    def __init__(self, config, layer_idx=0, static=False):
+    def __init__(self, config, layer_idx=0, static=False, max_slots=None):
         super().__init__()
         self.static = self.is_compileable = static
         self.window, self.routes = config.sliding_window, config.layer_sparsity[layer_idx] > 0
@@ -155,7 +157,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         self._state_shape = (H, E, E + (config.linear_attention == "elu"))
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
         self._head_shape, self.quantized = (G, E), STORES.get(config.kv_cache_dtype)  # to this dtype, or None
-        self.slot_tensors = ("keys", "values", "positions")
+        self.max_slots, bounded = max_slots, max_slots is not None
+        self.slot_tensors = ("keys", "values", "positions") + bounded * ("scores",)
         self.slot_tensors += ("key_scales", "value_scales") if self.quantized else ()
         self.columns, self.most_used, self.dtype = 0, 0, None
         for name in self._batched:
@@ -167,7 +170,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         if self.is_initialized:
             return self._move(key_states.dtype, key_states.device)
         tokens = key_states.shape[1] * self.routes
-        self.allocate(key_states.shape[0], -(-tokens // SLOT_BLOCK) * SLOT_BLOCK, key_states.dtype, key_states.device)
+        self.allocate(key_states.shape[0], self.blocks(tokens), key_states.dtype, key_states.device)
         self.most_used = tokens
 
     def _move(self, dtype, device):
@@ -177,7 +180,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
                 "it: make the cache with that dtype, or make one eager call first"
             )
         wide, self.dtype, self.device = torch.promote_types(dtype, torch.float32), dtype, device
-        kinds = {"linear_state": wide, "key_scales": torch.bfloat16, "value_scales": torch.bfloat16}
+        kinds = {"linear_state": wide, "scores": wide, "key_scales": torch.bfloat16, "value_scales": torch.bfloat16}
         for name in self._batched:
             held = getattr(self, name)
             kind = kinds.get(name, dtype) if held.is_floating_point() else held.dtype
@@ -193,11 +196,12 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         wide, kept, (G, E) = torch.promote_types(dtype, torch.float32), self.quantized or dtype, self._head_shape
         scales = (torch.bfloat16, slots + 1 if self.quantized else 1, G)
         window, store = (dtype, self.window, G, E), (kept, slots + 1, G, E // 2 if LEVELS.get(kept) == 16 else E)
+        scored = 1 if self.max_slots is None else slots + 1
         shapes = {
             "linear_state": (wide, *self._state_shape), "conv_state": (dtype, *self._conv_shape),
             "window_keys": window, "window_values": window, "keys": store, "values": store, "key_scales": scales,
-            "value_scales": scales, "positions": (torch.int32, slots + 1), "count": (torch.int32,),
-            "document_slot": (torch.int32,),
+            "value_scales": scales, "positions": (torch.int32, slots + 1), "scores": (wide, scored),
+            "count": (torch.int32,), "document_slot": (torch.int32,),
         }  # fmt: skip
         for name, (kind, *shape) in shapes.items():
             tensor = fill(batch_size, *shape, dtype=kind, device=device)
@@ -211,12 +215,44 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         """Sparse slots P held per row."""
         return self.keys.shape[1] - 1
 
+    def blocks(self, slots):
+        """Slots to allocate where `slots` are needed: whole blocks, but no more than `max_slots`."""
+        whole = -(-slots // SLOT_BLOCK) * SLOT_BLOCK
+        return whole if self.max_slots is None else min(whole, self.max_slots)
+
     def grow(self):
         """Hold at least `most_used` slots, which are more than now."""
-        extra = -(-max(self.most_used, int(self.slots * GROWTH)) // SLOT_BLOCK) * SLOT_BLOCK - self.slots
+        extra = self.blocks(max(self.most_used, int(self.slots * GROWTH))) - self.slots
         for name in self.slot_tensors:
             held = getattr(self, name)
             setattr(self, name, torch.cat([held, held.new_zeros(held.shape[0], extra, *held.shape[2:])], 1))
+
+    @torch.no_grad()
+    def evict(self, tokens, others=()):
+        """Make room for `tokens` in every row with fewer free slots: of `max_slots` slots one part in `EVICTED`, or
+        `tokens` if these are more, are free then. The others keep the tokens of the highest scores and, of equal
+        ones, the latest, in order, at the same addresses. others: more numbers of slots [B], which follow as `count`
+        does, IN PLACE.
+        """
+        slot_P, room = torch.arange(self.slots, device=self.device), max(tokens, -(-self.max_slots // EVICTED))
+        used_BP = slot_P < self.count[:, None]
+        score_BP = torch.where(used_BP, self.scores[:, :-1], float("-inf")).flip(1)  # a stable sort keeps the latest
+        order_BP = self.slots - 1 - score_BP.argsort(dim=1, descending=True, stable=True)
+        kept_BP = torch.zeros_like(used_BP).scatter(1, order_BP[:, : self.max_slots - room], True)
+        kept_BP = torch.where((self.count + tokens > self.max_slots)[:, None], kept_BP, used_BP)
+        index_BP, _, count_B = compact(kept_BP, self.slots)
+        at = torch.arange(len(index_BP), device=self.device)[:, None], index_BP.clamp(min=0)
+        for name in self.slot_tensors:
+            held = getattr(self, name)
+            held[:, :-1] = held[at]
+        for number_B in (self.document_slot, *others):
+            number_B.copy_((kept_BP & (slot_P < number_B[:, None])).sum(1))
+        self.count.copy_(count_B)
+
+    def keep_scores(self, score_BT, slot_BT):
+        """Put scores into the slots, of all those held, that are said."""
+        row_B1 = torch.arange(len(slot_BT), device=slot_BT.device)[:, None]
+        self.scores.index_put_((row_B1, slot_BT.long()), score_BT.detach().to(self.scores.dtype))
 
     def update(self, key_states, value_states, stream, route, operations):
         """Take in this call's keys and values [B, T, G, E]: the last of them in the window, routed ones in the store.
@@ -237,9 +273,13 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             return None
         self.keep("count", count_B)
         self.keep("document_slot", document_slot_B)
+        before_B, kept_B = numbers_2B
+        if self.max_slots is not None:
+            slot_BT = torch.where(route.slot_BT < 0, self.slots, before_B[:, None] + route.slot_BT)
+            self.keep_scores(route.score_BT, slot_BT.clamp(max=self.slots))
         keys = read_slots(self.keys, self.key_scales, key_states.dtype)
         values = read_slots(self.values, self.value_scales, key_states.dtype)
-        return keys, values, first_BK, *numbers_2B.unbind()
+        return keys, values, first_BK, before_B, kept_B
 
     def get_mask_sizes(self, query_length):
         """Key length and offset of a dense mask over all columns, as transformers asks for it."""
@@ -273,7 +313,11 @@ class HSPMNCache(Rows, Cache):
     since the oldest; `crop` goes to the latest checkpoint before its aim, and the model reads the tokens between
     again, in one pass with those of the next call. That is exact whatever a layer does, changes no kernel, and fits
     drafts of a few tokens (arXiv 2211.17192), of which a GPU reads twice as many in the same time. Such a cache
-    records no gradients, and its calls are neither compiled nor captured.
+    records no gradients, and its calls are neither compiled nor captured. What left a bounded store stays away.
+
+    max_slots: slots per row of every layer that routes, at least 1, so that a stream of any length takes constant
+    memory; None for no bound. A call of T tokens, at most `max_slots`, first makes room for all of them in each row
+    where fewer than T slots are free: `HSPMNCacheLayer.evict`. Until then all is as without a bound, bit for bit.
 
     Attributes: `layers`, one `HSPMNCacheLayer` per block; `seen`, real tokens seen per row [B]; `document_seen`,
     those of the row's current document [B]; `last_position`, the position id of the last real token per row, and what
@@ -284,13 +328,17 @@ class HSPMNCache(Rows, Cache):
     outlives_call = True  # the call of `generate` that decodes with it
     _batched = ("seen", "document_seen", "last_position")
 
-    def __init__(self, config, rollback=0):
+    def __init__(self, config, rollback=0, max_slots=None):
         if rollback < 0:
             raise ValueError(f"rollback must be at least 0 tokens, got {rollback}")
+        if max_slots is not None and max_slots < 1:
+            raise ValueError(f"max_slots must be at least 1, or None for no bound, got {max_slots}")
         self.fields = attrgetter(*FIELDS)(config)
         # each look at a field of a configuration takes transformers a microsecond
         sizes = SimpleNamespace(layer_sparsity=config.layer_sparsity, **dict(zip(FIELDS, self.fields, strict=True)))
-        super().__init__(layers=[HSPMNCacheLayer(sizes, i, self.static) for i in range(sizes.num_hidden_layers)])
+        numbers = range(sizes.num_hidden_layers)
+        super().__init__(layers=[HSPMNCacheLayer(sizes, i, self.static, max_slots) for i in numbers])
+        self.max_slots = max_slots
         self.columns = self.reserved = 0  # reserved: tokens for which there is room already, for the next call
         self.seen = self.document_seen = self.last_position = None
         self.owner = None  # weak reference to the model that fills it
@@ -304,8 +352,9 @@ class HSPMNCache(Rows, Cache):
         return super().__getstate__() | {"owner": None, "notes": []}  # which are of this process
 
     def reserve(self, tokens, for_next_call=False):
-        """Make room, before a call, for `tokens` more per row, whatever is routed of them. A static cache has it or
-        raises ValueError and stays as it was; it can be used on, with fewer tokens, or be reset.
+        """Make room, before a call, for `tokens` more per row, whatever is routed of them. A bounded store evicts for
+        it. A cache too small for that many, and a static one that is full, raise ValueError and stay as they were;
+        they can be used on, with fewer tokens, or be reset.
 
         for_next_call: they are those of the model's next call, which, if it is eager, does not reserve them again.
         The host keeps an upper bound of the used slots, and looks at the device's counts only where it no longer
@@ -313,11 +362,19 @@ class HSPMNCache(Rows, Cache):
         """
         layers = [layer for layer in self.layers if layer.routes and layer.is_initialized]
         tokens += self.unread if for_next_call else 0
+        bounded = self.max_slots is not None
+        if bounded and tokens > self.max_slots and any(layer.routes for layer in self.layers):
+            raise ValueError(
+                f"max_slots={self.max_slots} is too small for a call of {tokens} tokens, which may all be routed; "
+                "feed fewer at once (chunk_size, prefill_chunk_size), or make the cache with a larger max_slots"
+            )
         if any(layer.most_used + tokens > layer.slots for layer in layers):
             for layer, most in zip(layers, self._used(layers), strict=True):
                 layer.most_used = most
             full = [layer for layer in layers if layer.most_used + tokens > layer.slots]
-            if full and self.static:
+            if full and bounded:
+                self._evict([layer for layer in full if layer.most_used + tokens > self.max_slots], tokens)
+            elif full and self.static:
                 raise ValueError(
                     f"capacity ({full[0].slots} sparse slots per row) of layer {self.layers.index(full[0])} is too "
                     f"small: {full[0].most_used} are used and {tokens} tokens may need as many more; feed fewer "
@@ -329,6 +386,22 @@ class HSPMNCache(Rows, Cache):
             if layer.most_used > layer.slots:
                 layer.grow()
         self.reserved = tokens if for_next_call else 0
+
+    def _evict(self, layers, tokens):
+        """Make room for `tokens` in the bounded stores of `layers`; numbers of slots in checkpoints follow."""
+        self._own()
+        for layer in layers:
+            first = len(self._batched) + self.layers.index(layer) * len(layer.states)
+            places = [first + layer.states.index(name) for name in ("count", "document_slot")]
+            layer.evict(tokens, [held.tensors[i] for held in self.checkpoints if held.tensors for i in places])
+            layer.most_used = self.max_slots - tokens
+
+    def _own(self, records=False):
+        """Before something is written: make it that of a mode which may, and no part of a graph that needs it."""
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            self.thaw()
+        if records or self.recorded:  # a graph may need what they hold now, and none takes writes to what views share
+            self.map_rows(torch.clone)
 
     def _used(self, layers):
         """Upper bounds of the slots that `layers` use. Waits for the device, but for notes only if it is two calls
@@ -394,7 +467,7 @@ class HSPMNCache(Rows, Cache):
                 + (", or crop(0) it, which takes that call back" if self.rewinds else "")
             )
         self.check_rows(batch_size)
-        records, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        records = torch.is_grad_enabled()
         if records and self.rewinds:
             raise ValueError(
                 f"an {type(self).__name__} with a rollback length records no gradients; call the model under "
@@ -407,10 +480,7 @@ class HSPMNCache(Rows, Cache):
             )
         if self.seen is None:
             self._start_rows(batch_size, device)
-        if not (compiling or torch.is_inference_mode_enabled()):
-            self.thaw()
-        if records or self.recorded:  # a graph may need what they hold now, and none takes writes to what views share
-            self.map_rows(torch.clone)
+        self._own(records)
         if tokens != self.reserved:
             self.reserve(tokens)
         self.reserved, self.running, self.recorded = 0, True, records
@@ -419,11 +489,11 @@ class HSPMNCache(Rows, Cache):
 
     def _begin_layers(self, batch_size, tokens, dtype, device):
         """All layers at once, so that a launch fills them all; one of another device or dtype moves on its own."""
-        made, slots = {}, -(-tokens // SLOT_BLOCK) * SLOT_BLOCK
+        made = {}
         for layer in self.layers:
             if layer.is_initialized:
                 continue
-            layer.allocate(batch_size, slots * layer.routes, dtype, device, torch.empty)
+            layer.allocate(batch_size, layer.blocks(tokens * layer.routes), dtype, device, torch.empty)
             layer.most_used = tokens * layer.routes
             for name in layer._batched:
                 made.setdefault(getattr(layer, name).dtype, []).append(getattr(layer, name))
@@ -633,7 +703,8 @@ class HSPMNStaticCache(HSPMNCache):
     overflow; a long context needs about `sparsity_k * max_length`, and room for one whole call more, because how many
     of its tokens are routed is known only layer by layer. device, dtype: of all tensors; of keys, values (those of
     the store unless `kv_cache_dtype` makes them whole numbers) and convolution inputs, which is that of the model's
-    projections. None for torch's defaults. rollback: of `HSPMNCache`.
+    projections. None for torch's defaults. rollback, max_slots: of `HSPMNCache`; max_slots stands for `capacity` and
+    for `max_length`, beyond which such a cache goes on.
 
     A call of T tokens is refused before it changes anything unless T slots are free in every layer, see `reserve`.
     Compiled and captured code has no host to refuse: call `reserve` before each step of it, as `generate()` does.
@@ -644,11 +715,17 @@ class HSPMNStaticCache(HSPMNCache):
 
     static = True
 
-    def __init__(self, config, batch_size, max_length, capacity=None, device=None, dtype=None, rollback=0):
-        super().__init__(config, rollback)
+    def __init__(
+        self, config, batch_size, max_length, capacity=None, device=None, dtype=None, rollback=0, max_slots=None
+    ):
+        super().__init__(config, rollback, max_slots)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if max_slots is not None:
+            if capacity is not None:
+                raise ValueError(f"capacity={capacity} and max_slots={max_slots} both say how many slots; give one")
+            capacity, max_length = max_slots, -1
         device, dtype = torch.device(device or torch.get_default_device()), dtype or torch.get_default_dtype()
         self.max_length = max_length
         # a tensor, because compiled code would be compiled anew for each value of a Python number

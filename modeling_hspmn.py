@@ -36,7 +36,7 @@ from .block_hspmn import (
     restore_rows,
     router_statistics,
 )
-from .cache_hspmn import SLOT_BLOCK, HSPMNCache, HSPMNStaticCache, Piece
+from .cache_hspmn import EVICTED, SLOT_BLOCK, HSPMNCache, HSPMNStaticCache, Piece
 from .configuration_hspmn import HSPMNConfig
 from .operations_hspmn import IGNORED, LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
 
@@ -506,7 +506,8 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
 
         input_ids: int64 [B, N]. attention_mask: [B, N] or [B, cached columns + N]. position_ids: [B or 1, N].
         past_key_values: cache to continue, an `HSPMNCache` is created if None. chunk_size: tokens per row read at
-        once, at least 1, the first piece being the shorter one; None: as many as `piece_size` allows. logits_to_keep:
+        once, at least 1, the first piece being the shorter one; None: as many as `piece_size` allows and, into a
+        bounded store, as leave it at a time (`EVICTED`). logits_to_keep:
         last tokens to compute logits for, 1 to `chunk_size`. progress: whether to show a progress bar; None: once
         reading has taken five seconds; transformers' `logging.disable_progress_bar()` turns it off everywhere.
         forward_kwargs: other arguments of `forward`, for the last piece.
@@ -516,7 +517,10 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
         """
         self._check_causal("prefill()")
         N = input_ids.shape[1]
-        chunk_size = self.piece_size(len(input_ids)) if chunk_size is None else chunk_size
+        cache = HSPMNCache(self.config) if past_key_values is None else past_key_values
+        if chunk_size is None:
+            chunk_size, bound = self.piece_size(len(input_ids)), getattr(cache, "max_slots", None)
+            chunk_size = chunk_size if bound is None else min(chunk_size, -(-bound // EVICTED))
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if not 1 <= logits_to_keep <= min(chunk_size, N):
@@ -524,7 +528,6 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
                 f"logits_to_keep must lie in [1, {min(chunk_size, N)}], got {logits_to_keep}: prefill() computes "
                 "logits of the last piece alone; raise chunk_size, or call the model for all of them"
             )
-        cache = HSPMNCache(self.config) if past_key_values is None else past_key_values
         ends = list(range(N, 0, -chunk_size))[::-1]
         options = {"disable": progress is False, "delay": 0.0 if progress else BAR_DELAY}
         with logging.tqdm(total=N, desc="prefill", unit="tok", unit_scale=True, **options) as bar:
@@ -602,8 +605,7 @@ class HSPMNForCausalLM(HSPMNPreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length=new, is_first_iteration=is_first_iteration, **model_kwargs
         )
         inputs.pop("use_cache", None)
-        size = generation_config.prefill_chunk_size or self.piece_size(len(input_ids))
-        return self.prefill(chunk_size=size, **inputs)
+        return self.prefill(chunk_size=generation_config.prefill_chunk_size or None, **inputs)
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         """transformers' loop, on a cache whose last call can be taken back. The prompt but for its last token is read
