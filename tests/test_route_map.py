@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY
 from hspmn import results, route_map
-from hspmn.corpus import fit_tokenizer
+from hspmn.tokens import fit_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXT = "def f(x):\r\n\treturn '</script><!--<script>&amp;{{data}}' # é 🎉🎉 日本 \0 \u202eabc <|endoftext|>\n\n" * 4
