@@ -652,6 +652,56 @@ class HSPMNCache(Rows, Cache):
             behind -= piece.x_BTD.shape[1]
         return pieces
 
+    def state_dict(self):
+        """What a stream goes on from: tensors by name, those of layer i from "layers.i." on, not copied, and a `dict`
+        of numbers and texts, which JSON holds. What `crop` could take back is not kept. Raises ValueError where a call
+        was interrupted, or columns wait to be read again."""
+        if self.running or self.unread:
+            raise ValueError(
+                "this cache stands within a call, which was interrupted, or behind a crop; its state is that after "
+                "the model's next call, or after reset()"
+            )
+        holders = {"": self} | {f"layers.{i}.": layer for i, layer in enumerate(self.layers)}
+        tensors = {at + name: getattr(held, name) for at, held in holders.items() for name in held._batched}
+        used = [layer.most_used for layer in self.layers]
+        numbers = {"fields": self._identity(), "columns": self.get_seq_length(), "most_used": used}
+        return {name: x.detach() for name, x in tensors.items() if x is not None}, numbers
+
+    def _identity(self):
+        return dict(zip(FIELDS, self.fields, strict=True)) | {"max_slots": self.max_slots}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors, numbers):
+        """Take on what `state_dict` gave, in place of all that is held. The tensors are copied and stay on their
+        device, which must be that of the model; a static cache copies them into its own, of the same shapes.
+
+        Raises ValueError, and changes nothing, for the state of a cache with other fields of the configuration or
+        another `max_slots`, and for tensors that are missing or do not fit.
+        """
+        identity, given = self._identity(), numbers.get("fields", {})
+        for field, wants in identity.items():
+            if field not in given or given[field] != wants:
+                raise ValueError(f"the state was made for {field}={given.get(field)!r}, this cache for {wants!r}")
+        holders = {"": self} | {f"layers.{i}.": layer for i, layer in enumerate(self.layers)}
+        names = [(held, name, at + name) for at, held in holders.items() for name in held._batched]
+        for held, name, key in names if tensors else ():
+            has, wants = tensors.get(key), getattr(held, name) if self.static else None
+            if has is None or (wants is not None and (has.shape, has.dtype) != (wants.shape, wants.dtype)):
+                found = "is missing" if has is None else f"has shape {tuple(has.shape)} in {has.dtype}"
+                expected = "" if wants is None else f", this cache holds {tuple(wants.shape)} in {wants.dtype}"
+                raise ValueError(f"{key} of the state {found}{expected}; load the state of a cache of this kind")
+        if self.seen is not None:
+            self._own()
+        self.reset()
+        if not tensors:
+            return
+        for held, name, key in names:
+            held.keep(name, tensors[key].clone())
+        for layer, most in zip(self.layers, numbers["most_used"], strict=True):
+            layer.most_used, layer.is_initialized = most, True
+            layer.dtype, layer.device = layer.window_keys.dtype, layer.window_keys.device
+        self._count_columns(numbers["columns"])
+
     def reset(self):
         """Forget everything; the next call may have any batch size, on a static cache the same."""
         super().reset()

@@ -2,8 +2,10 @@
 oldest, and nothing moves or grows, however the steps are run."""
 
 import copy
+import json
 
 import pytest
+import safetensors.torch
 import torch
 from caches import CLOSE, DEVICE, addresses, assert_same, feed, generate, left_padded, pack, static_cache, tokens, used
 from hspmn.cache_hspmn import EVICTED, HSPMNCache, HSPMNStaticCache
@@ -196,3 +198,47 @@ def test_refusals_name_the_bound_and_leave_the_cache_as_it_is(tiny_model, new_ca
         feed(model, ids[:, begin : begin + 10], cache)
     assert model.prefill(ids, past_key_values=cache).logits.shape[1] == 1  # which cuts the prompt itself
     assert cache.get_seq_length() == 60 and cache.get_max_length() == -1
+
+
+def stored(cache):
+    """The state of a cache as a file gives it back."""
+    tensors, numbers = cache.state_dict()
+    return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(numbers))
+
+
+@pytest.mark.parametrize("variant, bound", [("gated", BOUND), ("int4", BOUND), ("gated", None)])
+def test_a_stored_stream_goes_on_as_if_nothing_had_been(tiny_model, new_cache, variant, bound):
+    model, ids = tiny_model(**MODELS[variant]), tokens(3, 60)
+    cache, twin = (new_cache(model, max_slots=bound) for _ in range(2))
+    feed(model, tokens(3, 9, seed=1), twin)
+    for piece in ids.split([9, 1, 15, 1, 14, 16, 4], 1):  # stored before each of them, and at first with nothing read
+        twin.load_state_dict(*stored(cache))
+        assert torch.equal(feed(model, piece, twin)[0], feed(model, piece, cache)[0])
+        assert_same(twin, cache)
+        assert twin.get_seq_length() == cache.get_seq_length()
+    places = addresses(twin)
+    twin.load_state_dict(*stored(cache))
+    assert not twin.static or addresses(twin) == places
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(tiny_model, new_cache):
+    model, other = tiny_model(), tiny_model(sliding_window=6)
+    cache, twin = (new_cache(model, max_slots=BOUND) for _ in range(2))
+    for each in (cache, twin):
+        feed(model, tokens(3, 9), each)
+    tensors, numbers = stored(cache)
+    lacking = {name: x for name, x in tensors.items() if name != "layers.2.keys"}
+    for held, state, message in (
+        (new_cache(other, max_slots=BOUND), (tensors, numbers), "made for sliding_window=5, this cache for 6"),
+        (new_cache(model, max_slots=9), (tensors, numbers), "made for max_slots=16, this cache for 9"),
+        (cache, (lacking, numbers), "layers.2.keys of the state is missing"),
+        (cache, (tensors, {}), "made for num_hidden_layers=None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            held.load_state_dict(*state)
+    assert_same(cache, twin)
+    taken = new_cache(model, max_slots=BOUND, rollback=4)
+    feed(model, tokens(3, 9), taken)
+    taken.crop(-2)
+    with pytest.raises(ValueError, match="behind a crop"):
+        taken.state_dict()
