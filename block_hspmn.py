@@ -24,9 +24,11 @@ from .operations_hspmn import (
     add_sinks,
     assign,
     causal_conv,
+    end_slot,
     feature_map,
     first_slot,
     gated_product,
+    gated_values,
     log_decay,
     operations,
     rotate,
@@ -402,24 +404,36 @@ class ReflexiveStream(nn.Module):
 
 
 class ContextualStream(nn.Module):
-    """Routed tokens only: SQSK attention, full causal attention among them at their original positions."""
+    """Attention to the routed tokens at their original positions, by these alone (SQSK) or by every token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.every = config.contextual_readers == "all"
 
     def forward(self, reflexive_BTHE, heads, route, stream, stored=None, sinks=None):
-        """`reflexive_BTHE` plus gate * attention output at every routed token; stored: of the cache's `update`."""
+        """`reflexive_BTHE` plus gate * attention output at every routed token or, where every token reads, attention
+        to gated values at all; stored: of the cache's `update`."""
         operations, index_BK, slot_BT = OPERATIONS[stream.backend], route.index_BK, route.slot_BT
+        q_BKHE, v_BTGE, q_plain_BKHE, end_BT = heads.q_BTHE, heads.v_BTGE, heads.q_plain_BTHE, None
+        if self.every:
+            v_BTGE, end_BT = gated_values(v_BTGE, route.gate_BT), end_slot(slot_BT)
         if stored is None:
-            first_BK = None if stream.start_BT is None else first_slot(index_BK, slot_BT, stream.start_BT)
-            if sinks is None:
+            read = None if self.every else index_BK
+            first_BK = None if stream.start_BT is None else first_slot(read, slot_BT, stream.start_BT)
+            if sinks is None and not self.every:
                 slots = index_BK, slot_BT, first_BK, route.count_B
                 return reflexive_BTHE + operations.contextual(*heads[2:5], route.gate_BT, *slots)[0]
-            k_BKGE = operations.take_rows(heads.k_BTGE, index_BK, slot_BT)
-            v_BKGE = operations.take_rows(heads.v_BTGE, index_BK, slot_BT)
+            k_BKGE, v_BKGE = (operations.take_rows(x, index_BK, slot_BT) for x in (heads.k_BTGE, v_BTGE))
             stored = k_BKGE, v_BKGE, first_BK, None, route.count_B
-        q_BKHE = operations.take_rows(heads.q_BTHE, index_BK, slot_BT)
-        out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored)
+        if not self.every:
+            q_BKHE = operations.take_rows(q_BKHE, index_BK, slot_BT)
+        out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored, end_BT)
         if sinks is not None:
-            q_BKHE = operations.take_rows(heads.q_plain_BTHE, index_BK, slot_BT)
-            out_BKHE = add_sinks(out_BKHE, lse_BKH, q_BKHE, *sinks)
+            if not self.every:
+                q_plain_BKHE = operations.take_rows(q_plain_BKHE, index_BK, slot_BT)
+            out_BKHE = add_sinks(out_BKHE, lse_BKH, q_plain_BKHE, *sinks)
+        if self.every:
+            return reflexive_BTHE + out_BKHE
         contextual_BTHE = operations.take_rows(out_BKHE, slot_BT, index_BK)
         return reflexive_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
 
@@ -456,7 +470,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         self.projection = SharedProjection(config)
         self.reflexive = ReflexiveStream(config)
         self.router = HSPMNRouter(config, layer_idx) if config.layer_sparsity[layer_idx] else None
-        self.contextual = ContextualStream() if self.router is not None else None
+        self.contextual = ContextualStream(config) if self.router is not None else None
         if config.num_sink_tokens:
             sinks = (config.num_sink_tokens, config.num_key_value_heads, E)
             self.sink_keys, self.sink_values = nn.Parameter(torch.empty(sinks)), nn.Parameter(torch.empty(sinks))
@@ -601,11 +615,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if layer_cache is not None:
             stored = layer_cache.update(k_BTGE, v_BTGE, stream, route, operations)
         elif route is not None:
-            first_BK = None if start_BT is None else first_slot(route.index_BK, route.slot_BT, start_BT)
-            stored = k_BTGE, v_BTGE, first_BK, None, route.count_B
+            read = None if self.contextual.every else route.index_BK
+            first_BN = None if start_BT is None else first_slot(read, route.slot_BT, start_BT)
+            stored = k_BTGE, v_BTGE, first_BN, None, route.count_B
         if route is not None:
             keys, values, *limits = stored
-            operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, keys, values, route.index_BK, *limits)
+            end_BT = end_slot(route.slot_BT) if self.contextual.every else None
+            operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, keys, values, route.index_BK, *limits, end_BT)
         norm, y_BTD = self.post_attention_layernorm, F.linear(merged_BTHE.flatten(2), self.o_proj.weight)
         x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
         product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else OPERATIONS["reference"].swiglu
@@ -638,10 +654,10 @@ class HSPMNBlock(GradientCheckpointingLayer):
         merged_BTHE, slot_BT = operations.attend_token(
             *heads, head_BTX, reflexive.decay_log_rate, reflexive.decay_bias, reflexive.least_decay,
             reflexive.norm.weight, reflexive.norm.eps, stream.position_BT, start_BT, length_B, stream.seen_B, score_BT,
-            decision, config.router_noise_floor, 0 if router is None else router.initial, layer_cache.linear_state,
-            layer_cache.window_keys, layer_cache.window_values, layer_cache.keys, layer_cache.values,
-            layer_cache.positions, layer_cache.count, layer_cache.document_slot, layer_cache.key_scales,
-            layer_cache.value_scales,
+            decision, config.router_noise_floor, 0 if router is None else router.initial, layer_cache.gated,
+            layer_cache.linear_state, layer_cache.window_keys, layer_cache.window_values, layer_cache.keys,
+            layer_cache.values, layer_cache.positions, layer_cache.count, layer_cache.document_slot,
+            layer_cache.key_scales, layer_cache.value_scales,
         )  # fmt: skip
         x_BTD = operations.linear_add_token(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight)
         norm, gate = self.post_attention_layernorm, mlp.gate_proj.weight

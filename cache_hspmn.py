@@ -22,7 +22,7 @@ EVICTED = 8  # one part in so many of a full bounded store leaves at once, so th
 # What the shapes of a cache follow from
 FIELDS = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-    *("conv_kernel_size", "linear_attention", "kv_cache_dtype", "sparsity_k"),
+    *("conv_kernel_size", "linear_attention", "kv_cache_dtype", "sparsity_k", "contextual_readers"),
 )
 
 
@@ -157,6 +157,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         self._state_shape = (H, E, E + (config.linear_attention == "elu"))
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
         self._head_shape, self.quantized = (G, E), STORES.get(config.kv_cache_dtype)  # to this dtype, or None
+        self.gated = config.contextual_readers == "all"  # every token reads: values are stored times their gates
         self.max_slots, bounded = max_slots, max_slots is not None
         self.slot_tensors = ("keys", "values", "positions") + bounded * ("scores",)
         self.slot_tensors += ("key_scales", "value_scales") if self.quantized else ()
@@ -260,11 +261,13 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         stream: the call's `Stream`. route: the layer's `Route` or None. operations: the forms that run. Returns what
         `sqsk_attention` needs beside the queries, None without a route: all keys and values [B, P, G, E] (stored whole
         numbers in the dtype of the new ones), where slots past a row's count hold nothing meaningful; the first
-        visible slot of each routed token; the slots used before, and how many of this call's tokens have one (all of
-        them, unless a static store is full: the latest are left out).
+        visible slot of each token that reads; the slots used before, and how many of this call's tokens have one (all
+        of them, unless a static store is full: the latest are left out).
         """
-        chosen = (None, None, None) if route is None else (route.index_BK, route.slot_BT, route.count_B)
-        first_BK, numbers_2B, count_B, document_slot_B = operations.extend(
+        chosen = (None,) * 4
+        if route is not None:
+            chosen = (route.index_BK, route.slot_BT, route.count_B, route.gate_BT if self.gated else None)
+        first_BN, numbers_2B, count_B, document_slot_B = operations.extend(
             key_states, value_states, stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B, *chosen,
             self.window_keys, self.window_values, self.keys, self.values, self.positions, self.count,
             self.document_slot, self.key_scales, self.value_scales,
@@ -279,7 +282,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             self.keep_scores(route.score_BT, slot_BT.clamp(max=self.slots))
         keys = read_slots(self.keys, self.key_scales, key_states.dtype)
         values = read_slots(self.values, self.value_scales, key_states.dtype)
-        return keys, values, first_BK, before_B, kept_B
+        return keys, values, first_BN, before_B, kept_B
 
     def get_mask_sizes(self, query_length):
         """Key length and offset of a dense mask over all columns, as transformers asks for it."""

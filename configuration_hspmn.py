@@ -9,7 +9,8 @@ from transformers.configuration_utils import PreTrainedConfig
 CONCENTRATED_SHARE, ROUTING_PERIOD = 0.2, 4  # of `sparsity_k=None`: the average share, and every which layer routes
 LEAST_SHARE = 1e-6  # of routed tokens in a layer that routes any
 CHOICES = {
-    "router_mode": ("threshold", "topk"), "linear_attention": ("gated", "elu"), "hidden_act": ("silu",),
+    "contextual_readers": ("routed", "all"), "router_mode": ("threshold", "topk"),
+    "linear_attention": ("gated", "elu"), "hidden_act": ("silu",),
     "backend": ("auto", "reference", "flex", "triton"), "kv_cache_dtype": ("auto", "int8", "int4"),
 }  # fmt: skip
 ROPE_TYPES = {  # and what each needs beside `rope_theta`
@@ -118,6 +119,9 @@ class HSPMNConfig(PreTrainedConfig):
     # last: as many bytes of keys and values as 0.2 everywhere, and two tokens that belong together meet in one layer
     # more often, for more compute.
     sparsity_k: float | int | list[float | int] | None = None
+    # Tokens that attend to the routed ones before them: "routed", these themselves, whose gate scales what they read,
+    # or "all", where the gate of a kept token scales its value
+    contextual_readers: str = "routed"
     # "threshold" (causal) or "topk" (exactly k per row, looks at the future; training and scoring only)
     router_mode: str = "threshold"
     router_noise_floor: float = 0.05  # gates below this are set to 0, 0.0 up to 1.0 (excluded)

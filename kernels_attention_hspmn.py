@@ -117,21 +117,23 @@ def local_attention_kernel(
 
 @kernel("T", "K", "P")
 def sqsk_attention_kernel(
-    q, k, v, k_map, v_map, index, first, cached, count, gate, out, lse, T, K, P,
+    q, k, v, k_map, v_map, index, first, cached, count, end, gate, out, lse, T, K, P,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, R_ROWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q slots of the heads of one key head over one of SPLITS parts of their keys. Row m of the tile is slot m
-    // R_ROWS, head m % R_ROWS. index: the tokens that are rows of q; None: these are slots. P: slots from one row of k
-    and v to the next. k_map, v_map: tensor descriptors of k and v for the blocks that need no mask, or None. gate:
-    out[token] += gate * result; None: out[slot] = result, zeros in unused slots."""
+    """BLOCK_Q queries of the heads of one key head over one of SPLITS parts of their keys. Row m of the tile is query
+    m // R_ROWS, head m % R_ROWS. end: of `sqsk_attention`; None: queries are slots. index: the tokens that are rows of
+    q; None: query i is row i. P: slots from one row of k and v to the next. k_map, v_map: tensor descriptors of k and
+    v for the blocks that need no mask, or None. ADD: out[token] += gate (None: 1) * result; else out[query] = result,
+    zeros in unused slots."""
     R: tl.constexpr = H // G
     tiles = tl.cdiv(K, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
     # The longest tiles first, so that the last programs to start are the shortest
     i_begin = (tiles - 1 - program % tiles).to(tl.int32) * BLOCK_Q
     g, split, b = program // tiles % G, program // (tiles * G) % SPLITS, program // (tiles * G * SPLITS)
-    used = tl.minimum(tl.load(count + b).to(tl.int32), K)
+    kept = tl.load(count + b).to(tl.int32)
+    used = tl.minimum(kept, K) if end is None else K
     m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
     slot = i_begin + m // R_ROWS
     head = g * R + m % R_ROWS
@@ -139,7 +141,7 @@ def sqsk_attention_kernel(
     real = (slot < used) & (m % R_ROWS < R)
     slot_row = ((b * SPLITS + split) * K + slot) * H + head
     if i_begin >= used:
-        if gate is None:
+        if not ADD:
             empty = tl.zeros([BLOCK_Q * R_ROWS, E], out.dtype.element_ty)
             tl.store(out + slot_row[:, None] * E + e[None, :], empty, mask=held[:, None])
             if lse is not None:
@@ -152,9 +154,16 @@ def sqsk_attention_kernel(
         token_row = (b * K + slot) * H + head
     q_tile = tl.load(q + token_row[:, None] * E + e[None, :], mask=real[:, None], other=0.0)
     low, past = 0, 0 if cached is None else tl.load(cached + b).to(tl.int32)
-    high = past + tl.minimum(i_begin + BLOCK_Q, used)
-    # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear` on the diagonal
-    clear = (past + i_begin + 1) // BLOCK_N * BLOCK_N
+    # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear`, where the first of
+    # them ends
+    if end is None:
+        row_end = past + slot + 1
+        high, clear = past + tl.minimum(i_begin + BLOCK_Q, used), past + i_begin + 1
+    else:
+        row_end = past + tl.minimum(tl.load(end + b * K + slot, mask=real, other=0), kept)
+        high = past + tl.minimum(tl.load(end + b * K + tl.minimum(i_begin + BLOCK_Q, K) - 1), kept)
+        clear = past + tl.minimum(tl.load(end + b * K + i_begin), kept)
+    clear = clear // BLOCK_N * BLOCK_N
     row_first = tl.zeros([BLOCK_Q * R_ROWS], tl.int32)
     if first is not None:
         row_first = tl.load(first + b * K + slot, mask=real, other=0).to(tl.int32)
@@ -190,15 +199,16 @@ def sqsk_attention_kernel(
         k_tile = tl.load(k + at, mask=(key < high)[:, None], other=0.0)
         v_tile = tl.load(v + at, mask=(key < high)[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-        visible = (key[None, :] <= (past + slot)[:, None]) & (key < high)[None, :]
+        visible = (key[None, :] < row_end[:, None]) & (key < high)[None, :]
         if first is not None:
             visible = visible & (key[None, :] >= row_first[:, None])
         acc, peak, total = fold_block(scores, v_tile, visible, acc, peak, total, SCALE)
     tile, row_lse = finish(acc, peak, total)
-    if gate is not None:
+    if ADD:
         at = token_row[:, None] * E + e[None, :]
-        weight = tl.load(gate + b * T + token, mask=real, other=0.0).to(tl.float32)
-        tile = tl.load(out + at, mask=real[:, None], other=0.0).to(tl.float32) + weight[:, None] * tile
+        if gate is not None:
+            tile *= tl.load(gate + b * T + token, mask=real, other=0.0).to(tl.float32)[:, None]
+        tile += tl.load(out + at, mask=real[:, None], other=0.0).to(tl.float32)
         tl.store(out + at, tile.to(out.dtype.element_ty), mask=real[:, None])
     else:
         tile = tl.where(real[:, None], tile, 0.0)
@@ -209,13 +219,13 @@ def sqsk_attention_kernel(
 
 @kernel("T", "K")
 def combine_splits_kernel(
-    part, part_lse, index, count, gate, out, lse, T, K, H: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr
+    part, part_lse, index, count, gate, out, lse, T, K, H: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """One slot and head: the SPLITS partial softmaxes as one, stored or merged as `sqsk_attention_kernel` does."""
+    """One query and head: the SPLITS partial softmaxes as one, stored or merged as `sqsk_attention_kernel` does."""
     program = tl.program_id(0).to(tl.int64)
     h, slot, b = program % H, program // H % K, program // (H * K)
     e, p = tl.arange(0, E), tl.arange(0, SPLITS)
-    real = slot < tl.load(count + b)
     row = ((b * SPLITS + p) * K + slot) * H + h
     logs = tl.load(part_lse + row) * LOG2E
     peak = tl.maximum(tl.max(logs, 0), FLOOR)
@@ -223,13 +233,15 @@ def combine_splits_kernel(
     total = tl.sum(weights, 0)
     parts = tl.load(part + row[:, None] * E + e[None, :])
     tile = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    at, real = ((b * K + slot) * H + h) * E + e, e < E
     if gate is not None:
-        token = tl.load(index + b * K + slot, mask=real, other=0)
+        used = slot < tl.load(count + b)
+        token, real = tl.load(index + b * K + slot, mask=used, other=0), real & used
         at = ((b * T + token) * H + h) * E + e
-        merged = tl.load(out + at).to(tl.float32) + tl.load(gate + b * T + token).to(tl.float32) * tile
-        tl.store(out + at, merged.to(out.dtype.element_ty), mask=(e < E) & real)
-    else:
-        tl.store(out + ((b * K + slot) * H + h) * E + e, tile.to(out.dtype.element_ty))
+        tile *= tl.load(gate + b * T + token).to(tl.float32)
+    if ADD:
+        tile += tl.load(out + at).to(tl.float32)
+    tl.store(out + at, tile.to(out.dtype.element_ty), mask=real)
     if lse is not None:
         value = tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
         tl.store(lse + (b * K + slot) * H + h, value)
@@ -249,11 +261,12 @@ def move_rows(x, out, source, target, taken, written, weight, X: tl.constexpr, B
 
 @kernel("T", "K")
 def take_rows_kernel(
-    x, y, z, index, count, gate, out, out_y, out_z, T, K, X: tl.constexpr, Y: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    x, y, z, index, count, gate, y_gate, out, out_y, out_z, T, K, X: tl.constexpr, Y: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """out[b, k] = x[b, index[b, k]] (times gate[b, k], if there is one) for rows of X elements; index -1 gives zeros,
-    slots past the count stay as is. The grid's second and third layer take the rows of y and z, of Y elements."""
+    slots past the count stay as is. The grid's second and third layer take the rows of y, times y_gate[b, index[b, k]]
+    if there is one, and z, of Y elements."""
     b = tl.program_id(1).to(tl.int64)
     stop = K
     if count is not None:
@@ -262,16 +275,18 @@ def take_rows_kernel(
             return
     slot = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     token = tl.load(index + b * K + slot, mask=slot < stop, other=-1).to(tl.int64)
-    source, target, taken, weight = b * T + token, b * K + slot, token >= 0, None
+    source, target, taken, weight, y_weight = b * T + token, b * K + slot, token >= 0, None, None
     if gate is not None:
         weight = tl.load(gate + target, mask=taken, other=0.0).to(tl.float32)
+    if y_gate is not None:
+        y_weight = tl.load(y_gate + source, mask=taken, other=0.0).to(tl.float32)
     if tl.program_id(2) == 0:
         move_rows(x, out, source, target, taken, slot < stop, weight, X, BLOCK_X)
     elif y is not None:
         if z is not None:
             if tl.program_id(2) == 2:
                 y, out_y = z, out_z
-        move_rows(y, out_y, source, target, taken, slot < stop, weight, Y, BLOCK_X)
+        move_rows(y, out_y, source, target, taken, slot < stop, y_weight, Y, BLOCK_X)
 
 
 @kernel("T", "K")
@@ -322,10 +337,14 @@ def store_rows(rows, row_scales, kept, scales, target, stored, G: tl.constexpr, 
 
 @triton.jit
 def copy_rows(
-    x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
+    x, gate, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rows `source` of x into the rows `target` of a store or ring, of one head, where `moved`. HALF: of `HALVES`."""
+    """Rows `source` of x, times their gates unless these are None, into the rows `target` of a store or ring, of one
+    head, where `moved`. HALF: of `kept_form`."""
     rows = tl.load(x + source[:, None] * (G * E) + tl.arange(0, E)[None, :], mask=moved[:, None], other=0.0)
+    if gate is not None:
+        weight = tl.load(gate + source, mask=moved, other=0.0).to(tl.float32)
+        rows = (rows.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)
     row_scales = None
     if HALF > 0:
         rows, row_scales = quantize(rows, HALF)
@@ -347,13 +366,14 @@ def tokens_before(index, token, used, BITS):
 
 @kernel("B", "T", "K", "P", "POSITION_STEP", "BITS")
 def extend_kernel(
-    k, v, position, start, length, seen, index, count, ring_k, ring_v, keys, values, positions, held, document_slot,
-    key_scales, value_scales, first, numbers, after, document, B, T, K, P, POSITION_STEP, BITS,
+    k, v, position, start, length, seen, index, count, gate, ring_k, ring_v, keys, values, positions, held,
+    document_slot, key_scales, value_scales, first, numbers, after, document, B, T, K, P, POSITION_STEP, BITS,
     G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
     WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """BLOCK slots of one row and head: of the window's ring in the first programs, else of the sparse store.
-    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection. WIDTH, HALF: of `kept_form`."""
+    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection. WIDTH, HALF: of `kept_form`.
+    With a `gate` every token reads: each has a first slot."""
     RINGS: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK
     b = tl.program_id(1).to(tl.int64)
     g, unit = tl.program_id(0) % G, tl.program_id(0) // G
@@ -364,11 +384,12 @@ def extend_kernel(
             last = before + (T if length is None else tl.load(length + b)) - 1
             token = last - (last - slot + WINDOW) % WINDOW - before  # negative: of an earlier call
             moved, source, target = (slot < WINDOW) & (token >= 0), b * T + token, b * WINDOW + slot
-            copy_rows(k + g * E, ring_k + g * E, None, source, target, moved, G, E, 0)
-            copy_rows(v + g * E, ring_v + g * E, None, source, target, moved, G, E, 0)
+            copy_rows(k + g * E, None, ring_k + g * E, None, source, target, moved, G, E, 0)
+            copy_rows(v + g * E, None, ring_v + g * E, None, source, target, moved, G, E, 0)
     if index is not None:
         block = unit - RINGS
-        if (block == 0) | ((block > 0) & (block * BLOCK < tl.load(count + b))):
+        readers = T if gate is not None else tl.load(count + b).to(tl.int32)
+        if (block == 0) | ((block > 0) & (block * BLOCK < readers)):
             slot = block * BLOCK + tl.arange(0, BLOCK)
             used = tl.load(count + b).to(tl.int32)
             total, opened = tl.load(held + b).to(tl.int32), tl.load(document_slot + b).to(tl.int32)
@@ -376,21 +397,25 @@ def extend_kernel(
             kept = tl.minimum(total + used, P) - before
             token = tl.load(index + b * K + slot, mask=slot < used, other=0)
             moved, source, target = slot < kept, b * T + token, b * (P + 1) + before + slot
-            copy_rows(k + g * E, keys + g * WIDTH, key_scales + g, source, target, moved, G, E, HALF)
-            copy_rows(v + g * E, values + g * WIDTH, value_scales + g, source, target, moved, G, E, HALF)
+            copy_rows(k + g * E, None, keys + g * WIDTH, key_scales + g, source, target, moved, G, E, HALF)
+            copy_rows(v + g * E, gate, values + g * WIDTH, value_scales + g, source, target, moved, G, E, HALF)
             if g == 0:
                 places = tl.load(position + b * POSITION_STEP + token, mask=moved, other=0)
                 tl.store(positions + target, places.to(tl.int32), mask=moved)
+                N = K
+                if gate is not None:
+                    token, N = slot.to(tl.int64), T
                 if START == TOKEN_START:
-                    begun, latest = tl.load(start + b * T + token), tl.load(start + b * T + T - 1)
+                    begun = tl.load(start + b * T + token, mask=token < T, other=0)
+                    latest = tl.load(start + b * T + T - 1)
                     number = tokens_before(index + b * K, begun, used, BITS)
                     before_latest = tl.max(tokens_before(index + b * K, latest + 0 * begun, used, BITS), 0)
                 else:
                     latest = tl.load(start + b)
                     begun = latest + 0 * token
                     number, before_latest = 0 * slot, 0
-                first_at = first + b * K + slot
-                tl.store(first_at, tl.where(begun < 0, opened, total + number).to(tl.int32), mask=slot < K)
+                first_at = first + b * N + slot
+                tl.store(first_at, tl.where(begun < 0, opened, total + number).to(tl.int32), mask=slot < N)
                 if block == 0:
                     tl.store(numbers + b, before)
                     tl.store(numbers + B + b, kept)
@@ -410,15 +435,16 @@ def load_tile(x, x_map, b, t, h, at, real, ROWS: tl.constexpr, E: tl.constexpr):
     return tile
 
 
-@kernel("T")
+@kernel("T", "P")
 def query_gradient_kernel(
-    q, k, v, k_map, v_map, start, count, grad, grad_lse, out, lse, delta, grad_q, T, H: tl.constexpr, G: tl.constexpr,
-    E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr, R_ROWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, k_map, v_map, start, count, end, grad, grad_lse, out, lse, delta, grad_q, T, P, H: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
+    R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_Q queries of the heads of one key head (arXiv 2205.14135), and `delta`: what is taken off the
     products of each row's `grad` with the values, `grad_lse` apart in float32. WINDOW: 0 for none. start: of
-    `from_start`. count: queries and keys of each row that are used, None for all; the others' gradient is 0."""
+    `from_start`. P: keys of a row. count: those that are used, None for all; the others' gradient is 0. end: of
+    `sqsk_attention`; None: query i is that of key i, and sees no later one."""
     R: tl.constexpr = H // G
     FINE: tl.constexpr = q.dtype.element_ty == tl.float32
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0  # a window is too short for a loop of its own over whole blocks
@@ -427,7 +453,8 @@ def query_gradient_kernel(
     # The longest tiles first, so that the last programs to start are the shortest
     t_begin = (tiles - 1 - program % tiles).to(tl.int32) * BLOCK_Q
     g, b = program // tiles % G, program // (tiles * G)
-    used = T if count is None else tl.minimum(tl.load(count + b).to(tl.int32), T)
+    kept = P if count is None else tl.minimum(tl.load(count + b).to(tl.int32), P)
+    used = kept if end is None else T
     m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
     t = t_begin + m // R_ROWS
     held, real = (t < T) & (m % R_ROWS < R), (t < used) & (m % R_ROWS < R)
@@ -449,7 +476,13 @@ def query_gradient_kernel(
         change = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1) - rise
     tl.store(delta + row + row_at, change, mask=real)
 
-    high = tl.where(t_begin < used, tl.minimum(t_begin + BLOCK_Q, used), 0)
+    if end is None:
+        row_end, clear = t + 1, t_begin + 1
+        high = tl.where(t_begin < used, tl.minimum(t_begin + BLOCK_Q, used), 0)
+    else:
+        row_end = tl.minimum(tl.load(end + b * T + t, mask=t < T, other=0), kept)
+        clear = tl.load(end + b * T + t_begin)
+        high = tl.minimum(tl.load(end + b * T + tl.minimum(t_begin + BLOCK_Q, T) - 1), kept)
     first, low = 0 * t, 0
     if WINDOW > 0:
         first, low = t - WINDOW + 1, tl.maximum(t_begin - WINDOW + 1, 0)
@@ -457,34 +490,37 @@ def query_gradient_kernel(
     if START == TOKEN_START:
         low = tl.maximum(low, tl.load(start + b * T + t_begin).to(tl.int32))
     low = low // BLOCK_N * BLOCK_N
-    # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear` on the diagonal
-    lead, clear = low, low
-    if WINDOW == 0:
-        clear = tl.maximum(tl.minimum(t_begin + 1, high) // BLOCK_N * BLOCK_N, low)
+    # Every row sees the keys from `lead`, where the last of their documents has begun, to `clear`, where the first of
+    # them ends
+    lead = low
+    if WINDOW > 0:
+        clear = low
+    else:
+        clear = tl.maximum(tl.minimum(clear, high) // BLOCK_N * BLOCK_N, low)
         if START > 0:
             lead = tl.minimum(tl.maximum(tl.cdiv(tl.max(first, 0), BLOCK_N) * BLOCK_N, low), clear)
     kv_at = n[:, None] * (G * E) + e[None, :]
     acc = tl.zeros([BLOCK_Q * R_ROWS, E], tl.float32)
     for MASKED in tl.static_range(MASKED_ONLY, 2):  # those from `lead` to `clear`, then the others
-        begin, end = lead, clear
+        begin, stop = lead, clear
         if MASKED:
-            begin, end = low, high - clear + lead
-        for block in range(begin, end, BLOCK_N):
+            begin, stop = low, high - clear + lead
+        for block in range(begin, stop, BLOCK_N):
             s = block
             if MASKED:
                 s = tl.where(block < lead, block, block + (clear - lead))
             key = s + n
-            at = ((b * T + s) * G + g) * E + kv_at
+            at = ((b * P + s) * G + g) * E + kv_at
             # Slots past the count may hold anything, NaN too: a zero weight alone would not hide them
             if MASKED:
-                k_tile = load_tile(k, k_map if count is None else None, b, s, g, at, key < used, BLOCK_N, E)
-                v_tile = load_tile(v, v_map if count is None else None, b, s, g, at, key < used, BLOCK_N, E)
+                k_tile = load_tile(k, k_map if count is None else None, b, s, g, at, key < kept, BLOCK_N, E)
+                v_tile = load_tile(v, v_map if count is None else None, b, s, g, at, key < kept, BLOCK_N, E)
             else:
                 k_tile = load_tile(k, k_map, b, s, g, at, None, BLOCK_N, E)
                 v_tile = load_tile(v, v_map, b, s, g, at, None, BLOCK_N, E)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
             if MASKED:
-                visible = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
+                visible = (key[None, :] < row_end[:, None]) & (key[None, :] >= first[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
             weights = tl.exp2(scores * SCALE - level[:, None])
             slopes = tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3") - change[:, None]
@@ -495,9 +531,9 @@ def query_gradient_kernel(
     tl.store(grad_q + row * E + q_at, (acc * (SCALE * LN2)).to(grad_q.dtype.element_ty), mask=held[:, None])
 
 
-@kernel("T", "BITS")
+@kernel("T", "P", "BITS")
 def key_gradient_kernel(
-    q, k, v, q_map, grad_map, start, count, grad, grad_lse, lse, delta, grad_k, grad_v, T, BITS,
+    q, k, v, q_map, grad_map, start, count, end, grad, grad_lse, lse, delta, grad_k, grad_v, T, P, BITS,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
     R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -506,38 +542,44 @@ def key_gradient_kernel(
     R: tl.constexpr = H // G
     FINE: tl.constexpr = q.dtype.element_ty == tl.float32
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0
-    tiles = tl.cdiv(T, BLOCK_N)
+    tiles = tl.cdiv(P, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     s_begin = (program % tiles).to(tl.int32) * BLOCK_N
     g, b = program // tiles % G, program // (tiles * G)
-    used = T if count is None else tl.minimum(tl.load(count + b).to(tl.int32), T)
+    kept = P if count is None else tl.minimum(tl.load(count + b).to(tl.int32), P)
+    used = kept if end is None else T
     m, n, e = tl.arange(0, BLOCK_Q * R_ROWS), tl.arange(0, BLOCK_N), tl.arange(0, E)
     key = s_begin + n
-    at = ((b * T + s_begin) * G + g) * E
+    at = ((b * P + s_begin) * G + g) * E
     kv_at = n[:, None] * (G * E) + e[None, :]
-    k_tile = tl.load(k + at + kv_at, mask=(key < used)[:, None], other=0.0)
-    v_tile = tl.load(v + at + kv_at, mask=(key < used)[:, None], other=0.0)
+    k_tile = tl.load(k + at + kv_at, mask=(key < kept)[:, None], other=0.0)
+    v_tile = tl.load(v + at + kv_at, mask=(key < kept)[:, None], other=0.0)
     row_at = m // R_ROWS * H + m % R_ROWS
     q_at = row_at[:, None] * E + e[None, :]
 
-    low, high = s_begin // BLOCK_Q * BLOCK_Q, used
-    # The queries from `lead`, past the diagonal, to `clear`, where the first key's document ends, see every key
-    lead, clear = low, low
+    # The first queries that see the first and the last key
+    low, lead, high = s_begin, s_begin + BLOCK_N - 1, used
+    if end is not None:
+        begins = tokens_before(end + b * T, s_begin + 1 + (BLOCK_N - 1) * tl.arange(0, 2), used, BITS)
+        low, lead = tl.min(begins, 0), tl.max(begins, 0)
+    low = low // BLOCK_Q * BLOCK_Q
+    # The queries from `lead` to `clear`, where the first key's document ends, see every key
+    clear = low
     if WINDOW > 0:
-        high = tl.minimum(used, s_begin + BLOCK_N - 1 + WINDOW)
+        lead, high = low, tl.minimum(used, s_begin + BLOCK_N - 1 + WINDOW)
     else:
         clear = used
         if START == TOKEN_START:
             ends = tokens_before(start + b * T, s_begin + 1 + (BLOCK_N - 1) * tl.arange(0, 2), used, BITS)
             clear, high = tl.min(ends, 0), tl.max(ends, 0)
-        lead = tl.cdiv(s_begin + BLOCK_N - 1, BLOCK_Q) * BLOCK_Q
+        lead = tl.cdiv(lead, BLOCK_Q) * BLOCK_Q
         clear = tl.maximum(clear // BLOCK_Q * BLOCK_Q, lead)
     acc_k, acc_v = tl.zeros([BLOCK_N, E], tl.float32), tl.zeros([BLOCK_N, E], tl.float32)
     for MASKED in tl.static_range(MASKED_ONLY, 2):  # those from `lead` to `clear`, then the others
-        begin, end = lead, clear
+        begin, stop = lead, clear
         if MASKED:
-            begin, end = low, high - clear + lead
-        for block in range(begin, end, BLOCK_Q):
+            begin, stop = low, high - clear + lead
+        for block in range(begin, stop, BLOCK_Q):
             t_begin = block
             if MASKED:
                 t_begin = tl.where(block < lead, block, block + (clear - lead))
@@ -560,7 +602,10 @@ def key_gradient_kernel(
                 if WINDOW > 0:
                     first = t - WINDOW + 1
                 first = from_start(first, start, b, b * T + t, t < used, 0, START)
-                visible = (key[:, None] <= t[None, :]) & (key[:, None] >= first[None, :])
+                row_end = t + 1
+                if end is not None:
+                    row_end = tl.minimum(tl.load(end + b * T + t, mask=t < T, other=0), kept)
+                visible = (key[:, None] < row_end[None, :]) & (key[:, None] >= first[None, :])
                 scores = tl.where(visible, scores, float("-inf"))
             weights = tl.exp2(scores * SCALE - level[None, :])
             acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision="tf32x3")
@@ -569,20 +614,21 @@ def key_gradient_kernel(
                 slopes += tl.load(grad_lse + row + row_at, mask=seen, other=0.0)[None, :]
             slopes *= weights
             acc_k = tl.dot(slopes.to(q_tile.dtype), q_tile, acc_k, input_precision="tf32x3")
-    tl.store(grad_k + at + kv_at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < T)[:, None])
-    tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < T)[:, None])
+    tl.store(grad_k + at + kv_at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < P)[:, None])
+    tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < P)[:, None])
 
 
-def _gather(index_BK, count_B, *tensors, gate_BK=None):
-    """Rows named by `index_BK` of one to three tensors, the second and third alike, times the gate of their slot if
-    there is one; slots past `count_B` are left as they were allocated."""
+def _gather(index_BK, count_B, *tensors, gate_BK=None, gate_BT=None):
+    """Rows named by `index_BK` of one to three tensors, the second and third alike; those of the first times gate_BK,
+    those of the second times the gate_BT of their tokens, if given; slots past `count_B` are left as they were
+    allocated."""
     (B, K), T = index_BK.shape, tensors[0].shape[1]
     outs = [x.new_empty(B, K, *x.shape[2:]) for x in tensors]
     if outs[0].numel():
         X, rest = outs[0].stride(1), [None] * (3 - len(outs))
         take_rows_kernel[(cdiv(K, 8), B, len(outs))](
-            *tensors, *rest, index_BK, count_B, gate_BK, *outs, *rest, T, K, X=X, Y=outs[-1].stride(1), BLOCK_K=8,
-            BLOCK_X=min(512, power_of_2(X)), num_warps=4,
+            *tensors, *rest, index_BK, count_B, gate_BK, gate_BT, *outs, *rest, T, K, X=X, Y=outs[-1].stride(1),
+            BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)), num_warps=4,
         )  # fmt: skip
     return outs
 
@@ -694,8 +740,8 @@ def _sqsk_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, K):
     return programs, splits, not few and has_descriptors(device, element_size), sizes
 
 
-def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
-    """Launch over [B, K] slots; `gate` given: merge into `out`, which has tokens as rows; `lse` may be None."""
+def _launch_sqsk(q, k, v, index, first, held, count, end, gate, out, lse, K, add=False):
+    """Launch over [B, K] queries; `add`: to `out`, which has tokens as rows, times `gate`; `lse` may be None."""
     (B, T, H, E), G = q.shape, k.shape[2]
     programs, splits, tiled, sizes = _sqsk_plan(
         q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), K
@@ -710,46 +756,46 @@ def _launch_sqsk(q, k, v, index, first, held, count, gate, out, lse, K):
     block = (1, sizes["BLOCK_N"], 1, E)
     maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
     sqsk_attention_kernel[(programs * splits,)](
-        q, k, v, *maps, index, first, held, count, gate if splits == 1 else None, part, part_lse, T, K,
-        k.stride(0) // (G * E), SPLITS=splits, **sizes,
+        q, k, v, *maps, index, first, held, count, end, gate if splits == 1 else None, part, part_lse, T, K,
+        k.stride(0) // (G * E), SPLITS=splits, ADD=add and splits == 1, **sizes,
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel[(B * K * H,)](
-            part, part_lse, index, count, gate, out, lse, T, K, H=H, E=E, SPLITS=splits, num_warps=1
+            part, part_lse, index, count, gate, out, lse, T, K, H=H, E=E, SPLITS=splits, ADD=add, num_warps=1
         )
 
 
 @sqsk_attention.kernel(strided=("k_BPGE", "v_BPGE"))
-def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
+def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK):
     """Slots past `count_B` are never read as keys and give zeros; work is done for the count alone."""
     (B, K, H, _), kv = q_BKHE.shape, _store_rows(k_BPGE, v_BPGE)
     out_BKHE, lse_BKH = torch.empty_like(q_BKHE), q_BKHE.new_empty(B, K, H, dtype=torch.float32)
-    _launch_sqsk(q_BKHE, *kv, None, first_BK, held_B, count_B, None, out_BKHE, lse_BKH, K)
+    _launch_sqsk(q_BKHE, *kv, None, first_BK, held_B, count_B, end_BK, None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
 
 
 def _has_gradient(q, k, v):
     """Whether the kernels have the gradient of such queries, keys and values, of one call alone."""
-    return takes_heads(q, k, v) and k.shape == v.shape and q.shape[:2] == k.shape[:2]
+    return takes_heads(q, k, v) and k.shape == v.shape and q.shape[0] == k.shape[0]
 
 
 @lru_cache(maxsize=1024)
 def _gradient_plan(q_shape, k_shape, device, element_size, window):
     """Grid, whether tiles come through descriptors, and constants, of the gradient of the queries and of the keys."""
-    (B, T, H, _), G = q_shape, k_shape[2]
+    (B, T, H, _), (P, G) = q_shape, k_shape[1:3]
     kind = "float32" if element_size == 4 else "window" if window else "rows" if T <= 2048 else "long"
     tables = GRADIENT_TILES[kind] if capability(device) in (90, 100) else OTHER_GRADIENT_TILES[kind]
     tiled, both = has_descriptors(device, element_size), []
-    for block, options in zip(("BLOCK_Q", "BLOCK_N"), tables, strict=True):
+    for rows, block, options in zip((T, P), ("BLOCK_Q", "BLOCK_N"), tables, strict=True):
         sizes = _tile_sizes(q_shape, k_shape, *options, WINDOW=window)
-        both.append(((cdiv(T, sizes[block]) * G * B,), tiled, sizes))
+        both.append(((cdiv(rows, sizes[block]) * G * B,), tiled, sizes))
         tiled = tiled and sizes["R_ROWS"] * G == H  # the heads of a key head are then rows of one tile
     return both
 
 
-def _attention_gradient(grad, grad_lse, q, k, v, start, count, window, out, lse):
-    """Of queries, keys and values; T slots of which `count` are used, `window` 0 for none."""
-    T, R, E = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
+def _attention_gradient(grad, grad_lse, q, k, v, start, count, end, window, out, lse):
+    """Of T queries, P keys of which `count` are used, and values; `window` 0 for none."""
+    T, P, R, E = q.shape[1], k.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     (q_grid, kv_tiled, q_sizes), (kv_grid, q_tiled, kv_sizes) = _gradient_plan(
         q.shape, k.shape, q.device, q.element_size(), window
     )
@@ -763,10 +809,10 @@ def _attention_gradient(grad, grad_lse, q, k, v, start, count, window, out, lse)
     kv_maps = tile_maps(*((x, x.shape, x.stride(), kv_block) for x in (k, v))) if kv_tiled else (None, None)
     q_maps = tile_maps(*((x, x.shape, x.stride(), q_block) for x in (q, grad))) if q_tiled else (None, None)
     query_gradient_kernel[q_grid](
-        q, k, v, *kv_maps, start, count, grad, grad_lse, out, lse, delta, grads[0], T, START=kind, **q_sizes
+        q, k, v, *kv_maps, start, count, end, grad, grad_lse, out, lse, delta, grads[0], T, P, START=kind, **q_sizes
     )
     key_gradient_kernel[kv_grid](
-        q, k, v, *q_maps, start, count, grad, grad_lse, lse, delta, *grads[1:], T, T.bit_length(), START=kind,
+        q, k, v, *q_maps, start, count, end, grad, grad_lse, lse, delta, *grads[1:], T, P, T.bit_length(), START=kind,
         **kv_sizes,
     )  # fmt: skip
     return grads
@@ -777,15 +823,15 @@ def _attention_gradient(grad, grad_lse, q, k, v, start, count, window, out, lse)
     takes=lambda q, k, v, start, window, ring_k, *_: ring_k is None and _has_gradient(q, k, v),
 )  # fmt: skip
 def _local_attention_back(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, window, ring_k, ring_v, seen_B, out, lse):
-    return _attention_gradient(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, None, window, out, lse)
+    return _attention_gradient(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, None, None, window, out, lse)
 
 
 @sqsk_attention.gradient(
     wrt=("q_BKHE", "k_BPGE", "v_BPGE"), keeps=(0, 1),
-    takes=lambda q, k, v, first, held, count: held is None and _has_gradient(q, k, v),
+    takes=lambda q, k, v, first, held, count, end: held is None and _has_gradient(q, k, v),
 )  # fmt: skip
-def _sqsk_attention_back(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, held_B, count_B, out, lse):
-    return _attention_gradient(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, count_B, 0, out, lse)
+def _sqsk_attention_back(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, held_B, count_B, end_BK, out, lse):
+    return _attention_gradient(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, count_B, end_BK, 0, out, lse)
 
 
 @contextual.kernel
@@ -794,7 +840,7 @@ def _contextual(q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, co
     with what makes that."""
     (B, K), (H, E), kv = index_BK.shape, q_BTHE.shape[2:], _gather(index_BK, count_B, k_BTGE, v_BTGE)
     out_BKHE, lse_BKH = q_BTHE.new_empty(B, K, H, E), q_BTHE.new_empty(B, K, H, dtype=torch.float32)
-    _launch_sqsk(q_BTHE, *kv, index_BK, first_BK, None, count_B, None, out_BKHE, lse_BKH, K)
+    _launch_sqsk(q_BTHE, *kv, index_BK, first_BK, None, count_B, None, None, out_BKHE, lse_BKH, K)
     return *_gather(slot_BT, None, out_BKHE, gate_BK=gate_BT), out_BKHE, lse_BKH
 
 
@@ -813,24 +859,25 @@ def _contextual_back(grad_BTHE, q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_
             BLOCK_X=min(512, power_of_2(X)), num_warps=4,
         )  # fmt: skip
     rows = _gather(index_BK, count_B, q_BTHE, k_BTGE, v_BTGE)
-    grads = _attention_gradient(grad_BKHE, torch.zeros_like(lse), *rows, first_BK, count_B, 0, out, lse)
+    grads = _attention_gradient(grad_BKHE, torch.zeros_like(lse), *rows, first_BK, count_B, None, 0, out, lse)
     return *_gather(slot_BT, None, *grads), grad_gate_BT
 
 
 @sqsk_merge.kernel(strided=("k_BPGE", "v_BPGE"))
-def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BK, held_B, count_B):
-    """The sum is float32, and tokens that were not routed are not passed over."""
+def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BN, held_B, count_B, end_BT):
+    """The sum is float32; where routed tokens alone read, the others are not passed over."""
     layout = f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, contiguous="
     if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
         raise ValueError(f"{layout}{reflexive_BTHE.is_contiguous()}")
     if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        k, v = _gather(index_BK, count_B, k_BPGE.contiguous(), v_BPGE.contiguous())
+        gate = None if end_BT is None else gate_BT
+        k, v = _gather(index_BK, count_B, k_BPGE.contiguous(), v_BPGE.contiguous(), gate_BT=gate)
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
-    K = index_BK.shape[1]
-    _launch_sqsk(q_BTHE, k, v, index_BK, first_BK, held_B, count_B, gate_BT, reflexive_BTHE, None, K)
+    index, gate, N = (index_BK, gate_BT, index_BK.shape[1]) if end_BT is None else (None, None, q_BTHE.shape[1])
+    _launch_sqsk(q_BTHE, k, v, index, first_BN, held_B, count_B, end_BT, gate, reflexive_BTHE, None, N, add=True)
 
 
 @cache
@@ -842,8 +889,8 @@ def kept_form(dtype, E):
 
 @extend.kernel
 def _extend(
-    k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, ring_k_BWGE, ring_v_BWGE,
-    keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+    k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, gate_BT, ring_k_BWGE,
+    ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
 ):  # fmt: skip
     """One launch for ring and store; documents' first slots come from a bisection of the routed tokens."""
     (B, T, G, E), W, P = k_BTGE.shape, ring_k_BWGE.shape[1], keys_BPGE.shape[1] - 1
@@ -853,14 +900,15 @@ def _extend(
         if not x.is_contiguous() or x.shape[2:] != (G, width):
             raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {width}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
-    blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(K, STORE_BLOCK)) if routes else 0)
-    shapes = ((B, K), (2, B), B, B) if routes else (0,) * 4
+    N = K if gate_BT is None else T
+    blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(N, STORE_BLOCK)) if routes else 0)
+    shapes = ((B, N), (2, B), B, B) if routes else (0,) * 4
     outputs = tuple(map(held_B.new_empty, shapes))
     if not (B and T and blocks * G):
         return outputs
     extend_kernel[(blocks * G, B)](
-        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, count_B, *written.values(), positions_BP,
-        held_B, document_slot_B, key_scales_BPG, value_scales_BPG, *outputs, B, T, K, P,
+        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, count_B, gate_BT, *written.values(),
+        positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG, *outputs, B, T, K, P,
         T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
         START=0 if start_BT is None else min(2, start_BT.shape[1]), **kept, num_warps=4,
     )  # fmt: skip

@@ -40,19 +40,22 @@ def load_slots(slots, scales, first, shown, G: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def attend_range(
-    q, k, v, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place, past,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
+    q, k, v, gate, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place,
+    past, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Attention of row b and key head g over its slots low .. high - 1, as part `split`. k_slots, v_slots: slot 0 of
     row and head, in the sparse store or, with RING slots, in the window, of which the last `past` tokens before slot
-    `place` are shown. own: over the token's own key and value too. pushed: these go to slot `place`. WIDTH, HALF: of
-    `kept_form`; with HALF slots have scales, from k_scales and v_scales on."""
+    `place` are shown. own: over the token's own key and value too, this times its `gate` if there is one. pushed:
+    these go to slot `place`. WIDTH, HALF: of `kept_form`; with HALF slots have scales, from k_scales and v_scales
+    on."""
     R: tl.constexpr = H // G
     n, e, m = tl.arange(0, BLOCK_N), tl.arange(0, E), tl.arange(0, ROWS)
     query = g * R + m
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
     k_row, v_row = tl.load(k + (b * G + g) * E + e)[None, :], tl.load(v + (b * G + g) * E + e)[None, :]
+    if gate is not None:
+        v_row = (v_row.to(tl.float32) * gate).to(v_row.dtype)
     k_kept, v_kept, k_scale, v_scale = k_row, v_row, None, None
     if HALF > 0:
         k_kept, k_scale = quantize(k_row, HALF)
@@ -87,17 +90,18 @@ def attend_token_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
     state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
     part_lse, plan, token_slot, B, P, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
-    SCALE: tl.constexpr, INITIAL: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+    SCALE: tl.constexpr, INITIAL: tl.constexpr, NOISE_FLOOR: tl.constexpr, EVERY: tl.constexpr, BATCH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
     The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
     rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
     token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
     and are read from `k` and `v`; the slot of the ring that is written is not read. INITIAL: tokens of a document that
-    are routed whatever their score. token_slot: per row, 0 if the token has a slot, else -1. plan: per row, for the
-    kernel after this one, tokens held and the document's first slot after it. P: slots per row, the spare one not
-    counted. BATCH: a power of two, at least B."""
+    are routed whatever their score. EVERY: all rows read, and values are stored times their gates. token_slot: per
+    row, 0 if the token has a slot, else -1. plan: per row, for the kernel after this one, tokens held and the
+    document's first slot after it. P: slots per row, the spare one not counted. BATCH: a power of two, at least B."""
     program = tl.program_id(0)
     windows = program - G * SPLITS
     states = windows - B * G
@@ -129,25 +133,29 @@ def attend_token_kernel(
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
         attend_range(
-            q, k, v, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0, WINDOW,
-            True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
+            q, k, v, None, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0,
+            WINDOW, True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
         )  # fmt: skip
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
     elif SPLITS > 0:
         r = tl.arange(0, BATCH)
         inside = r < B
-        wanted = inside
+        present = inside
         if length is not None:
-            wanted = wanted & (tl.load(length + r, mask=inside, other=0) > 0)
+            present = present & (tl.load(length + r, mask=inside, other=0) > 0)
         begun = tl.load(start + r, mask=inside, other=0)
         score_B = tl.load(score + r, mask=inside, other=0.0).to(tl.float32)
-        wanted = wanted & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
+        wanted = present & ((score_B + tl.load(bias).to(tl.float32) > 0) | (begun > -INITIAL))
         used = tl.load(held + r, mask=inside, other=0)
         opened = tl.load(document_slot + r, mask=inside, other=0)
         first = tl.where(begun < 0, opened, used)
         last = tl.minimum(used, P)
         works = wanted & (last < P)
+        reads, gate_B = works, None
+        if EVERY:
+            reads, gate_B = present, 1.0 / (1.0 + tl.exp(-score_B))
+            gate_B = tl.where(gate_B >= NOISE_FLOOR, gate_B, 0.0)
         if (split == 0) & (g == 0):
             tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
             tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
@@ -155,7 +163,7 @@ def attend_token_kernel(
             position_at = positions + r.to(tl.int64) * (P + 1) + last
             tl.store(position_at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
         # The token itself counts as a block where there is none before it: it needs a part too
-        blocks = tl.where(works, tl.maximum(tl.cdiv(last - first, BLOCK_N), 1), 0)
+        blocks = tl.where(reads, tl.maximum(tl.cdiv(last - first, BLOCK_N), works.to(tl.int32)), 0)
         ends = tl.cumsum(blocks, 0)
         share = tl.cdiv(tl.sum(blocks, 0), SPLITS)
         for i in range(B):
@@ -169,12 +177,17 @@ def attend_token_kernel(
                 low = tl.sum(tl.where(chosen, first, 0), 0)
                 place = tl.sum(tl.where(chosen, last, 0), 0)
                 store = b * (P + 1) * G + g
+                own, gate = begin == 0, None
+                if EVERY:
+                    own = own & (tl.sum((chosen & works).to(tl.int32), 0) > 0)
+                    gate = tl.sum(tl.where(chosen, gate_B, 0.0), 0)
                 attend_range(
-                    q, k, v, keys + store * WIDTH, values + store * WIDTH, key_scales + store, value_scales + store,
-                    part, part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place),
-                    begin == 0, begin == 0, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, WIDTH, HALF,
+                    q, k, v, gate, keys + store * WIDTH, values + store * WIDTH, key_scales + store,
+                    value_scales + store, part, part_lse, b, g, split, low + begin * BLOCK_N,
+                    tl.minimum(low + end * BLOCK_N, place), own, own, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N,
+                    SPLITS, WIDTH, HALF,
                 )  # fmt: skip
-            elif own_blocks > 0:
+            elif (own_blocks > 0) | EVERY:
                 m = tl.arange(0, ROWS)
                 lse_at = (b * (SPLITS + 1) + split) * H + g * (H // G) + m
                 tl.store(part_lse + lse_at, tl.full([ROWS], float("-inf"), tl.float32), mask=m < H // G)
@@ -185,9 +198,10 @@ def attend_token_kernel(
 @kernel()
 def merge_token_kernel(
     linear, head, norm, part, part_lse, plan, token_slot, score, held, document_slot, out, H: tl.constexpr,
-    E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, EPS: tl.constexpr, NOISE_FLOOR: tl.constexpr, EVERY: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row and head: the normed and gated linear attention, the window, and of a routed token the parts as one.
+    """One row and head: the normed and gated linear attention, the window, and of a token that reads the parts as one.
     The counts of the sparse store move on here, because programs of the kernel before read them."""
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     if PDL:
@@ -204,14 +218,17 @@ def merge_token_kernel(
         if h == 0:
             tl.store(held + b, tl.load(plan + b * 2))
             tl.store(document_slot + b, tl.load(plan + b * 2 + 1))
-        if kept >= 0:
-            gate = 1.0 / (1.0 + tl.exp(-tl.load(score + b).to(tl.float32)))
+        if (kept >= 0) | EVERY:
             at = parts + tl.arange(0, SPLITS) * H
             logs = tl.load(part_lse + at) * LOG2E
-            weights = tl.exp2(logs - tl.max(logs, 0))
+            weights = tl.exp2(logs - tl.maximum(tl.max(logs, 0), FLOOR))
+            total = tl.sum(weights, 0)
             tiles = tl.load(part + at[:, None] * E + e[None, :], mask=(logs > float("-inf"))[:, None], other=0.0)
-            tile = tl.sum(tiles * weights[:, None], 0) / tl.sum(weights, 0)
-            merged += tl.where(gate >= NOISE_FLOOR, gate, 0.0) * tile
+            tile = tl.sum(tiles * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+            if not EVERY:
+                gate = 1.0 / (1.0 + tl.exp(-tl.load(score + b).to(tl.float32)))
+                tile *= tl.where(gate >= NOISE_FLOOR, gate, 0.0)
+            merged += tile
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + (b * H + h) * E + e, merged.to(out.dtype.element_ty))
@@ -254,10 +271,10 @@ def _attend_plan(shapes, dtypes, device, ring_size, slots, routes):
 @attend_token.kernel
 def _attend_token(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least, norm_E, eps,
-    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, state_BHEE, ring_k_BWGE,
+    position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, every, state_BHEE, ring_k_BWGE,
     ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
 ):  # fmt: skip
-    """Cached keys are read for routed rows alone; all arithmetic is float32."""
+    """Cached keys are read for rows that read alone; all arithmetic is float32."""
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
     parts, grid, constants, merge_grid, merge = _attend_plan(
         (q_BTHE.shape, k_BTGE.shape, v_BTGE.shape, q_linear_BTHE.shape, k_linear_BTGE.shape, head_BTX.shape,
@@ -288,11 +305,12 @@ def _attend_token(
         q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least,
         position_BT.expand(B, 1).contiguous(), start_BT, length_B, seen_B, score_BT, bias, state_BHEE, ring_k_BWGE,
         ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
-        linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, **form, **constants,
+        linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, NOISE_FLOOR=noise_floor,
+        EVERY=every, **form, **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
         linear_BHE, head_BTX, norm_E, part, part_lse, plan_B2, slot_BT, score_BT, held_B, document_slot_B, out_BTHE,
-        EPS=eps, NOISE_FLOOR=noise_floor, **merge,
+        EPS=eps, NOISE_FLOOR=noise_floor, EVERY=every, **merge,
     )  # fmt: skip
     return out_BTHE, slot_BT
 

@@ -276,13 +276,19 @@ def route(
 
 
 def first_slot(index_BK, slot_BT, start_BT, held_B=None, document_slot_B=None):
-    """First slot of the document of each routed token, [B, K] int32; slots are counted with the `held_B` cached ones,
-    and document_slot_B is that of each row's document that began in an earlier call."""
+    """First slot of the document of each routed token, [B, K] int32, or of every token, where index_BK is None; slots
+    are counted with the `held_B` cached ones, and document_slot_B is that of each row's document that began in an
+    earlier call."""
     routed_BT, start_BT = slot_BT >= 0, start_BT.expand_as(slot_BT)
     before_BT = (routed_BT.cumsum(1) - routed_BT.long()).gather(1, start_BT.clamp(min=0))
     if held_B is not None:
         before_BT = torch.where(start_BT < 0, document_slot_B[:, None], before_BT + held_B[:, None])
-    return before_BT.gather(1, index_BK.clamp(min=0)).to(torch.int32)
+    return (before_BT if index_BK is None else before_BT.gather(1, index_BK.clamp(min=0))).to(torch.int32)
+
+
+def end_slot(slot_BT):
+    """How many of a call's slots each token sees that reads without being routed, its own included: [B, T] int32."""
+    return (slot_BT >= 0).cumsum(1, dtype=torch.int32)
 
 
 @operation()
@@ -588,21 +594,27 @@ def reflexive_merge(
 
 @operation()
 def sqsk_attention(
-    q_BKHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """SQSK attention: routed query i sees the routed keys first_i .. held + i, in slots; empty slots give zeros.
+    q_BKHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor,
+    end_BK: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention to the routed keys: query i sees slots first_i .. held + end_i - 1; one that sees none gives zeros.
 
-    Dense causal attention on compacted rows, whose slots are ordered by position, with RoPE of original positions.
-    k_BPGE holds `held_B` earlier slots (None: none) before those of this call; count_B of the K query slots are used;
-    first_BK is the first visible slot (packed documents), None for slot 0. Returns out_BKHE in q's dtype and the
-    log-sum-exp of the scores lse_BKH in float32, -inf where nothing is seen.
+    k_BPGE holds `held_B` earlier slots (None: none) before the `count_B` of this call, all ordered by position, with
+    RoPE of original positions. end_BK, which never decreases along a row: how many slots of this call, of those that
+    are used, each query sees. None: the queries are these slots, which see each other up to themselves (SQSK: dense
+    causal attention on compacted rows); unused ones give zeros. first_BK is the first visible slot (packed documents),
+    None for slot 0. Returns out_BKHE in q's dtype and the log-sum-exp of the scores lse_BKH in float32, -inf where
+    nothing is seen.
     """
-    K, P = q_BKHE.shape[1], k_BPGE.shape[1]
+    K, P, held_B1 = q_BKHE.shape[1], k_BPGE.shape[1], 0 if held_B is None else held_B[:, None]
     slot_K, key_P = torch.arange(K, device=q_BKHE.device), torch.arange(P, device=q_BKHE.device)
-    last_BK = torch.where(slot_K < count_B[:, None], slot_K + (0 if held_B is None else held_B[:, None]), -1)
+    if end_BK is None:
+        end_BK = torch.where(slot_K < count_B[:, None], slot_K + 1 + held_B1, 0)
+    else:
+        end_BK = end_BK.minimum(count_B[:, None]) + held_B1
     outputs = []
     for begin, end in spans(K, QUERY_SPAN):
-        visible = key_P <= last_BK[:, begin:end, None]
+        visible = key_P < end_BK[:, begin:end, None]
         if first_BK is not None:
             visible = visible & (key_P >= first_BK[:, begin:end, None])
         outputs.append(masked_attention(q_BKHE[:, begin:end], k_BPGE[:, None], v_BPGE[:, None], visible[:, None]))
@@ -637,25 +649,37 @@ def contextual(
     token, slot = index_BK.clamp(min=0)[..., None, None], slot_BT[..., None, None]
     q_at, kv_at = token.expand(-1, -1, *q_BTHE.shape[2:]), token.expand(-1, -1, *k_BTGE.shape[2:])
     rows = q_BTHE.gather(1, q_at), k_BTGE.gather(1, kv_at), v_BTGE.gather(1, kv_at)
-    out_BKHE, lse_BKH = sqsk_attention.reference(*rows, first_BK, None, count_B)
+    out_BKHE, lse_BKH = sqsk_attention.reference(*rows, first_BK, None, count_B, None)
     out_BTHE = out_BKHE.gather(1, slot.clamp(min=0).expand_as(q_BTHE)) * gate_BT[..., None, None].to(out_BKHE.dtype)
     return out_BTHE.masked_fill(slot < 0, 0), out_BKHE.detach(), lse_BKH.detach()
+
+
+def gated_values(v_BTGE, gate_BT):
+    """Values times their tokens' gates, in v's dtype: what every token may read."""
+    return v_BTGE * gate_BT[..., None, None].to(v_BTGE.dtype)
 
 
 @operation("reflexive_BTHE")
 def sqsk_merge(
     reflexive_BTHE: Tensor, gate_BT: Tensor, q_BTHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, index_BK: Tensor,
-    first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor,
+    first_BN: Tensor | None, held_B: Tensor | None, count_B: Tensor, end_BT: Tensor | None,
 ) -> None:  # fmt: skip
-    """Add gate * SQSK attention to the routed tokens of `reflexive_BTHE`, IN PLACE; the others are not touched.
+    """Add the contextual stream to `reflexive_BTHE`, IN PLACE: gate * SQSK attention to the routed tokens, the others
+    not being touched, or, with end_BT, what each token reads of the routed ones' keys and gated values.
 
-    index_BK, count_B: of `route`. held_B given: k_BPGE and v_BPGE are the sparse store, as in `sqsk_attention`. None:
-    they are this call's keys and values in token order (P = T).
+    index_BK, count_B: of `route`. held_B given: k_BPGE and v_BPGE are the sparse store, as in `sqsk_attention`, with
+    the values gated where every token reads. None: they are this call's keys and values in token order (P = T).
+    first_BN: of `sqsk_attention`, for the K routed tokens or, with end_BT, for all T.
     """
-    token = index_BK.clamp(min=0)[..., None, None].expand(-1, -1, *q_BTHE.shape[2:])
     if held_B is None:
+        v_BPGE = v_BPGE if end_BT is None else gated_values(v_BPGE, gate_BT)
         k_BPGE, v_BPGE = (take_rows.reference(x, index_BK, index_BK) for x in (k_BPGE, v_BPGE))
-    out_BKHE, _ = sqsk_attention.reference(q_BTHE.gather(1, token), k_BPGE, v_BPGE, first_BK, held_B, count_B)
+    kept = k_BPGE, v_BPGE, first_BN, held_B, count_B, end_BT
+    if end_BT is not None:
+        reflexive_BTHE.add_(sqsk_attention.reference(q_BTHE, *kept)[0])
+        return
+    token = index_BK.clamp(min=0)[..., None, None].expand(-1, -1, *q_BTHE.shape[2:])
+    out_BKHE, _ = sqsk_attention.reference(q_BTHE.gather(1, token), *kept)
     weight_BK = torch.where(index_BK >= 0, gate_BT.gather(1, token[..., 0, 0]), 0)
     added_BKHE = (out_BKHE * weight_BK[..., None, None]).to(reflexive_BTHE.dtype)
     reflexive_BTHE.scatter_add_(1, token, torch.where(weight_BK[..., None, None] > 0, added_BKHE, 0))
@@ -706,19 +730,20 @@ def read_slots(kept_BPGE, scales_BPG, dtype):
 @operation(*KEPT)
 def extend(
     k_BTGE: Tensor, v_BTGE: Tensor, position_BT: Tensor, start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor,
-    index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor,
-    keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor,
-    key_scales_BPG: Tensor, value_scales_BPG: Tensor,
+    index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, gate_BT: Tensor | None,
+    ring_k_BWGE: Tensor, ring_v_BWGE: Tensor, keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor,
+    held_B: Tensor, document_slot_B: Tensor, key_scales_BPG: Tensor, value_scales_BPG: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a call leaves to the next: its last tokens in the window's ring, its routed tokens in the sparse store.
 
     k_BTGE, v_BTGE: of `split_heads`. position_BT: position ids, first dimension 1 or B. seen_B: real tokens before
-    this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. ring_* [B, W, G, E]: of
+    this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. gate_BT: that of
+    `route` where every token reads, as values are stored times their gates then; else None. ring_* [B, W, G, E]: of
     `local_attention`. keys, values [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot
     takes discarded writes. held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B
     (int32): the first slot of each row's document. *_scales_BPG: of `quantize`, where keys and values are of a
     dtype of `LEVELS` (of 16, they are [B, P + 1, G, E / 2]), else unused. Ring and store are written IN PLACE.
-    Returns, int32, first_BK of `sqsk_attention`; slots held before, and tokens of this call that have one (the latest
+    Returns, int32, first_BN of `sqsk_merge`; slots held before, and tokens of this call that have one (the latest
     are left out of a full store) [2, B]; and the next call's `held_B` and `document_slot_B`, each in memory of its
     own, as a compiled call asks of what it writes; empty ones for a layer that routes nothing.
     """
@@ -738,13 +763,15 @@ def extend(
     slot_BK = torch.where(slot_K < kept_B[:, None], before_B[:, None] + slot_K, P)
     at = (torch.arange(B, device=held_B.device)[:, None], slot_BK.long())
     write_slots(keys_BPGE, key_scales_BPG, at, take_rows.reference(k_BTGE, index_BK, slot_BT))
+    v_BTGE = v_BTGE if gate_BT is None else gated_values(v_BTGE, gate_BT)
     write_slots(values_BPGE, value_scales_BPG, at, take_rows.reference(v_BTGE, index_BK, slot_BT))
     position_BK = position_BT.expand_as(slot_BT).gather(1, index_BK.clamp(min=0))
     positions_BP.index_put_(at, position_BK.to(positions_BP.dtype))
-    first_BK = first_slot(index_BK, slot_BT, start_BT, held_B, document_slot_B)
+    read = index_BK if gate_BT is None else None
+    first_BN = first_slot(read, slot_BT, start_BT, held_B, document_slot_B)
     last_B1 = torch.full_like(slot_BT[:, :1], slot_BT.shape[1] - 1)
     document_B = first_slot(last_B1, slot_BT, start_BT, held_B, document_slot_B)[:, 0]
-    return first_BK, torch.stack([before_B, kept_B]), after_B, document_B
+    return first_BN, torch.stack([before_B, kept_B]), after_B, document_B
 
 
 @operation()
@@ -765,17 +792,18 @@ def attend_token(
     q_linear_BTHE: Tensor, k_linear_BTGE: Tensor, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, head_BTX: Tensor,
     log_rate_H: Tensor, rate_bias_H: Tensor, least: float, norm_E: Tensor, eps: float, position_BT: Tensor,
     start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor, score_BT: Tensor | None, bias: Tensor | None,
-    noise_floor: float, initial: int, state_BHEE: Tensor, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor, keys_BPGE: Tensor,
-    values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor, key_scales_BPG: Tensor,
-    value_scales_BPG: Tensor,
+    noise_floor: float, initial: int, every: bool, state_BHEE: Tensor, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor,
+    keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor,
+    key_scales_BPG: Tensor, value_scales_BPG: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Both streams of a single token (T = 1): linear attention, window, and gate * SQSK attention where it is routed.
+    """Both streams of a single token (T = 1): linear attention, window, and what `sqsk_merge` adds.
 
     q_linear, k_linear, q, k, v: of `split_heads`. head_BTX: of `project_token`. log_rate, rate_bias, least: of
     `log_decay`. norm_E, eps: of `reflexive_merge`. score_BT, bias, noise_floor, initial: of `route`, score None for a
-    layer that routes nothing. The rest is that of `extend`. State, ring, store and counts are updated IN PLACE. A
-    routed token without a free slot is counted and else treated as not routed; the output of padding (length 0) means
-    nothing. Returns the sum [B, 1, H, E] in q's dtype and slot_BT (int64), 0 for a token that has a slot, else -1.
+    layer that routes nothing. every: whether each token reads, and values are stored gated. The rest is that of
+    `extend`. State, ring, store and counts are updated IN PLACE. A routed token without a free slot is counted and
+    else treated as not routed; the output of padding (length 0) means nothing. Returns the sum [B, 1, H, E] in q's
+    dtype and slot_BT (int64), 0 for a token that has a slot, else -1.
     """
     decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
     decay_BTH = log_decay(decay_BTH, log_rate_H, rate_bias_H, least)
@@ -791,9 +819,10 @@ def attend_token(
         gate_BT, index_BK, slot_BT, count_B, _ = route.reference(
             score_BT, bias, start_BT, length_B, noise_floor, initial, 1
         )
-    first_BK, numbers_2B, after_B, document_B = extend.reference(
-        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, *ring, keys_BPGE,
-        values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+    first_BN, numbers_2B, after_B, document_B = extend.reference(
+        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B,
+        gate_BT if every else None, *ring, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B,
+        key_scales_BPG, value_scales_BPG,
     )  # fmt: skip
     if score_BT is None:
         return merged_BTHE, slot_BT
@@ -801,7 +830,8 @@ def attend_token(
     held_B.copy_(after_B)
     document_slot_B.copy_(document_B)
     kv = (read_slots(keys_BPGE, key_scales_BPG, q_BTHE.dtype), read_slots(values_BPGE, value_scales_BPG, q_BTHE.dtype))
-    sqsk_merge.reference(merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, before_B, kept_B)
+    end_BT = end_slot(slot_BT) if every else None
+    sqsk_merge.reference(merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BN, before_B, kept_B, end_BT)
     return merged_BTHE, torch.where(kept_B[:, None] > 0, slot_BT, -1)
 
 
@@ -859,15 +889,16 @@ compiled_flex_attention = cache(partial(torch.compile, flex_attention))  # made 
 def _flex(q_BTHE, k_BSGE, v_BSGE, blocks, visible):
     attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
+    mask = _block_mask(*blocks, visible, (q.shape[2], k.shape[2]))
     out, aux = attend(
-        q, k, v, block_mask=_block_mask(*blocks, visible, q.shape[2]), enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1],
         # Fewer than 128 queries would go to a kernel for decoding, which inductor does not find for masks of ours
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True}, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
-def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visible, length):
+def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visible, lengths):
     """`BlockMask` of key blocks per query block, the same for all heads; the full ones (or None) need no mask.
 
     FlexAttention's kernels take the tensors for row-major, also in the head dimension of size 1, where inductor lays
@@ -881,14 +912,13 @@ def _block_mask(counts_BN, indices_BNM, full_counts_BN, full_indices_BNM, visibl
         return x.as_strided(x.shape, strides)
 
     tensors = (None if x is None else row_major(x) for x in (counts_BN, indices_BNM, full_counts_BN, full_indices_BNM))
-    return BlockMask.from_kv_blocks(*tensors, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length))
+    return BlockMask.from_kv_blocks(*tensors, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=lengths)
 
 
-def _blocks(first_BN, last_BN):
-    """Counts and indices of the key blocks first .. last (both included) of each query block."""
-    N = first_BN.shape[1]
-    index_BNM = first_BN[..., None] + torch.arange(N, device=first_BN.device)
-    return (last_BN - first_BN + 1).clamp(min=0), index_BNM.clamp(max=N - 1)
+def _blocks(first_BN, last_BN, M):
+    """Counts and indices of the key blocks first .. last (both included), of M, of each query block."""
+    index_BNM = first_BN[..., None] + torch.arange(M, device=first_BN.device)
+    return (last_BN - first_BN + 1).clamp(min=0), index_BNM.clamp(max=M - 1)
 
 
 @local_attention.flex
@@ -906,28 +936,28 @@ def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B
         near = (key <= query) & (key > query - window)
         return near if start_BT is None else near & (key >= start_BT[b, query])
 
-    return _flex(q_BTHE, k_BTGE, v_BTGE, (*_blocks(first_BN, block_N.expand(B, N)), None, None), visible)
+    return _flex(q_BTHE, k_BTGE, v_BTGE, (*_blocks(first_BN, block_N.expand(B, N), N), None, None), visible)
 
 
 @sqsk_attention.flex
-def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
-    """Compacted causal attention; blocks past a row's count are not visited, so no [K, K] mask exists."""
+def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK):
+    """Only blocks of keys that a block of queries sees are visited, so no [K, P] mask exists."""
     if held_B is not None:
-        return sqsk_attention.reference(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B)
-    B, K = q_BKHE.shape[:2]
-    N = -(-K // FLEX_BLOCK)
-    block_N = torch.arange(N, device=q_BKHE.device)
-    used_BN = block_N * FLEX_BLOCK < count_B[:, None]
+        return sqsk_attention.reference(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK)
+    K, P = q_BKHE.shape[1], k_BPGE.shape[1]
+    slot_K, own = torch.arange(K, device=q_BKHE.device), end_BK is None
+    end_BK = torch.where(slot_K < count_B[:, None], slot_K + 1, 0) if own else end_BK.minimum(count_B[:, None])
+    end_BNX = F.pad(end_BK, (0, -K % FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK))
+    last_BN, M = (end_BNX.amax(-1) - 1) // FLEX_BLOCK, -(-P // FLEX_BLOCK)
     if first_BK is None:
-        full = torch.where(used_BN, block_N, 0), block_N.expand(B, N, N)
-        blocks = (used_BN, block_N[:, None].expand(B, N, N), *full)
+        full_BN = end_BNX.amin(-1) // FLEX_BLOCK
+        blocks = (*_blocks(full_BN, last_BN, M), *_blocks(torch.zeros_like(full_BN), full_BN - 1, M))
     else:
-        first_BN = first_BK[:, ::FLEX_BLOCK] // FLEX_BLOCK
-        blocks = (*_blocks(first_BN, torch.where(used_BN, block_N, -1)), None, None)
+        blocks = (*_blocks(first_BK[:, ::FLEX_BLOCK] // FLEX_BLOCK, last_BN, M), None, None)
 
     def visible(b, h, query, key):
-        causal = key <= query
-        return causal if first_BK is None else causal & (key >= first_BK[b, query])
+        seen = key <= query if own else key < end_BK[b, query]
+        return seen if first_BK is None else seen & (key >= first_BK[b, query])
 
     return _flex(q_BKHE, k_BPGE, v_BPGE, blocks, visible)
 
@@ -936,6 +966,6 @@ def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B):
 def _(q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, count_B):
     take = take_rows.form("train")
     rows = (take(x, index_BK, slot_BT) for x in (q_BTHE, k_BTGE, v_BTGE))
-    out_BKHE, lse_BKH = sqsk_attention(*rows, first_BK, None, count_B, backend="flex")
+    out_BKHE, lse_BKH = sqsk_attention(*rows, first_BK, None, count_B, None, backend="flex")
     out_BTHE = take(out_BKHE, slot_BT, index_BK) * gate_BT[..., None, None].to(out_BKHE.dtype)
     return out_BTHE, out_BKHE.detach(), lse_BKH.detach()

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
-from ..operations_hspmn import EVERY_TOKEN, IGNORED, REGISTRY, compact, quantize
+from ..operations_hspmn import EVERY_TOKEN, IGNORED, REGISTRY, compact, end_slot, first_slot, quantize
 from .timing import LeftOut, measure
 
 CHECKED_QUERIES = 512  # the last ones of the last row, over all their keys
@@ -216,51 +216,67 @@ def _reflexive_merge(m, kind=None, cached=False):
     return *_local_attention(m, kind, cached), m.normal(m.B, m.T, m.H, m.E), gate_BTH, *m.norm(m.E)
 
 
+EVERY = {"every": {"every": True}, "every_packed": {"every": True, "packed": True}}  # token reads
+
+
 @variants("sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
-          token={"cached": True, "T": 1})  # fmt: skip
-def _sqsk_attention(m, packed=False, cached=False, T=None):
+          token={"cached": True, "T": 1}, **EVERY, every_continued={"every": True, "cached": True})  # fmt: skip
+def _sqsk_attention(m, packed=False, cached=False, T=None, every=False):
     K, P = T or m.T, m.P * cached
     held_B, count_B = m.slots(P, P // 2, 0), m.slots(K, (K + 2) // 3, 0, max(K - 1, 1))
-    hidden_BP = ~m.upto(K + P, held_B + count_B)
-    first_BK = m.first(K, P // 2, held_B) if packed else None
-    args = (m.heads(K)[0], *m.heads(K + P)[1:], first_BK, held_B if cached else None, count_B)
-    return Case(args, {}, {"q_BKHE": ~m.upto(K, count_B), "k_BPGE": hidden_BP, "v_BPGE": hidden_BP})
+    first_BK, end_BK, S, unread = m.first(K, P // 2, held_B) if packed else None, None, K, {}
+    if every:
+        index_BK, slot_BT, count_B = m.route(K)
+        S, end_BK = index_BK.shape[1], end_slot(slot_BT)
+        first_BK = first_slot(None, slot_BT, m.start("packed")) if packed else None
+    else:
+        unread["q_BKHE"] = ~m.upto(K, count_B)
+    unread |= dict.fromkeys(("k_BPGE", "v_BPGE"), ~m.upto(S + P, held_B + count_B))
+    args = (m.heads(K)[0], *m.heads(S + P)[1:], first_BK, held_B if cached else None, count_B, end_BK)
+    return Case(args, {}, unread)
 
 
 @variants("sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
-          token={"cached": True, "T": 1})  # fmt: skip
-def _sqsk_merge(m, packed=False, cached=False, T=None):
+          token={"cached": True, "T": 1}, **EVERY, every_store={"every": True, "cached": True},
+          every_token={"every": True, "cached": True, "T": 1})  # fmt: skip
+def _sqsk_merge(m, packed=False, cached=False, T=None, every=False):
     T, P, held_B = T or m.T, m.P * cached, m.slots(m.P, m.P // 2, 0) if cached else None
     (q_BTHE, *kv), (index_BK, slot_BT, count_B) = m.heads(T), m.route(T)
-    K, unread = index_BK.shape[1], dict.fromkeys(("q_BTHE", "k_BPGE", "v_BPGE"), slot_BT < 0)
+    K, unread = index_BK.shape[1], dict.fromkeys(("k_BPGE", "v_BPGE"), slot_BT < 0)
     if cached:  # a store without its spare slot
         kv = [x[:, :-1] for x in m.heads(P + K + 1)[1:]]
         unread |= dict.fromkeys(("k_BPGE", "v_BPGE"), ~m.upto(P + K, held_B + count_B))
-    first_BK = m.first(K, P // 2, held_B) if packed else None
+    if every:
+        first_BN = first_slot(None, slot_BT, m.start("packed")) if packed else None
+    else:
+        unread, first_BN = unread | {"q_BTHE": slot_BT < 0}, m.first(K, P // 2, held_B) if packed else None
     merged_BTHE, gate_BT = m.normal(m.B, T, m.H, m.E), torch.rand(m.B, T, device=m.device)
-    return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BK, held_B, count_B), {}, unread)
+    end_BT = end_slot(slot_BT) if every else None
+    return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BN, held_B, count_B, end_BT), {}, unread)
 
 
 @variants("contextual", plain={}, packed={"packed": True})
 def _contextual(m, packed=False):
-    (_, gate_BT, *qkv, index_BK, first_BK, _, count_B), _, unread = _sqsk_merge(m, packed)
+    (_, gate_BT, *qkv, index_BK, first_BK, _, count_B, _), _, unread = _sqsk_merge(m, packed)
     slot_BT = compact(~unread["q_BTHE"], index_BK.shape[1])[1]
     unread = dict.fromkeys(("q_BTHE", "k_BTGE", "v_BTGE", "gate_BT"), slot_BT < 0)
     return Case((*qkv, gate_BT, index_BK, slot_BT, first_BK, count_B), {}, unread)
 
 
 @variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
-          int8={"whole": torch.int8}, full={"full": True}, window={"routed": False},
-          int4={"whole": torch.uint8})  # fmt: skip
-def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True):
+          int8={"whole": torch.int8, "every": True}, full={"full": True}, window={"routed": False},
+          every={"kind": "packed", "every": True}, int4={"whole": torch.uint8})  # fmt: skip
+def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True, every=False):
     """full: the store overflows in the first row, and has overflowed in the second."""
     length_B = m.length(padded)
     held_B = m.slots(m.P - 1, m.P + 2, 5) if full else m.slots(m.P // 2, m.P // 3, 0)
     store, compared = m.store(held_B, whole)
     position_BT = torch.arange(m.T, device=m.device).expand(m.B, m.T) + 7
     place, route = (position_BT, m.start(kind, 3, length_B), length_B, m.rows(50, 3, 0)), m.route(m.T, length_B)
-    compared |= {0: m.upto(route[0].shape[1], route[2])} if routed else {}
-    return Case((*m.heads(m.T)[1:], *place, *(route if routed else (None,) * 3), *m.rings(), *store), compared)
+    compared |= {0: m.upto(route[0].shape[1], route[2])} if routed and not every else {}
+    gate_BT = torch.rand(m.B, m.T, device=m.device) if every else None
+    route = (*route, gate_BT) if routed else (None,) * 4
+    return Case((*m.heads(m.T)[1:], *place, *route, *m.rings(), *store), compared)
 
 
 @variants("place", counted={}, given={"given": "rows"}, shared={"given": "shared"})
@@ -274,8 +290,9 @@ def _place(m, given=None):
 
 
 @variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
-          int8={"whole": torch.int8}, full={"full": True}, int4={"whole": torch.uint8})  # fmt: skip
-def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=False):
+          int8={"whole": torch.int8}, full={"full": True}, every={"every": True, "padded": True},
+          every_int8={"every": True, "whole": torch.int8, "full": True}, int4={"whole": torch.uint8})  # fmt: skip
+def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=False, every=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
     Slots outside of a row's document are not read, neither in the store nor in the window."""
     (q_linear, k_linear, _), heads = m.heads(1), m.heads(1)
@@ -292,7 +309,8 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=Fals
     fixed = (m.wide(m.B, 1, 2 * m.H), m.wide(m.H) - 2, 4 * m.wide(m.H), 0.125, *m.norm(m.E))
     place = (torch.arange(m.B, device=m.device)[:, None] + 1000, start_B[:, None], length_B, seen_B)
     router = (score_BT, bias) if routed else (None, None)
-    args = (*features, *heads, *fixed, *place, *router, 0.05, initial, m.wide(m.B, m.H, m.E, m.E), *m.rings(), *store)
+    router = (*router, 0.05, initial, every)
+    args = (*features, *heads, *fixed, *place, *router, m.wide(m.B, m.H, m.E, m.E), *m.rings(), *store)
 
     ring = ("ring_k_BWGE", "ring_v_BWGE")
     kept = ("keys_BPGE", "values_BPGE") if whole is None else ("key_scales_BPG", "value_scales_BPG")

@@ -13,6 +13,7 @@ VARIANTS = {  # every feature of a block, in as few models as tell them apart
     "elu": {"linear_attention": "elu"},
     "sinks": {"num_sink_tokens": 2, "routed_intermediate_size": 24, "linear_attention_horizon": 6},
     "dense": {"sparsity_k": [1.0, 0.0, 0.3], "num_key_value_heads": 4, "router_initial_tokens": 6},
+    "all": {"contextual_readers": "all", "router_initial_tokens": 2},
     "reflexive": {"sparsity_k": 0.0},
     "bare": {"sliding_window": 0, "conv_kernel_size": 1, "linear_attention": "elu", "sparsity_k": 0.3},
 }

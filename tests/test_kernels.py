@@ -140,14 +140,16 @@ WAYS = [  # by operation and variant: what the size of the chip or the layout of
     *(("swiglu", "plain", PRODUCT._replace(T=T), descriptors(True) | THREE) for T in (128, 300)),
     *((operation, variant, SMALL, descriptors(not CUDA)) for operation, variants in (
         ("linear_attention", ("state", "packed_padded")), ("local_attention", ("plain", "packed_ring")),
-        ("reflexive_merge", ("packed",)), ("sqsk_attention", ("plain", "continued")), ("sqsk_merge", ("packed",)),
+        ("reflexive_merge", ("packed",)),
+        ("sqsk_attention", ("plain", "continued", "every")), ("sqsk_merge", ("packed", "every_packed")),
     ) for variant in variants),
     *(("linear_attention", variant, SMALL, {"_segments": lambda *_: 3} | descriptors(on))
       for variant, on in (("row", False), ("packed_padded", False), ("state", True))),
     *(("route", variant, SMALL, {"ROUTE_WHOLE": 8, "ROUTE_BLOCK": 16}) for variant in CASES["route"]),
     ("split_heads", "continued", SMALL, {"processors": lambda device: 1000}),
     ("token_losses", "ignored", SMALL._replace(T=9, N=50), {"LOSS_BLOCK": 16}),
-    *((operation, "token", LONG, MANY) for operation in ("sqsk_attention", "sqsk_merge")),
+    ("sqsk_attention", "token", LONG, MANY),
+    *(("sqsk_merge", variant, LONG, MANY) for variant in ("token", "every_token")),
     *(("attend_token", variant, LONG, MANY | {"attend_token_config": several_blocks})
       for variant in CASES["attend_token"]),
 ]  # fmt: skip
@@ -287,6 +289,8 @@ def test_the_reference_trains_what_kernels_do_not_take(operation, variant):
     ("local_attention", "plain", descriptors(not CUDA)),
     ("sqsk_attention", "plain", descriptors(not CUDA)),  # blocks without a mask
     ("sqsk_attention", "packed", descriptors(CUDA)),
+    ("sqsk_attention", "every", descriptors(not CUDA)),
+    ("sqsk_attention", "every_packed", descriptors(CUDA)),
     # segments, whose borders many paths cross
     ("linear_attention", "documents", {"_segments": lambda *_: 3} | descriptors(False)),
     ("linear_attention", "plain", {"_segments": lambda *_: 2} | descriptors(True)),

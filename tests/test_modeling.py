@@ -32,6 +32,7 @@ from transformers.utils import logging
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 NO_ROPE = {"rope_type": "proportional", "partial_rotary_factor": 0.0}
 variants = pytest.mark.parametrize("variant", VARIANTS)
+readers = pytest.mark.parametrize("readers", ["routed", "all"])
 checkpointing = pytest.mark.parametrize("reentrant", [False, True])
 
 
@@ -246,9 +247,10 @@ def test_packed_and_padded_at_once(tiny_model):
         torch.testing.assert_close(logits[:, document], feed(model, ids[:, document])[0], **CLOSE)
 
 
+@readers
 @checkpointing
-def test_packed_gradients_equal_those_of_documents_alone_under_checkpointing(tiny_model, reentrant):
-    options = {"capacity_factor": 100.0, "router_bias_rate": 0.0}
+def test_packed_gradients_equal_those_of_documents_alone_under_checkpointing(tiny_model, reentrant, readers):
+    options = {"capacity_factor": 100.0, "router_bias_rate": 0.0, "contextual_readers": readers}
     packed, alone = tiny_model(**options).train(), tiny_model(**options).train()
     packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ids = tokens(1, 24)
@@ -259,9 +261,11 @@ def test_packed_gradients_equal_those_of_documents_alone_under_checkpointing(tin
     assert_same_gradients(packed, gradients(alone), rtol=1e-3, atol=1e-3)
 
 
+@readers
 @pytest.mark.parametrize("padding", [None, (slice(None), slice(6)), (1, slice(None))], ids=["none", "left", "row"])
-def test_gradients_are_finite_and_padding_gets_none(tiny_model, padding):
-    model, ids = tiny_model(num_sink_tokens=1, routed_intermediate_size=8).train(), tokens(3, 20)
+def test_gradients_are_finite_and_padding_gets_none(tiny_model, padding, readers):
+    options = {"num_sink_tokens": 1, "routed_intermediate_size": 8, "contextual_readers": readers}
+    model, ids = tiny_model(**options).train(), tokens(3, 20)
     mask = torch.ones(3, 20, dtype=torch.long)
     if padding:
         mask[padding] = 0
@@ -385,8 +389,10 @@ def test_bias_moves_once_under_gradient_checkpointing(tiny_model, reentrant):
     assert_same_gradients(checkpointed, gradients(plain), rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_real_tokens_decide_mask_and_load_and_carry_a_gradient_to_the_router(tiny_model):
-    model, ids, mask = tiny_model(), tokens(2, 40), left_padded(2, 40, 21)
+@readers
+def test_scores_of_real_tokens_decide_mask_and_load_and_carry_a_gradient_to_the_router(tiny_model, readers):
+    options = {"contextual_readers": readers, "router_load_entropy_coef": 0.0}
+    model, ids, mask = tiny_model(**options), tokens(2, 40), left_padded(2, 40, 21)
     outputs = model(ids, attention_mask=mask, labels=ids)
     for layer in (0, 2):
         decided = (outputs.router_scores[layer] + model.model.layers[layer].router.bias > 0) & mask.bool()
@@ -501,9 +507,11 @@ def test_aux_loss_and_its_gradient_are_those_of_both_weighted_entropies_per_laye
     torch.testing.assert_close(outputs.loss, cross_entropy(outputs, labels))
 
 
+@readers
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_topk_routes_the_k_highest_tokens_of_a_row_and_no_padding(tiny_model, training):
-    model, mask = tiny_model(router_mode="topk", sparsity_k=0.2).train(training), left_padded(3, 50, 43)
+def test_topk_routes_the_k_highest_tokens_of_a_row_and_no_padding(tiny_model, training, readers):
+    model = tiny_model(router_mode="topk", sparsity_k=0.2, contextual_readers=readers).train(training)
+    mask = left_padded(3, 50, 43)
     outputs = model(tokens(3, 50), attention_mask=mask)
     routed = outputs.router_mask
     assert routed.sum(-1).tolist() == [[7, 10, 10]] * 3 and not routed[:, mask == 0].any()
@@ -891,8 +899,10 @@ def test_resized_embeddings_train_and_keep_old_logits(tiny_model):
     assert model(new_ids, labels=new_ids).loss.isfinite()
 
 
-def test_training_forward_may_return_a_cache_and_still_learn(tiny_model):
-    model, ids = tiny_model(capacity_factor=100.0, router_bias_rate=0.0).train(), tokens(2, 30)
+@readers
+def test_training_forward_may_return_a_cache_and_still_learn(tiny_model, readers):
+    options = {"capacity_factor": 100.0, "router_bias_rate": 0.0, "contextual_readers": readers}
+    model, ids = tiny_model(**options).train(), tokens(2, 30)
     model(ids, labels=ids).loss.backward()
     expected = gradients(model)
     model.zero_grad()

@@ -192,22 +192,26 @@ def test_local_attention_is_masked_attention_over_the_window_and_merges_with_the
 @PROPERTY
 @given(st.data())
 def test_sqsk_is_plain_masked_attention_at_the_original_positions(data):
-    """From tokens and, added to the reflexive stream, from the store; earlier slots are seen where the row reaches."""
+    """Of routed tokens or of all, from tokens and, added to the reflexive stream, from the store."""
     B, T, G, R, E = data.draw(attention_shapes(30))
     q, k, v = query_key_value(B, T, G, R, E)
-    routed, start = data.draw(masks(B, T)), data.draw(documents(B, T, past=0))
-    index, slot, count = ops.compact(routed, max(1, int(routed.sum(1).max()) + data.draw(st.integers(0, 2))))
-    first = ops.first_slot(index, slot, start)
-    token = torch.arange(T)
-    visible = (token <= token[:, None]) & (token >= start[..., None]) & routed[:, None] & routed[..., None]
-    expected, _ = naive_attention(q, k, v, visible)
+    start, every = data.draw(documents(B, T, past=0)), data.draw(st.booleans())
+    index, slot, count = ops.compact(data.draw(masks(B, T)), data.draw(st.integers(1, T + 2)))
+    reflexive, gate = normal(B, T, G * R, E, seed=5), normal(B, T, seed=6).sigmoid()
+    first, end = ops.first_slot(None if every else index, slot, start), ops.end_slot(slot) if every else None
+    read = v * gate[..., None, None] if every else v
+    token, routed = torch.arange(T), slot >= 0
+    visible = (token <= token[:, None]) & (token >= start[..., None]) & routed[:, None]
+    expected, _ = naive_attention(q, k, read, visible if every else visible & routed[..., None])
     with mock.patch.object(ops, "QUERY_SPAN", data.draw(st.sampled_from([3, 1024]))):
-        out, _ = ops.sqsk_attention.reference(*(ops.take_rows(x, index, slot) for x in (q, k, v)), first, None, count)
-        torch.testing.assert_close(ops.take_rows(out, slot, index), expected, **EXACT)
-        reflexive, gate = normal(B, T, G * R, E, seed=5), normal(B, T, seed=6).sigmoid()
+        kept = [ops.take_rows(x, index, slot) for x in (k, read)]
+        queries = q if every else ops.take_rows(q, index, slot)
+        out, _ = ops.sqsk_attention.reference(queries, *kept, first, None, count, end)
+        torch.testing.assert_close(out if every else ops.take_rows(out, slot, index), expected, **EXACT)
         merged = reflexive.clone()
-        ops.sqsk_merge.reference(merged, gate, q, k, v, index, first, None, count)
-    torch.testing.assert_close(merged, reflexive + gate[..., None, None] * expected, **EXACT)
+        ops.sqsk_merge.reference(merged, gate, q, k, v, index, first, None, count, end)
+    added = expected if every else gate[..., None, None] * expected
+    torch.testing.assert_close(merged, reflexive + added, **EXACT)
 
 
 @PROPERTY
@@ -218,7 +222,7 @@ def test_sinks_are_concatenated_keys(data):
     q, k, v = query_key_value(B, T, G, R, E)
     sink_k, sink_v = normal(N, G, E, seed=3), normal(N, G, E, seed=4)
     count = torch.full((B,), data.draw(st.integers(0, T)))  # the other rows see the sinks alone
-    out = ops.add_sinks(*ops.sqsk_attention.reference(q, k, v, None, None, count), q, sink_k, sink_v)
+    out = ops.add_sinks(*ops.sqsk_attention.reference(q, k, v, None, None, count, None), q, sink_k, sink_v)
     keys, values = (torch.cat([s.expand(B, N, G, E), x], 1) for s, x in ((sink_k, k), (sink_v, v)))
     token = torch.arange(T)
     visible = ((token <= token[:, None]) & (token[:, None] < count[0])).expand(B, T, T)
@@ -233,7 +237,7 @@ def test_rows_that_see_nothing_give_zeros_and_sinks_have_finite_gradients_there(
     seen = torch.arange(4) < count[:, None]
 
     def attend(q, k, v):
-        return ops.sqsk_attention.reference(q, k[:, :keys], v[:, :keys], None, None, count)
+        return ops.sqsk_attention.reference(q, k[:, :keys], v[:, :keys], None, None, count, None)
 
     def attend_with_sinks(q, k, v, *sink):
         return ops.add_sinks(*attend(q, k, v), q, *sink)
@@ -279,8 +283,8 @@ def test_extend_keeps_each_rows_last_and_routed_tokens(data):
         start, length, wanted = data.draw(documents(B, T)), data.draw(lengths(B, T)), data.draw(masks(B, T))
         start, wanted = unpadded(start, length), wanted & (torch.arange(T) < length[:, None])
         first, numbers, held, document = ops.extend.reference(
-            *kv, position, start, length, seen, *ops.compact(wanted, T), *ring, *store, positions, held, document,
-            *torch.zeros(2, B, 1, G),
+            *kv, position, start, length, seen, *ops.compact(wanted, T), None, *ring, *store, positions, held,
+            document, *torch.zeros(2, B, 1, G),
         )  # fmt: skip
         for row in range(B):
             fresh, before = wanted[row].nonzero()[:, 0].tolist(), len(kept[row])
@@ -379,7 +383,8 @@ def test_tokens_are_placed_after_the_last_or_begin_a_document(position, kind):
     torch.testing.assert_close(got, (angle.cos() * 1.5, angle.sin() * 1.5, start, places))
 
 
-def test_attend_token_by_token_is_one_call():
+@pytest.mark.parametrize("every", [False, True], ids=["routed", "all"])
+def test_attend_token_by_token_is_one_call(every):
     """Documents that begin in between, padding, and a store that is too small for one row included."""
     B, T, G, R, E, W, P = 3, 12, 2, 2, 4, 5, 4
     q_linear, k_linear, _ = query_key_value(B, T, G, R, E)
@@ -396,7 +401,7 @@ def test_attend_token_by_token_is_one_call():
         ops.attend_token.reference(
             *(x[:, t : t + 1] for x in (q_linear, k_linear, q, k, v, head)), rate, rate, 0.1, norm, 1e-6,
             position[:, t : t + 1], start[:, t : t + 1] - t, (length - t).clamp(0, 1), length.clamp(max=t),
-            score[:, t : t + 1], bias, 0.3, 1, *caches[0],
+            score[:, t : t + 1], bias, 0.3, 1, every, *caches[0],
         ) for t in range(T)
     ), strict=True)  # fmt: skip
     state, ring_k, ring_v, keys, values, *counts = caches[1]
@@ -405,8 +410,9 @@ def test_attend_token_by_token_is_one_call():
     window = (q, k, v, start, W, ring_k, ring_v, zeros)
     merged = ops.reflexive_merge.reference(*window, linear, head[..., G * R :], norm, 1e-6)
     gate, *route_of, _ = ops.route.reference(score, bias, start, length, 0.3, 1, T)
+    route_of, end = (*route_of, gate if every else None), ops.end_slot(route_of[1]) if every else None
     first, (used, kept), *now = ops.extend.reference(k, v, position, start, length, zeros, *route_of, *caches[1][1:])
-    ops.sqsk_merge.reference(merged, gate, q, keys[:, :-1], values[:, :-1], route_of[0], first, used, kept)
+    ops.sqsk_merge.reference(merged, gate, q, keys[:, :-1], values[:, :-1], route_of[0], first, used, kept, end)
     real, used = torch.arange(T) < length[:, None], torch.arange(P) < now[0].clamp(max=P)[:, None]
     found = torch.where(real & (route_of[1] >= 0) & (route_of[1] < P), 0, -1)
     assert (now[0] > P).any() and torch.equal(torch.cat(slots, 1), found)
