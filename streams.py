@@ -4,10 +4,10 @@
     python streams.py --lines 1000 --machine                           with lines of this machine's own logs between
 
 A stream is a function of its seed. Several hosts and services speak in turns and in bursts. An incident carries an id
-and details (source, session, account, port). A report, later, names an id and gives the details again; now and then it
-is that of a routine line. Ids, sessions, accounts and addresses of streams for testing are none of training's, by a
-hash of their text, and every line has an id, so that no line is in both. Some templates of incidents (`UNSEEN`) are
-never in training.
+and details (source, session, account, port). A report, later, names the id and gives one of them again, each at most
+once, so that nothing but the incident holds it; now and then a report is about a routine line. Ids, sessions, accounts
+and addresses of streams for testing are none of training's, by a hash of their text, and every line has an id, so that
+no line is in both. Some templates of incidents (`UNSEEN`) are never in training.
 """
 
 import gzip
@@ -89,7 +89,7 @@ WORDS = {
 WORDS = {name: text.split("|" if "|" in text else " ") for name, text in WORDS.items()}
 HOSTS = [f"{role}{number:02}" for role in ("web", "app", "db", "edge") for number in range(1, 9)]
 SPEAKERS, BURST = 4, 6  # hosts that speak at a time, and lines that one of them says on average
-ROUTINE_ASKED = 0.02  # reports about a routine line per report about an incident
+ROUTINE_ASKED = 0.02  # reports about routine lines per report about an incident, about
 ALIKE = 0.5  # share of ids that differ from an earlier one in one digit
 FIELD = re.compile(r"\{(\w+)\}")
 MACHINE_LOGS = ("/var/log/dpkg.log*", "/var/log/apt/history.log*", "/var/log/alternatives.log*", "/var/log/syslog*")
@@ -98,22 +98,23 @@ MACHINE_LOGS = ("/var/log/dpkg.log*", "/var/log/apt/history.log*", "/var/log/alt
 class Line(NamedTuple):
     """A line of a stream. text: with its line end. label: "routine", "incident", "report", or "other" for text of
     unknown worth. kind: of `INCIDENTS`, or the service. id and details: what a report may ask about the line, name to
-    value; of a report, the id it names and what it gives. answers: begin and end, in characters, of what it gives."""
+    value; of a report, the id it names and what it gives, which begins at character `given`."""
 
     text: str
     label: str
     kind: str
     id: str = ""
     details: dict = {}
-    answers: tuple = ()
+    given: int | None = None
 
 
 class LogStream:
     """Endless lines.
 
     seed: any text or number. test: whether values and kinds of incidents are those of testing. every: lines per
-    incident, at least 1. asked: reports per incident on average. lag: lines between an incident and a report at most,
-    drawn evenly in their logarithm. machine: lines of other logs, of which a run follows now and then.
+    incident, at least 1. asked: share of the details of incidents that a report gives again. lag: lines between an
+    incident and a report at most, drawn evenly in their logarithm. machine: lines of other logs, of which some follow
+    now and then.
     """
 
     def __init__(self, seed, test=False, every=50, asked=1.0, lag=1000, machine=()):
@@ -182,22 +183,17 @@ class LogStream:
         self.named.add(line.id)
         return line
 
-    def report(self, line):
-        """A later `Line` that names the id of `line` and gives its details in any order."""
-        text = f"{self._head('soc01', 'audit')}report id={line.id}"
-        answers, fields = [], self.random.sample([*line.details], len(line.details))
-        for field in fields:
-            text += f" {field}="
-            answers.append((len(text), len(text) + len(line.details[field])))
-            text += line.details[field]
-        details = {field: line.details[field] for field in fields}
-        return Line(f"{text}\n", "report", line.kind, line.id, details, tuple(answers))
+    def report(self, line, field=None):
+        """A later `Line` that names the id of `line` and gives one of its details, by default any."""
+        field = field or self.random.choice([*line.details])
+        text, value = f"{self._head('soc01', 'audit')}report id={line.id} {field}=", line.details[field]
+        return Line(f"{text}{value}\n", "report", line.kind, line.id, {field: value}, len(text))
 
     def __iter__(self):
-        due, random = [], self.random  # reports: the number of the line before which each stands, and what it is about
+        due, random = [], self.random  # reports: the number of the line before which each stands, and what it gives
         for number in count():
             if due and due[0][0] <= number:
-                yield self.report(heapq.heappop(due)[2])
+                yield self.report(*heapq.heappop(due)[2:])
                 continue
             if self.machine and random.random() < 1 / 200:
                 begin = random.randrange(len(self.machine))
@@ -206,10 +202,11 @@ class LogStream:
             incident = random.random() < 1 / self.every
             line = self.incident() if incident else self.routine()
             yield line
-            mean = self.asked if incident else self.asked * ROUTINE_ASKED / self.every
-            times = int(mean) + (random.random() < mean % 1) if line.details else 0
-            for again in range(times):
-                heapq.heappush(due, (number + 1 + int(self.lag ** random.random()), (number, again), line))
+            asked = self.asked if incident else self.asked * ROUTINE_ASKED / self.every
+            for again, field in enumerate(line.details):
+                if random.random() < asked:
+                    before = number + 1 + int(self.lag ** random.random())
+                    heapq.heappush(due, (before, 2 * number + again, line, field))
 
 
 def machine_logs():

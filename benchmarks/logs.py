@@ -55,21 +55,20 @@ from hspmn.tokens import fit_tokenizer, rows_of
 
 ARMS = {"hspmn": "hspmn", "random": "hspmn_random", "window": "hspmn", "full": "hspmn"}  # and models of `peers`
 TOKENIZER_LINES, DIGITS = 20_000, 3
-TRAINED_EVERY = (6, 48)  # lines per incident in training rows, drawn evenly in the logarithm
-ASKED = 3.0  # reports per incident there
+TRAINED_EVERY = (4, 32)  # lines per incident in training rows, drawn evenly in the logarithm
 TOKENS_PER_LINE = 28  # from below
 CALIBRATION = 65_536  # tokens on which biases are set
 REPORT_LINES = 4  # lines per report at the end of a test, about
 FULL = {
     "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 704}  # fmt: skip
-BASE = {  # RoPE as in the tests of needles: what is rotated slowly in training is not rotated at all
+BASE = {  # room for rows with many incidents; RoPE as for needles: what would turn slowly does not turn at all
+    "capacity_factor": 4.0,
     "rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}  # fmt: skip
 
 
 class Encoder:
-    """From lines to token ids. A report is cut at the details that it gives, where every tokenizer of these streams
-    cuts as well."""
+    """From lines to token ids. A report is cut before the detail that it gives, where its tokenizer cuts as well."""
 
     def __init__(self, vocab_size):
         lines = islice(LogStream("tokenizer", every=10, lag=100), TOKENIZER_LINES)
@@ -80,22 +79,17 @@ class Encoder:
         return self.tokenizer.backend_tokenizer.encode(text).ids
 
     def line(self, line):
-        """Token ids of a `Line`, and the number of the detail that each gives, from 1, or 0."""
-        ids, numbers, done = [], [], 0
-        for number, (begin, end) in enumerate(line.answers, 1):
-            for part, of in ((line.text[done:begin], 0), (line.text[begin:end], number)):
-                new = self.ids(part)
-                ids += new
-                numbers += [of] * len(new)
-            done = end
-        new = self.ids(line.text[done:])
-        return ids + new, numbers + [0] * len(new)
+        """Token ids of a `Line`, and begin and end of the detail that it gives, both its length if it gives none."""
+        if line.given is None:
+            return (ids := self.ids(line.text)), len(ids), len(ids)
+        head, detail = self.ids(line.text[: line.given]), self.ids(line.text[line.given : -1])
+        return head + detail + self.ids(line.text[-1:]), len(head), len(head) + len(detail)
 
 
 class LogRows(torch.utils.data.Dataset):
     """Training rows, int64 [2, length]: token ids, and which of them give a detail again. A row depends on seed and
-    number alone. Incidents are more frequent than later, and each is reported several times: of a row with one report
-    few tokens say anything about what to keep."""
+    number alone. Incidents are more frequent than in tests: of a row with one report few tokens say anything about
+    what to keep."""
 
     def __init__(self, encoder, rows, length, seed):
         self.encoder, self.rows, self.length, self.seed = encoder, rows, length, seed
@@ -109,12 +103,12 @@ class LogRows(torch.utils.data.Dataset):
         name, ids, given = f"{self.seed}/{index}", [], []
         low, high = map(math.log, TRAINED_EVERY)
         every = math.exp(Random(name).uniform(low, high))
-        for line in LogStream(name, every=every, asked=ASKED, lag=max(2, self.length // TOKENS_PER_LINE)):
-            new, numbers = self.encoder.line(line)
+        for line in LogStream(name, every=every, lag=max(2, self.length // TOKENS_PER_LINE)):
+            new, begin, end = self.encoder.line(line)
             ids += new
-            given += numbers
+            given += [int(begin <= place < end) for place in range(len(new))]
             if len(ids) >= self.length:
-                return torch.tensor([ids[: self.length], [int(number > 0) for number in given[: self.length]]])
+                return torch.tensor([ids[: self.length], given[: self.length]])
 
 
 class AskedStream:
@@ -122,7 +116,7 @@ class AskedStream:
     begins so many tokens, or up to two lines more, before. `every`: lines per other incident.
 
     ids: int64 [T]. line_T: number of the line of each token. labels, kinds: of each line. answers: begin and end of
-    every detail given, in tokens, and its distance. tail: tokens at the end that hold all reports, about.
+    every detail asked for, in tokens, and its distance. tail: tokens at the end that hold all reports, about.
     """
 
     def __init__(self, encoder, seed, distances, reports, every=50):
@@ -141,10 +135,9 @@ class AskedStream:
                 heapq.heappush(due, (here + wanted[0][1], here, line, wanted.pop(0)[1]))
             else:
                 line = stream.incident() if stream.random.random() < 1 / every else stream.routine()
-            ids, numbers = encoder.line(line)
-            for number in range(1, len(line.answers) + 1):
-                begin = here + numbers.index(number)
-                self.answers.append((begin, begin + numbers.count(number), distance))
+            ids, begin, end = encoder.line(line)
+            if distance is not None:
+                self.answers.append((here + begin, here + end, distance))
             self.ids += ids
             self.line_T += [len(self.labels)] * len(ids)
             self.labels.append(line.label)

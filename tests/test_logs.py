@@ -29,11 +29,9 @@ def stream(encoder):
 
 def test_cutting_at_details_leaves_the_tokens_as_they_are(encoder):
     for line in islice(LogStream("cut", test=True, every=2), 500):
-        ids, numbers = encoder.line(line)
+        ids, begin, end = encoder.line(line)
         assert ids == encoder.ids(line.text)
-        for number, value in enumerate(line.details.values() if line.answers else (), 1):
-            begin = numbers.index(number)
-            assert encoder.tokenizer.decode(ids[begin : begin + numbers.count(number)]) == value
+        assert encoder.tokenizer.decode(ids[begin:end]) == ("" if line.given is None else line.text[line.given : -1])
 
 
 def test_reports_stand_at_their_distance(encoder, stream):
@@ -56,7 +54,7 @@ def test_training_rows_mark_what_reports_give(encoder):
     rows = logs.LogRows(encoder, 8, 1024, 0)
     assert len(rows) == 8 and torch.equal(rows[3], rows[3]) and not torch.equal(rows[3], rows[4])
     ids_BT, given_BT = torch.stack(list(rows)).unbind(1)
-    assert ids_BT.shape == (8, 1024) and 0.02 < given_BT.float().mean() < 0.3
+    assert ids_BT.shape == (8, 1024) and 0.01 < given_BT.float().mean() < 0.2
     text = encoder.tokenizer.decode(ids_BT[given_BT > 0])
     assert not set(text) - set("0123456789.abcdefghijklmnopqrstuvwxyz")
 
