@@ -12,8 +12,9 @@ from .kernels_common_hspmn import (  # isort: skip
     DTYPES, GAIN, HEAD_WIDTHS, cdiv, check, dependent, from_start, kernel, power_of_2, processors,
     refuse_in_place, tl, triton,
 )  # fmt: skip
-from .operations_hspmn import add_norm, norm_heads, place, split_heads
+from .operations_hspmn import NEAR, add_norm, norm_heads, place, split_heads
 
+CLOSE, TURN = tl.constexpr(NEAR), tl.constexpr(math.tau)
 FEATURES = ("gated", "elu")
 MOST_HEAD_ROWS = 256  # of `norm_heads`, whose sums of all of them are one tile
 # Of the gradient: tokens and heads per program, channels per thread. H200, B=32, T=4096, 16/4 heads, E=128, bf16: 2.15
@@ -527,7 +528,11 @@ def place_kernel(
     if tl.program_id(0) == 0:
         tl.store(start + b, begun)
     tl.store(places + b * T + t, at, mask=t < T)
-    angle = at.to(tl.float32)[:, None] * tl.load(frequency + f, mask=f < E // 2, other=0.0).to(tl.float32)[None, :]
+    frequency_row = tl.load(frequency + f, mask=f < E // 2, other=0.0).to(tl.float32)[None, :]
+    near = at % CLOSE  # and the rest, which is 0 for all but endless streams, in float64
+    turn = tl.full([1, 1], TURN, tl.float64)
+    turns = (at - near).to(tl.float64)[:, None] * frequency_row.to(tl.float64) / turn
+    angle = near.to(tl.float32)[:, None] * frequency_row + ((turns - tl.floor(turns)) * turn).to(tl.float32)
     inside = (t < T)[:, None] & (f < E // 2)[None, :]
     for half in tl.static_range(2):
         to = (b * T + t)[:, None] * E + half * (E // 2) + f[None, :]

@@ -41,6 +41,7 @@ SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqr
 # 16 levels, the first in its low half
 STORES = {"int8": torch.int8, "int4": torch.uint8}
 LEVELS = {torch.int8: 256, torch.uint8: 16}
+NEAR = 2**20  # positions up to which a product with a frequency in float32 is a precise enough angle
 LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
 HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
 IGNORED = -100  # the target of a token that has none
@@ -322,7 +323,9 @@ def place(
         position_BT = position_BT.expand_as(start_BT) + 0
         start_BT = torch.where((position_BT == last_position_B2 + 1).any(1, keepdim=True), start_BT, 0)
     frequency_F = wide(frequency_F)  # also where a model, and its frequencies with it, is cast
-    angle_BTE = (position_BT[..., None].to(frequency_F.dtype) * frequency_F).repeat(1, 1, 2)
+    near_BT1 = (position_BT % NEAR)[..., None]  # and the rest, which is 0 for all but endless streams, in float64
+    far_BTF = (position_BT[..., None] - near_BT1).double() * frequency_F.double() % math.tau
+    angle_BTE = (near_BT1.to(frequency_F.dtype) * frequency_F + far_BTF.to(frequency_F.dtype)).repeat(1, 1, 2)
     return (angle_BTE.cos() * scaling).to(dtype), (angle_BTE.sin() * scaling).to(dtype), start_BT, position_BT
 
 

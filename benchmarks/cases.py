@@ -279,12 +279,12 @@ def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True, ev
     return Case((*m.heads(m.T)[1:], *place, *route, *m.rings(), *store), compared)
 
 
-@variants("place", counted={}, given={"given": "rows"}, shared={"given": "shared"})
-def _place(m, given=None):
+@variants("place", counted={}, given={"given": "rows"}, shared={"given": "shared"}, far={"far": 2**30})
+def _place(m, given=None, far=0):
     """A single token where positions are given, some of them jumps, and one that counts the columns of padding."""
     position_BT = {None: None, "rows": m.rows(70, 4, 0, 7)[:, None], "shared": m.rows(70)[:1, None]}[given]
     frequency_F = 10000.0 ** -torch.linspace(0, 1, m.E // 2, device=m.device)
-    tokens, seen_B = m.T if given is None else 1, m.rows(70, 3, 0, 200)
+    tokens, seen_B = m.T if given is None else 1, m.rows(70, 3, 0, 200) + far
     last_B2 = torch.stack([m.rows(69, 1, -1, 199), m.rows(69, 3, -1, 199)], 1)
     return tokens, position_BT, seen_B, last_B2, frequency_F, 1.0, m.dtype
 

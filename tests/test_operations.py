@@ -383,6 +383,16 @@ def test_tokens_are_placed_after_the_last_or_begin_a_document(position, kind):
     torch.testing.assert_close(got, (angle.cos() * 1.5, angle.sin() * 1.5, start, places))
 
 
+def test_angles_of_an_endless_stream_are_as_precise_as_those_of_its_first_million_tokens():
+    frequency = (10000.0 ** -torch.linspace(0, 1, 16)).float()
+    for seen in (0, 2**20 - 5, 2**24 + 1, 2**31 - 20):
+        [cos, sin, _, places] = ops.place.reference(
+            9, None, torch.tensor([seen]), torch.zeros(1, 2, dtype=torch.long), frequency, 1.0, torch.float32
+        )
+        angle = (places[..., None] * frequency.double()).repeat(1, 1, 2)
+        assert max((cos - angle.cos()).abs().max(), (sin - angle.sin()).abs().max()) < 2**20 * 2**-24
+
+
 @pytest.mark.parametrize("every", [False, True], ids=["routed", "all"])
 def test_attend_token_by_token_is_one_call(every):
     """Documents that begin in between, padding, and a store that is too small for one row included."""
