@@ -18,7 +18,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-import transformers
+from transformers.utils import logging
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
@@ -60,15 +60,16 @@ class RouteMap:
 
     @classmethod
     @torch.no_grad()
-    def read(cls, model, tokenizer, text, tokens=None, chunk_size=None, title="Route map"):
+    def read(cls, model, tokenizer, text, tokens=None, chunk_size=8192, title="Route map"):
         """Run an HSPMN `model` in eval mode over the first `tokens` tokens of `text` (None: all), in pieces of
-        `chunk_size` tokens (None: what fits into free memory). Special tokens spelt in the text are text.
+        `chunk_size` tokens with a cache, or at once where the router ranks whole texts ("topk"). Special tokens spelt
+        in the text are text. A progress bar comes after five seconds, as in `prefill`.
 
-        Raises ValueError for a model that is training or has no router, a text without tokens, a tokenizer that does
-        not say where its tokens lie, and for more tokens than one piece where the router ranks whole texts ("topk").
+        Raises ValueError for a model that is training or has no router, a text without tokens, and a tokenizer that
+        does not say where its tokens lie.
         """
-        if not getattr(model.config, "layer_sparsity", None):
-            raise ValueError(f"a model of type {model.config.model_type} has no router; give an HSPMN model")
+        if not any(getattr(model.config, "layer_sparsity", ())):
+            raise ValueError(f"this model of type {model.config.model_type} has no router; give one that routes")
         if model.training:
             raise ValueError("the model is in training mode, where slots are limited; call model.eval() first")
         if not tokenizer.is_fast:
@@ -82,15 +83,15 @@ class RouteMap:
         ends_T = np.maximum.accumulate([end for _, end in encoded["offset_mapping"][: len(ids)]])
         if len(ids) == len(encoded["input_ids"]):
             ends_T[-1] = len(text)  # what a normalizer dropped behind the last token
-        size = model.piece_size(1) if chunk_size is None else chunk_size
-        if model.config.router_mode == "topk" and len(ids) > size:
-            raise ValueError(f"router_mode topk ranks a whole text: read at most {size} tokens of these {len(ids)}")
         cache, scores, routed = None, [], []
-        for piece in ids.to(model.device).split(size):
-            outputs = model(piece[None], past_key_values=cache, use_cache=len(ids) > size, logits_to_keep=1)
-            cache = outputs.past_key_values
-            scores.append(outputs.router_scores[:, 0].float().cpu())
-            routed.append(outputs.router_mask[:, 0].cpu())
+        size = len(ids) if model.config.router_mode == "topk" else chunk_size
+        with logging.tqdm(total=len(ids), desc="route map", unit="tok", unit_scale=True, delay=5.0) as bar:
+            for piece in ids.to(model.device).split(size):
+                outputs = model(piece[None], past_key_values=cache, use_cache=len(ids) > size, logits_to_keep=1)
+                cache = outputs.past_key_values
+                scores.append(outputs.router_scores[:, 0].float().cpu())
+                routed.append(outputs.router_mask[:, 0].cpu())
+                bar.update(len(piece))
         routers = [layer.router for layer in model.get_decoder().layers]
         biases = [0.0 if router is None else router.bias.item() for router in routers]
         decided = torch.cat(scores, 1).numpy(), torch.cat(routed, 1).numpy()
@@ -144,7 +145,7 @@ class RouteMap:
         if not 0 <= begin < T:
             raise ValueError(f"begin must be one of the {T} tokens, got {begin}")
         routing = np.flatnonzero(self.targets)
-        most = max(1, len(routing))
+        most = len(routing)
         width, lane, blues, glyphs = 7.0, 0.14, colormaps["Blues"], get_font(findfont("monospace")).get_charmap()
         size = width * 72 / columns / ADVANCE
         lanes, lines = lane * len(routing), rows * 1.5 * size / 72
@@ -205,11 +206,10 @@ def main(argv=None):
     add("file", type=Path, help="text in UTF-8")
     add("-o", "--output", type=Path, default=Path("map.html"), help="the page (default: map.html)")
     add("--png", type=Path, help=f"figure of the start as well; its name ends in one of {' '.join(FIGURES)}")
-    add("--tokens", type=at_least(1), default=100_000, help="tokens read from the start of the text at most")
+    add("--tokens", type=at_least(1, most=2**22), default=100_000, help="tokens read from the start of the text")
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="weights; bfloat16 on cuda, float32 on cpu")
     args = parser.parse(argv, {})
-    transformers.utils.logging.disable_progress_bar()
     for name in ("config.json", "tokenizer.json"):
         if not os.path.isfile(args.folder / name):
             refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
@@ -222,7 +222,9 @@ def main(argv=None):
             check_folder(flag, path.parent)
             if path.is_dir() or path.exists() and path.samefile(args.file):
                 refuse(f"{flag} {path} is {'a folder' if path.is_dir() else 'the text itself'}; name another file")
+    logging.disable_progress_bar()  # of the weights
     model, tokenizer = load(args)
+    logging.enable_progress_bar()
     with refusing():
         text = read_start(args.file, tokenizer, args.tokens)
         title = f"{args.folder.resolve().name} reads {args.file.name}"

@@ -96,7 +96,7 @@ def test_a_notebook_shows_the_page_and_a_paper_the_shares(loaded, tmp_path):
         read.figure(begin=90)
 
 
-def test_what_cannot_be_read_is_an_error(loaded):
+def test_what_cannot_be_read_in_pieces_or_at_all(loaded):
     model, tokenizer = loaded
     assert route_map.RouteMap.read(model, tokenizer, "a\ud800b").text == "a?b"
     with pytest.raises(ValueError, match="no tokens"):
@@ -104,8 +104,11 @@ def test_what_cannot_be_read_is_an_error(loaded):
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         route_map.RouteMap.read(model.train(), tokenizer, TEXT)
     model.eval().config.router_mode = "topk"
-    with pytest.raises(ValueError, match="at most 8 tokens of these 12"):
-        route_map.RouteMap.read(model, tokenizer, TEXT, tokens=12, chunk_size=8)
+    routed_LT = route_map.RouteMap.read(model, tokenizer, TEXT, tokens=100, chunk_size=8).routed_LT
+    assert routed_LT.sum(1).tolist() == [40, 0, 50]  # ranked at once
+    model.config.sparsity_k = [0.0] * 3
+    with pytest.raises(ValueError, match="no router"):
+        route_map.RouteMap.read(model, tokenizer, TEXT)
 
 
 def test_the_command_reads_the_start_of_a_file_with_broken_bytes(folder, tmp_path, capsys):
