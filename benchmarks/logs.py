@@ -202,8 +202,8 @@ def set_biases(model, rows_NT):
     """Set the bias of each router, layer by layer, so that it keeps its share of the tokens of rows [N, T]."""
     for layer, share in enumerate(model.config.layer_sparsity):
         if 0 < share < 1:
-            scores = [model.base_model(ids[None], use_cache=False).router_scores[layer] for ids in rows_NT]
-            model.base_model.layers[layer].router.bias.copy_(-torch.cat(scores).flatten().quantile(1 - share))
+            scores_NT = model.base_model(rows_NT, use_cache=False).router_scores[layer]
+            model.base_model.layers[layer].router.bias.copy_(-scores_NT.flatten().quantile(1 - share))
 
 
 @torch.no_grad()
@@ -211,14 +211,15 @@ def read(model, ids_T, answers, piece):
     """Read a stream in pieces through the cache. Returns which answers are right, bool [answers], and of each token,
     float64 [T] each, the mean score over routed layers and how many layers keep it."""
     places = torch.tensor(sorted({place - 1 for begin, end, _ in answers for place in range(begin, end)}))
+    weight_VD = model.get_output_embeddings().weight.float()  # no two tokens are equally likely by rounding
     routed, right, scores, kept, cache = list(map(bool, model.config.layer_sparsity)), [], [], [], None
     for begin in range(0, len(ids_T), piece):
         ids = ids_T[begin : begin + piece].to(model.device)
         outputs = model.base_model(ids[None], past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
         here = places[(places >= begin) & (places < begin + piece)]
-        logits = model.get_output_embeddings()(outputs.last_hidden_state[0, (here - begin).to(model.device)])
-        right.append(logits.argmax(-1).cpu() == ids_T[here + 1])
+        hidden_PD = outputs.last_hidden_state[0, (here - begin).to(model.device)].float()
+        right.append((hidden_PD @ weight_VD.T).argmax(-1).cpu() == ids_T[here + 1])
         scores.append(outputs.router_scores[routed, 0].sum(0).cpu() / max(1, sum(routed)))
         kept.append(outputs.router_mask[:, 0].sum(0).cpu())
     told = dict(zip((places + 1).tolist(), torch.cat(right).tolist(), strict=True))
