@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .operations_hspmn import LEVELS, STORES, compact, read_slots
+from .operations_hspmn import STORES, compact, read_slots
 
 SLOT_BLOCK = 256  # sparse slots are allocated in multiples of this
 GROWTH = 1.25  # and at least by this factor, so that appending costs O(1) copies per token
@@ -134,7 +134,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         conv_state: [B, conv_kernel_size - 1, C], the last real tokens, latest last.
         window_keys, window_values: [B, W, G, E], a ring; real token i lies at i mod W.
         keys, values: [B, P + 1, G, E], routed tokens alone, in order; the last slot takes discarded writes. As
-            `kv_cache_dtype` says, these may be whole numbers: int8, or two in each of E / 2 bytes.
+            `kv_cache_dtype` says, these may be whole numbers: int8, or eight in each of E / 8 int32.
         key_scales, value_scales: [B, P + 1, G] bfloat16, those of whole numbers, see `quantize`; else [B, 1, G], not
             used.
         positions: [B, P + 1] int32, the position id of each routed token.
@@ -196,7 +196,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         """
         wide, kept, (G, E) = torch.promote_types(dtype, torch.float32), self.quantized or dtype, self._head_shape
         scales = (torch.bfloat16, slots + 1 if self.quantized else 1, G)
-        window, store = (dtype, self.window, G, E), (kept, slots + 1, G, E // 2 if LEVELS.get(kept) == 16 else E)
+        window, store = (dtype, self.window, G, E), (kept, slots + 1, G, E // 8 if kept == torch.int32 else E)
         scored = 1 if self.max_slots is None else slots + 1
         shapes = {
             "linear_state": (wide, *self._state_shape), "conv_state": (dtype, *self._conv_shape),

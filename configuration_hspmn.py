@@ -249,6 +249,11 @@ class HSPMNConfig(PreTrainedConfig):
             )
         if self.head_dim and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}; set head_dim={self.head_dim + 1}")
+        if self.kv_cache_dtype == "int4" and self.head_dim % 8:
+            raise ValueError(
+                f"head_dim must be a multiple of 8 for kv_cache_dtype='int4', got {self.head_dim}; "
+                f"set head_dim={-(-self.head_dim // 8) * 8}, or kv_cache_dtype='int8'"
+            )
 
     def validate_routing(self):
         """Every routed share lies in [0, 1], a list has one entry per layer, and exactly k tokens leave no others."""

@@ -311,12 +311,12 @@ def gate_gradient_kernel(
 
 @triton.jit
 def quantize(rows, HALF: tl.constexpr):
-    """Rows [N, E] as numbers from -HALF to HALF - 1, in float32, and their scales [N], as `quantize` has them."""
+    """Numbers from -HALF to HALF - 1 of rows [N, E], in float32, and their scales [N], as `quantize` has them."""
     rows = rows.to(tl.float32)
     peak = tl.max(tl.abs(rows), 1)
-    bits = tl.where(peak > LEAST, peak * (1 / HALF), 0.0).to(tl.int32, bitcast=True) + 0xFFFF
+    bits = tl.where(peak > LEAST, peak * (0.5 / HALF), 0.0).to(tl.int32, bitcast=True) + 0xFFFF
     scale = (bits & -0x10000).to(tl.float32, bitcast=True)
-    factor = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
+    factor = tl.where(scale > 0, tl.div_rn(0.5, tl.where(scale > 0, scale, 1.0)), 0.0)
     return tl.minimum(tl.maximum(tl.floor(rows * factor[:, None]), -HALF), HALF - 1), scale
 
 
@@ -326,8 +326,9 @@ def store_rows(rows, row_scales, kept, scales, target, stored, G: tl.constexpr, 
     of `quantize` and have scales."""
     N: tl.constexpr = rows.shape[0]
     if HALF == 8:
-        low, high = tl.split(tl.reshape((rows + HALF).to(tl.uint8), (N, rows.shape[1] // 2, 2)))
-        rows = low | (high << 4)
+        n = tl.arange(0, 8)
+        shift = n % 2 * 16 + n // 2 * 4  # of `NIBBLES`
+        rows = tl.sum(tl.reshape((rows + HALF).to(tl.int32), (N, rows.shape[1] // 8, 8)) << shift[None, None, :], 2)
     WIDTH: tl.constexpr = rows.shape[1]
     at = target[:, None] * (G * WIDTH) + tl.arange(0, WIDTH)[None, :]
     tl.store(kept + at, rows.to(kept.dtype.element_ty), mask=stored[:, None])
@@ -882,9 +883,9 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
 
 @cache
 def kept_form(dtype, E):
-    """Constants of a store of `dtype`: bytes or elements of a head, and half of the levels of a whole number, or 0."""
+    """Constants of a store of `dtype`: elements of a head, and half of the levels of a whole number, or 0."""
     half = LEVELS.get(dtype, 0) // 2
-    return {"WIDTH": E // 2 if half == 8 else E, "HALF": half}
+    return {"WIDTH": E // 8 if dtype == torch.int32 else E, "HALF": half}
 
 
 @extend.kernel

@@ -24,31 +24,60 @@ MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 
 
 @triton.jit
-def load_slots(slots, scales, first, shown, G: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """The slots from `first` on of a store or ring, zeros where not shown; of numbers what they stand for, float32."""
+def halves(words, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Twice the number from bit SHIFT on of both halves of int32 words, under the bits of a float."""
+    pair = (((words >> SHIFT) & 0x000F000F) << 1) | BITS
+    return pair.to(tl.uint16), (pair >> 16).to(tl.uint16)
+
+
+@triton.jit
+def unpack(words, KIND: tl.constexpr):
+    """The eight numbers of each int32 as the odd ones of `dequantize`, in KIND: those of 16 bits are put under a power
+    of two, large enough for neighbours to be one apart, without a conversion of each."""
+    BITS: tl.constexpr = 0x43004300 if KIND == tl.bfloat16 else 0x64006400 if KIND == tl.float16 else 0
+    POWER: tl.constexpr = 128.0 if KIND == tl.bfloat16 else 1024.0 if KIND == tl.float16 else 0.0
+    n0, n1 = halves(words, 0, BITS)
+    n2, n3 = halves(words, 4, BITS)
+    n4, n5 = halves(words, 8, BITS)
+    n6, n7 = halves(words, 12, BITS)
+    even = tl.interleave(tl.interleave(n0, n4), tl.interleave(n2, n6))
+    odd = tl.interleave(tl.interleave(n1, n5), tl.interleave(n3, n7))
+    return tl.interleave(even, odd).to(KIND, bitcast=POWER > 0) - (POWER + 15.0)
+
+
+@triton.jit
+def load_slots(
+    slots, scales, row, first, shown, KIND: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr
+):
+    """The slots from `first` on of a store or ring in KIND, zeros where not shown; of numbers what they stand for,
+    with the scale of slot 0 at `row`."""
     n = tl.arange(0, shown.shape[0])
     at = n[:, None] * (G * WIDTH) + tl.arange(0, WIDTH)[None, :]
     tile = tl.load(slots + first * (G * WIDTH) + at, mask=shown[:, None], other=0)
     if HALF == 8:
-        tile = tl.interleave(tile & 15, tile >> 4).to(tl.float32) - 7.5
+        tile = unpack(tile, KIND)
     elif HALF > 0:
-        tile = tile.to(tl.float32) + 0.5
-    if HALF > 0:
-        tile *= tl.load(scales + first * G + n * G, mask=shown, other=0.0).to(tl.float32)[:, None]
+        tile = 2.0 * tile.to(tl.float32) + 1.0
+    tile = tile.to(KIND)
+    if HALF > 0:  # scales are loaded as halves of words, the least that is copied while the slots before are read
+        scale_at = row + first * G + n * G
+        words = tl.load(scales.to(tl.pointer_type(tl.int32)) + scale_at // 2, mask=shown, other=0)
+        scale = tl.where(scale_at % 2 == 0, words << 16, words & -0x10000).to(tl.float32, bitcast=True)
+        tile *= scale.to(KIND)[:, None]
     return tile
 
 
 @triton.jit
 def attend_range(
-    q, k, v, gate, k_slots, v_slots, k_scales, v_scales, part, part_lse, b, g, split, low, high, own, pushed, place,
-    past, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
+    q, k, v, gate, k_slots, v_slots, k_scales, v_scales, row, part, part_lse, b, g, split, low, high, own, pushed,
+    place, past, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Attention of row b and key head g over its slots low .. high - 1, as part `split`. k_slots, v_slots: slot 0 of
     row and head, in the sparse store or, with RING slots, in the window, of which the last `past` tokens before slot
     `place` are shown. own: over the token's own key and value too, this times its `gate` if there is one. pushed:
-    these go to slot `place`. WIDTH, HALF: of `kept_form`; with HALF slots have scales, from k_scales and v_scales
-    on."""
+    these go to slot `place`. WIDTH, HALF: of `kept_form`; with HALF slots have scales, that of slot 0 at `row` of
+    k_scales and v_scales."""
     R: tl.constexpr = H // G
     n, e, m = tl.arange(0, BLOCK_N), tl.arange(0, E), tl.arange(0, ROWS)
     query = g * R + m
@@ -60,8 +89,9 @@ def attend_range(
     if HALF > 0:
         k_kept, k_scale = quantize(k_row, HALF)
         v_kept, v_scale = quantize(v_row, HALF)
-        k_row = ((k_kept + 0.5) * k_scale[:, None]).to(k_row.dtype)  # also the token's own are read as they are stored
-        v_row = ((v_kept + 0.5) * v_scale[:, None]).to(v_row.dtype)
+        # Also the token's own are read as they are stored
+        k_row = ((2.0 * k_kept + 1.0) * k_scale[:, None]).to(k_row.dtype)
+        v_row = ((2.0 * v_kept + 1.0) * v_scale[:, None]).to(v_row.dtype)
     own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32), 1) * SCALE
     peak = tl.where(own, own_score, FLOOR)
     total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
@@ -72,13 +102,13 @@ def attend_range(
             age = (place - s - n + RING) % RING
             shown = shown & (age > 0) & (age <= past)
         first = b * 0 + s  # 64 bits
-        k_tile = load_slots(k_slots, k_scales, first, shown, G, WIDTH, HALF).to(q_tile.dtype)
-        v_tile = load_slots(v_slots, v_scales, first, shown, G, WIDTH, HALF).to(q_tile.dtype)
+        k_tile = load_slots(k_slots, k_scales, row, first, shown, q_tile.dtype, G, WIDTH, HALF)
+        v_tile = load_slots(v_slots, v_scales, row, first, shown, q_tile.dtype, G, WIDTH, HALF)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
         acc, peak, total = fold_block(scores, v_tile, shown[None, :], acc, peak, total, SCALE)
     slot = place.to(tl.int64) + tl.arange(0, 1)
-    store_rows(k_kept, k_scale, k_slots, k_scales, slot, pushed & (slot >= 0), G, HALF)
-    store_rows(v_kept, v_scale, v_slots, v_scales, slot, pushed & (slot >= 0), G, HALF)
+    store_rows(k_kept, k_scale, k_slots, k_scales + row, slot, pushed & (slot >= 0), G, HALF)
+    store_rows(v_kept, v_scale, v_slots, v_scales + row, slot, pushed & (slot >= 0), G, HALF)
     tile, row_lse = finish(acc, peak, total)
     at = (b * (SPLITS + 1) + split) * H + query
     tl.store(part + at[:, None] * E + e[None, :], tile, mask=((m < R) & (total > 0))[:, None])
@@ -133,8 +163,8 @@ def attend_token_kernel(
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
         attend_range(
-            q, k, v, None, ring_k + base, ring_v + base, key_scales, value_scales, part, part_lse, row, g, SPLITS, 0,
-            WINDOW, True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
+            q, k, v, None, ring_k + base, ring_v + base, key_scales, value_scales, 0, part, part_lse, row, g, SPLITS,
+            0, WINDOW, True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
         )  # fmt: skip
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
@@ -182,10 +212,9 @@ def attend_token_kernel(
                     own = own & (tl.sum((chosen & works).to(tl.int32), 0) > 0)
                     gate = tl.sum(tl.where(chosen, gate_B, 0.0), 0)
                 attend_range(
-                    q, k, v, gate, keys + store * WIDTH, values + store * WIDTH, key_scales + store,
-                    value_scales + store, part, part_lse, b, g, split, low + begin * BLOCK_N,
-                    tl.minimum(low + end * BLOCK_N, place), own, own, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N,
-                    SPLITS, WIDTH, HALF,
+                    q, k, v, gate, keys + store * WIDTH, values + store * WIDTH, key_scales, value_scales, store, part,
+                    part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), own, own,
+                    place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, WIDTH, HALF,
                 )  # fmt: skip
             elif (own_blocks > 0) | EVERY:
                 m = tl.arange(0, ROWS)

@@ -37,10 +37,11 @@ LINEAR_SPAN = 4096  # tokens whose chunk states are combined in one product; lon
 QUERY_SPAN = 1024  # queries scored at once against all keys, which bounds the memory of long prompts
 SILU_LIMIT = 30.0  # SiLU is linear or zero beyond it to float32 precision; keeps fp16 products finite
 SCORE_GAIN = 2.0  # a step of Adam moves a router's score by this times lr * sqrt(D); without 1 / sqrt(D) by lr * D
-# Stores of whole numbers: dtypes by `kv_cache_dtype`, and the levels of a number by dtype. A byte holds two numbers of
-# 16 levels, the first in its low half
-STORES = {"int8": torch.int8, "int4": torch.uint8}
-LEVELS = {torch.int8: 256, torch.uint8: 16}
+# Stores of whole numbers: dtypes by `kv_cache_dtype`, and the levels of a number by dtype
+STORES = {"int8": torch.int8, "int4": torch.int32}
+LEVELS = {torch.int8: 256, torch.int32: 16}
+# Shifts of eight neighbouring numbers in an int32: of two neighbours, one mask makes the halves of a kernel's register
+NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
 NEAR = 2**20  # positions up to which a product with a frequency in float32 is a precise enough angle
 LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
 HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
@@ -689,30 +690,31 @@ def sqsk_merge(
 
 
 def quantize(x_BKGE, dtype):
-    """Rows as a store of `dtype` holds them, int8 [B, K, G, E] or uint8 [B, K, G, E / 2], and their scales [B, K, G],
-    bfloat16: the numbers floor(x / scale) cut the range of a head's elements into `LEVELS` equal parts, of which
-    `dequantize` gives the middles. Zeros have scale 0.
+    """Rows as a store of `dtype` holds them, int8 [B, K, G, E] or int32 [B, K, G, E / 8], and their scales [B, K, G],
+    bfloat16. `LEVELS` equal steps span the range from minus to plus a head's largest element; a step is twice the
+    scale, and an element is the number of its step. Zeros have scale 0.
     """
     half, x_BKGE = LEVELS[dtype] // 2, wide(x_BKGE)
     peak_BKG = x_BKGE.abs().amax(-1)
     # The kernel has the same bits: scales are rounded, up, as integers, and no compiler joins the product with a sum
-    bits_BKG = torch.where(peak_BKG > LEAST_PEAK, peak_BKG / half, 0).float().view(torch.int32) + 0xFFFF
+    bits_BKG = torch.where(peak_BKG > LEAST_PEAK, peak_BKG / LEVELS[dtype], 0).float().view(torch.int32) + 0xFFFF
     scale_BKG = (bits_BKG & -0x10000).view(torch.float32)
-    factor_BKG = torch.where(scale_BKG > 0, scale_BKG.to(x_BKGE.dtype).reciprocal(), 0)
-    number_BKGE = (x_BKGE * factor_BKG[..., None]).floor().clamp(-half, half - 1)
-    if dtype == torch.int8:
-        return number_BKGE.to(dtype), scale_BKG.bfloat16()
-    low, high = (number_BKGE + half).to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4, scale_BKG.bfloat16()
+    factor_BKG = torch.where(scale_BKG > 0, 0.5 / scale_BKG.to(x_BKGE.dtype), 0)
+    number_BKGE = (x_BKGE * factor_BKG[..., None]).floor().clamp(-half, half - 1).to(dtype)
+    if dtype == torch.int32:
+        shift = torch.tensor(NIBBLES, dtype=dtype, device=x_BKGE.device)
+        number_BKGE = ((number_BKGE + half).unflatten(-1, (-1, 8)) << shift).sum(-1, dtype=dtype)
+    return number_BKGE, scale_BKG.bfloat16()
 
 
 def dequantize(kept_BPGE, scales_BPG, dtype):
-    """What `quantize` gave, as rows [B, P, G, E] in `dtype`."""
+    """What `quantize` gave, as rows [B, P, G, E] in `dtype`: the middles of the steps, odd multiples of the scales."""
     if kept_BPGE.dtype == torch.int8:
-        number_BPGE = kept_BPGE + 0.5
+        odd_BPGE = 2 * kept_BPGE.float() + 1
     else:
-        number_BPGE = torch.stack((kept_BPGE & 15, kept_BPGE >> 4), -1).flatten(-2) - 7.5
-    return (number_BPGE * scales_BPG[..., None]).to(dtype)  # exact before: each has 8 bits
+        shift = torch.tensor(NIBBLES, dtype=kept_BPGE.dtype, device=kept_BPGE.device)
+        odd_BPGE = (2 * (kept_BPGE[..., None] >> shift & 15) - 15).flatten(-2).float()
+    return (odd_BPGE * scales_BPG[..., None]).to(dtype)  # exact before: each factor has 8 bits
 
 
 def write_slots(kept_BPGE, scales_BPG, at, x_BKGE):
@@ -745,7 +747,7 @@ def extend(
     `local_attention`. keys, values [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot
     takes discarded writes. held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B
     (int32): the first slot of each row's document. *_scales_BPG: of `quantize`, where keys and values are of a
-    dtype of `LEVELS` (of 16, they are [B, P + 1, G, E / 2]), else unused. Ring and store are written IN PLACE.
+    dtype of `LEVELS` (of int32, they are [B, P + 1, G, E / 8]), else unused. Ring and store are written IN PLACE.
     Returns, int32, first_BN of `sqsk_merge`; slots held before, and tokens of this call that have one (the latest
     are left out of a full store) [2, B]; and the next call's `held_B` and `document_slot_B`, each in memory of its
     own, as a compiled call asks of what it writes; empty ones for a layer that routes nothing.

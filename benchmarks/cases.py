@@ -265,7 +265,7 @@ def _contextual(m, packed=False):
 
 @variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
           int8={"whole": torch.int8, "every": True}, full={"full": True}, window={"routed": False},
-          every={"kind": "packed", "every": True}, int4={"whole": torch.uint8})  # fmt: skip
+          every={"kind": "packed", "every": True}, int4={"whole": torch.int32})  # fmt: skip
 def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True, every=False):
     """full: the store overflows in the first row, and has overflowed in the second."""
     length_B = m.length(padded)
@@ -291,7 +291,7 @@ def _place(m, given=None, far=0):
 
 @variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
           int8={"whole": torch.int8}, full={"full": True}, every={"every": True, "padded": True},
-          every_int8={"every": True, "whole": torch.int8, "full": True}, int4={"whole": torch.uint8})  # fmt: skip
+          every_int8={"every": True, "whole": torch.int8, "full": True}, int4={"whole": torch.int32})  # fmt: skip
 def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=False, every=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
     Slots outside of a row's document are not read, neither in the store nor in the window."""

@@ -137,7 +137,7 @@ def fields_of_a_config():
         "conv_kernel_size": (1, 30), "sliding_window": (0, 40), "num_sink_tokens": (0, 3),
     }  # fmt: skip
     sizes = {field: st.integers(*ends) for field, ends in small.items()}
-    sizes, fields = sizes | {"head_dim": st.sampled_from([2, 4, 6, None])}, {}
+    sizes, fields = sizes | {"head_dim": st.sampled_from([2, 4, 6, 8, None])}, {}
     for field, low, high in NUMBERS:
         if field not in sizes:
             kind = st.integers if isinstance(low, int) else st.floats
@@ -199,6 +199,8 @@ def test_override_in_loading_is_refused_at_once(tiny_config, tmp_path, field, va
 def test_refusals_name_what_would_be_valid():
     with pytest.raises(ValueError, match="router_initial_tokens=4 .*router_mode='threshold'"):
         HSPMNConfig(router_mode="topk", router_initial_tokens=4)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 .*set head_dim=16"):
+        HSPMNConfig(kv_cache_dtype="int4", head_dim=12)
     with pytest.raises(ValueError, match="nearest valid: 6"):
         HSPMNConfig(num_attention_heads=8, num_key_value_heads=3)
 

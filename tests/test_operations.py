@@ -305,20 +305,20 @@ def test_extend_keeps_each_rows_last_and_routed_tokens(data):
 
 @pytest.mark.parametrize("kind", ops.LEVELS, ids=str)
 def test_whole_numbers_are_within_half_a_step_of_what_they_stand_for(kind):
-    half, x = ops.LEVELS[kind] / 2, normal(2, 5, 3, 64) * torch.tensor([1e-20, 1.0, 1e20])[:, None]
+    levels, x = ops.LEVELS[kind], normal(2, 5, 3, 64) * torch.tensor([1e-20, 1.0, 1e20])[:, None]
     x[0, 0], x[0, 1] = 0.0, 1e-40
     whole, scale = ops.quantize(x.float(), kind)
     read, scale = ops.dequantize(whole, scale, torch.float64), scale.double()
     assert whole.dtype == kind and not scale[0, :2].any() and not read[0, :2].any() and scale[1].all()
-    assert (scale - x.abs().amax(-1) / half <= 2**-7 * scale).all()
-    error = (read - x).abs() / scale.clamp(min=1e-30)[..., None]
-    assert 0.45 < error.max() <= 0.5 + 1e-4
+    assert (scale - x.abs().amax(-1) / levels <= 2**-7 * scale).all()
+    error = (read - x).abs() / scale.clamp(min=1e-30)[..., None]  # in halves of a step
+    assert 0.9 < error.max() <= 1.0002
 
 
-@pytest.mark.parametrize("kind, close", [(torch.float64, 0.0), (torch.int8, 0.01), (torch.uint8, 0.15)], ids=str)
+@pytest.mark.parametrize("kind, close", [(torch.float64, 0.0), (torch.int8, 0.01), (torch.int32, 0.15)], ids=str)
 def test_a_store_gives_back_what_was_put_into_it(kind, close):
-    x, at = normal(2, 3, 2, 4), (torch.arange(2)[:, None], torch.tensor([[1, 4, 0], [2, 5, 5]]))
-    width = 2 if kind == torch.uint8 else 4
+    x, at = normal(2, 3, 2, 8), (torch.arange(2)[:, None], torch.tensor([[1, 4, 0], [2, 5, 5]]))
+    width = 1 if kind == torch.int32 else 8
     kept, scales = torch.zeros(2, 6, 2, width, dtype=kind), torch.zeros(2, 6, 2, dtype=torch.bfloat16)
     ops.write_slots(kept, scales, at, x)
     got, error = ops.read_slots(kept, scales, torch.float64), close * x.norm()
