@@ -26,6 +26,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"] = ModuleType("hspmn")
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
+from hspmn.configuration_hspmn import CHOICES
 from hspmn.results import (
     DEVICES,
     ROOT,
@@ -44,6 +45,8 @@ from hspmn.results import (
 from hspmn.runs import load_model
 from hspmn.tokens import rows_of, validation_tokens
 
+PIECE, DECODED = 512, 64  # tokens of a piece, and the last ones of a row, which come one by one, through a cache
+
 
 def recall_targets(ids_BT):
     """Which targets complete a bigram already seen in their row, bool [B, T - 1]; entry t is for the target t + 1."""
@@ -53,22 +56,44 @@ def recall_targets(ids_BT):
     return torch.zeros_like(repeated_BT).scatter(1, order_BT, repeated_BT)
 
 
+def cache_pieces(tokens):
+    """Lengths of the calls that read rows of `tokens` tokens through a cache: a prompt in pieces, the end token by
+    token."""
+    prompt = max(0, tokens - DECODED)
+    return [min(PIECE, prompt - begin) for begin in range(0, prompt, PIECE)] + [1] * (tokens - prompt)
+
+
+def hidden_states(model, ids, pieces):
+    """The last hidden states [B, T, D], and the outputs of the last call: see `validate`."""
+    if pieces is None:
+        outputs = model.base_model(input_ids=ids, use_cache=False)
+        return outputs.last_hidden_state, outputs
+    cache, found = None, []
+    for piece in ids.split(pieces, 1):
+        outputs = model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        found.append(outputs.last_hidden_state)
+    return torch.cat(found, 1), outputs
+
+
 @torch.no_grad()
-def validate(model, rows, batch_size):
-    """Mean nats over `rows` [N, T] overall, on recall targets and on the others; loads and gate entropy per layer."""
+def validate(model, rows, batch_size, pieces=None):
+    """Mean nats over `rows` [N, T] overall, on recall targets and on the others; loads and gate entropy per layer.
+    pieces: lengths of calls that read each row through a cache, as `cache_pieces` gives them; None: in one pass
+    without. Through a cache there are no loads."""
     model.eval()
     sums, router = torch.zeros(4, dtype=torch.float64, device=model.device), []
     for ids in rows.split(batch_size):
         ids, losses = ids.to(model.device), []
         with low_precision(model.device):
-            outputs = model.base_model(input_ids=ids, use_cache=False)
-            hidden = outputs.last_hidden_state[:, :-1]
-            for few, targets in zip(hidden.split(4), ids[:, 1:].split(4), strict=True):  # bounds the logits' memory
+            hidden, outputs = hidden_states(model, ids, pieces)
+            # few rows at once, which bounds the logits' memory
+            for few, targets in zip(hidden[:, :-1].split(4), ids[:, 1:].split(4), strict=True):
                 logits = model.get_output_embeddings()(few).float()
                 losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
         losses, recall = torch.cat(losses).double(), recall_targets(ids)
         sums += torch.stack([losses[recall].sum(), losses[~recall].sum(), recall.sum(), (~recall).sum()])
-        if getattr(outputs, "router_load", None) is not None:
+        if pieces is None and getattr(outputs, "router_load", None) is not None:
             router.append(torch.stack([outputs.router_load, outputs.router_entropy]) * len(ids) / len(rows))
     recall, other, recalls, others = sums.tolist()
     result = {
@@ -150,11 +175,16 @@ def greedy(model, ids_BT, new_tokens, chunk):
     return model.generate(ids_BT, **options)[:, ids_BT.shape[1] :]
 
 
+def refuse_topk(args, model):
+    """A router that ranks tokens reads no row in pieces."""
+    if getattr(model.config, "router_mode", None) == "topk":
+        refuse(f"folder {args.folder}: a model of router_mode topk cannot generate; evaluate its loss without a cache")
+
+
 def run_needle(args):
     """Task needle: share of needles whose value is generated exactly per depth and length, and a heatmap of it."""
     model, tokenizer = load(args)
-    if getattr(model.config, "router_mode", None) == "topk":
-        refuse(f"folder {args.folder}: a model of router_mode topk cannot generate; evaluate its loss")
+    refuse_topk(args, model)
     text = validation_tokens(tokenizer, max(200_000, int(max(args.multiples) * args.train_length)))
     needle_prompt(tokenizer, text, int(min(args.multiples) * args.train_length), 0.0, np.random.default_rng(0))
     depths, grid = np.linspace(0, 1, args.depths).tolist(), {}
@@ -292,10 +322,17 @@ def run_verify(args):
 
 
 def run_loss(args):
-    """Task loss: validation nats of a checkpoint."""
+    """Task loss: validation nats of a checkpoint, and of the same tokens read through a cache."""
     model, tokenizer = load(args)
-    result = validate(model, validation_rows(tokenizer, args.tokens, args.train_length), args.batch_size)
-    numbers = [row(args.label, metric, result[metric]) for metric in ("val", "recall", "other")]
+    metrics, rows = ("val", "recall", "other"), validation_rows(tokenizer, args.tokens, args.train_length)
+    if args.through_cache:
+        refuse_topk(args, model)
+    result = validate(model, rows, args.batch_size)
+    if args.through_cache:
+        cached = validate(model, rows, args.batch_size, cache_pieces(args.train_length))
+        result |= {f"{metric}_cache": cached[metric] for metric in metrics}
+        metrics += tuple(f"{metric}_cache" for metric in metrics)
+    numbers = [row(args.label, metric, result[metric]) for metric in metrics]
     merge_results(args.output / f"{args.name}.json", numbers, {}, args.command)
     print(json.dumps(result))
 
@@ -310,8 +347,10 @@ def validation_rows(tokenizer, tokens, length):
 
 def load(args):
     """Model in eval mode and tokenizer (None if the folder has none) of `args.folder`."""
-    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    model, tokenizer = load_model(args.folder, "folder", dtype=dtype), None
+    options = {"dtype": args.dtype or ("bfloat16" if args.device == "cuda" else "float32")}
+    if args.kv_cache_dtype is not None:
+        options["kv_cache_dtype"] = args.kv_cache_dtype
+    model, tokenizer = load_model(args.folder, "folder", **options), None
     if (args.folder / "tokenizer.json").exists():
         with loading(f"folder {args.folder}"):
             tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
@@ -344,6 +383,9 @@ def main(argv=None):
     add("--multiples", type=multiple, nargs="+", default=[1.0, 2.0, 4.0], help="needle: lengths over --train_length")
     add("--depths", type=at_least(2), default=10)
     add("--samples", type=positive, default=8, help="needle: prompts per depth and length")
+    add("--through_cache", action="store_true", help=f"loss: also of the same rows read through a cache, in pieces of "
+        f"{PIECE} tokens, the last {DECODED} one by one")  # fmt: skip
+    add("--kv_cache_dtype", choices=CHOICES["kv_cache_dtype"], help="form of an HSPMN's cache; its own by default")
     add("--prefill_chunk", type=positive, default=65536, help="needle: tokens read at once")
     add("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     args = parser.parse(argv, TINY)
@@ -353,6 +395,13 @@ def main(argv=None):
         if not os.path.isfile(args.folder / name):
             refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
     args.device = args.device or ("cpu" if args.task == "verify" else DEVICES[0])
+    if args.kv_cache_dtype is not None:
+        with loading(f"folder {args.folder}"):
+            kind = json.loads((args.folder / "config.json").read_text())["model_type"]
+        if kind != "hspmn":
+            refuse(f"--kv_cache_dtype {args.kv_cache_dtype}: a {kind} has no such field; leave it out")
+        if args.task == "loss" and not args.through_cache:
+            refuse(f"--kv_cache_dtype {args.kv_cache_dtype}: --task loss reads no cache; add --through_cache")
     args.output, args.name = args.output or args.folder, args.name or args.task
     args.label = args.label or args.folder.resolve().name
     if writes:

@@ -22,6 +22,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from hspmn.benchmarks.peers import MODELS, build_model, comparison_config, train_steps
+from hspmn.configuration_hspmn import CHOICES
 from hspmn.results import (
     DEVICES,
     RATE,
@@ -67,9 +68,9 @@ def batches(lengths, args, seed):
         yield mqar_batch(max(1, args.tokens // length), length, length // 16, args.vocab_size, generator)
 
 
-def query_logits(model, ids_BT, query_BP):
+def query_logits(model, ids_BT, query_BP, use_cache=False):
     """Logits at the query positions, float32 [B, P, V], and the model's outputs."""
-    outputs = model.base_model(input_ids=ids_BT, use_cache=False)
+    outputs = model.base_model(input_ids=ids_BT, use_cache=use_cache)
     hidden_BTD = outputs.last_hidden_state
     picked = hidden_BTD.gather(1, query_BP[..., None].expand(-1, -1, hidden_BTD.shape[-1]))
     return model.get_output_embeddings()(picked).float(), outputs
@@ -84,12 +85,13 @@ def query_loss(model, batch):
 
 @torch.no_grad()
 def accuracy(model, length, args):
-    """Share of queries answered with the right value, on batches that training has not seen."""
+    """Share of queries answered with the right value, on batches that training has not seen, through a cache if
+    `kv_cache_dtype` says that it stores whole numbers."""
     model.eval()
-    right = []
+    right, whole = [], getattr(model.config, "kv_cache_dtype", "auto") != "auto"
     for ids, query, values in islice(batches([length], args, args.seed + 1_000_003), args.test_batches):
         with low_precision(model.device):
-            right.append(query_logits(model, ids, query)[0].argmax(-1) == values)
+            right.append(query_logits(model, ids, query, whole)[0].argmax(-1) == values)
     return torch.cat(right).double().mean().item()
 
 
@@ -103,10 +105,17 @@ def run(case, config, args):
             print(f"  step {step} loss {loss.item():.3f} ({time.monotonic() - begun:.0f} s)", flush=True)
     if not loss.isfinite():
         refuse(f"--lr {args.lr}: the training loss is {loss.item()} at step {args.steps}; lower it")
-    found = {f"{case}/T{length}_P{length // 16}": accuracy(model, length, args) for length in args.lengths}
-    for name, share in found.items():
-        print(f"  {name}: {share:.4f}", flush=True)
-    return [row(name, "accuracy", share) for name, share in found.items()]
+    rows = []
+    for form in args.kv_cache_dtype:
+        if hasattr(config, "kv_cache_dtype"):
+            model.config.kv_cache_dtype = form
+        elif form != "auto":
+            continue
+        metric = "accuracy" if form == "auto" else f"accuracy_{form}"
+        rows += [row(f"{case}/T{T}_P{T // 16}", metric, accuracy(model, T, args)) for T in args.lengths]
+    for each in rows:
+        print("  {case} {metric}: {value:.4f}".format(**each), flush=True)
+    return rows
 
 
 def main(argv=None):
@@ -117,6 +126,8 @@ def main(argv=None):
     add("--models", nargs="+", choices=MODELS, default=["dense", "hspmn", "reflexive"])
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig, which a Llama has not")
     add("--lengths", type=at_least(16), nargs="+", default=[256, 512, 1024, 2048], help="tokens per row")
+    add("--kv_cache_dtype", nargs="+", choices=CHOICES["kv_cache_dtype"], default=["auto"],
+        help="forms of the caches through which a trained HSPMN is tested; auto: without one")  # fmt: skip
     add("--steps", type=at_least(1), default=3000)
     add("--lr", type=RATE, default=2e-3)
     add("--seed", type=SEED, default=0)

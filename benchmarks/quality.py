@@ -49,7 +49,8 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
 from hspmn import results
 from hspmn.benchmarks.peers import LLAMAS, MODELS, build_model, comparison_config, train_steps
 from hspmn.benchmarks.report import SECTIONS, table
-from hspmn.evaluate import NeedleRows, validate
+from hspmn.configuration_hspmn import CHOICES
+from hspmn.evaluate import NeedleRows, cache_pieces, validate
 from hspmn.tokens import BYTES_PER_TOKEN, encode, fit_tokenizer, read_sources, rows_of
 
 FULL = {
@@ -59,6 +60,7 @@ SIZES = (*FULL, "initializer_range")
 SETTINGS = (*SIZES, "dense_initializer_range", "steps", "batch_size", "length", "lr", "needle_mix",
             "validation_tokens", "set", "device", "compile")  # fmt: skip
 MEANS = ("val", "recall", "other", "train_loss", "params", "kv_bytes_per_token", "train_tok_s", "final_tok_s")
+CACHED_ROWS = 16  # validation rows that are read through caches as well
 OWN = ("runs", "settings", "code", "commands")  # what the results file has beside rows and header
 TOKENIZER_BYTES = 30_000_000  # of text that the tokenizer is fitted on
 
@@ -204,6 +206,20 @@ class Case:
             result["train_load"], result["overflow"] = torch.stack(router[-last:]).mean(0).tolist()
         return result
 
+    @torch.compiler.set_stance("force_eager")  # the shapes of calls through a cache change
+    def _through_caches(self, rows):
+        """Validation loss of some rows in one pass, `val_once`, and through the cache of each form, in pieces and
+        token by token, `val_cache_<form>`; nothing of a model that has no such cache."""
+        config, size, pieces = self.model.config, self.args.batch_size, cache_pieces(rows.shape[1])
+        if getattr(config, "router_mode", "topk") == "topk":
+            return {}
+        found, own = {"val_once": validate(self.model, rows, size)["val"]}, config.kv_cache_dtype
+        for form in CHOICES["kv_cache_dtype"]:
+            config.kv_cache_dtype = form
+            found[f"val_cache_{form}"] = validate(self.model, rows, size, pieces)["val"]
+        config.kv_cache_dtype = own
+        return found
+
     def run(self, seed, batches, validation_rows):
         """Train and evaluate one seed; returns its entry of the results file, where `kv_bytes_per_token` is by how
         much a bfloat16 cache grows, on average."""
@@ -215,6 +231,7 @@ class Case:
         entry = {"case": self.name, "seed": seed, "params": self.parameters, "overrides": self.overrides}
         entry["intermediate_size"] = config.intermediate_size
         entry |= self._train(batches, seed) | validate(self.model, validation_rows, args.batch_size)
+        entry |= self._through_caches(validation_rows[:CACHED_ROWS])
         dense_bytes = 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
         own_bytes = getattr(self.model, "kv_bytes_per_token", None)
         entry["kv_bytes_per_token"] = own_bytes(torch.bfloat16) if own_bytes else dense_bytes
@@ -243,6 +260,7 @@ def summary_rows(runs):
     rows = []
     for case, mine in by_case(runs).items():
         values = {metric: fmean(run[metric] for run in mine) for metric in MEANS} | {"seeds": len(mine)}
+        values |= {key: fmean(run[key] for run in mine) for key in mine[0] if key.startswith("val_")}
         if "peak_gb" in mine[0]:
             values["peak_gb"] = max(run["peak_gb"] for run in mine)
         if len(mine) > 1:

@@ -57,6 +57,9 @@ def test_results_have_the_documented_form(folder):
     for case in ("hspmn", "hspmn_random", "hspmn_annealed"):
         assert 0 <= values[case, "load_min"] <= values[case, "load_max"]
     positions = 4 * 0.2 * quality.TINY["num_hidden_layers"]
+    once, *cached = (values["hspmn", f"val_{way}"] for way in ("once", "cache_auto", "cache_int8", "cache_int4"))
+    assert cached[0] == pytest.approx(once, abs=1e-4) and cached[1] == pytest.approx(once, abs=1e-2)
+    assert len({once, *cached[1:]}) == 3 and cached[2] == pytest.approx(once, abs=0.1)
     keys = values["hspmn", "kv_bytes_per_token"] - positions
     assert keys == pytest.approx(0.2 * values["dense", "kv_bytes_per_token"])
     for entry in document["runs"]:
@@ -194,13 +197,17 @@ def test_mqar_batches_follow_the_protocol():
 
 def test_tasks_write_their_results(folder, checkpoint):
     out = ["--tiny", "--output", str(folder)]
-    assert mqar.main([*out, "--steps", "2"]) == 0
-    assert evaluate.main([*out, "--task", "loss", str(checkpoint), "--train_length", "64"]) == 0
+    assert mqar.main([*out, "--steps", "2", "--models", "dense", "hspmn", "--kv_cache_dtype", "auto", "int4"]) == 0
+    cache = ["--through_cache", "--kv_cache_dtype", "int4"]
+    assert evaluate.main([*out, "--task", "loss", str(checkpoint), "--train_length", "100", *cache]) == 0
     for label in ("one", "two"):
         assert evaluate.main([*out, "--task", "needle", str(checkpoint), "--label", label]) == 0
     rows = {name: json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("mqar", "loss", "needle")}
-    assert [row["case"] for row in rows["mqar"]] == ["dense/T64_P4", "hspmn/T64_P4", "reflexive/T64_P4"]
-    assert [row["metric"] for row in rows["loss"]] == ["val", "recall", "other"]
+    assert [row["case"] for row in rows["mqar"]] == ["dense/T64_P4", "hspmn/T64_P4", "hspmn/T64_P4"]
+    assert [row["metric"] for row in rows["mqar"]] == ["accuracy", "accuracy", "accuracy_int4"]
+    once, cached = ([row["value"] for row in rows["loss"]][i : i + 3] for i in (0, 3))
+    assert [row["metric"] for row in rows["loss"][3:]] == ["val_cache", "recall_cache", "other_cache"]
+    assert once != cached == pytest.approx(once, abs=0.1)
     assert [row["case"] for row in rows["needle"]] == ["one/x1", "one/x2", "two/x1", "two/x2"]
     assert np.isfinite([row["value"] for part in rows.values() for row in part]).all()
 
