@@ -166,7 +166,8 @@ class HSPMNPreTrainedModel(PreTrainedModel):
         per_token += 4 * H * E * min(config.sliding_window, T)  # local attention
         total = per_token * T * config.num_hidden_layers
         for share in config.layer_sparsity:
-            total += 2 * H * E * (share * T) ** 2 + 6 * D * config.routed_intermediate_size * share * T
+            readers = T if config.contextual_readers == "all" else share * T
+            total += 2 * H * E * share * T * readers + 6 * D * config.routed_intermediate_size * share * T
             total += 2 * D * T if share else 0
         total += 2 * D * config.vocab_size * T if hasattr(self, "lm_head") else 0
         return int(batch_size * total)

@@ -197,13 +197,14 @@ def test_a_backend_is_picked_or_refused_where_it_cannot_run(monkeypatch, backend
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", ["padded", "packed"])
-def test_training_on_kernels_has_the_gradients_of_the_reference(pair, kind, checkpointed):
+@pytest.mark.parametrize("readers", ["routed", "all"])
+def test_training_on_kernels_has_the_gradients_of_the_reference(pair, kind, checkpointed, readers):
     ids, inputs = tokens(2, 13), {}
     if kind == "padded":
         inputs["attention_mask"] = (torch.arange(13, device=DEVICE) >= torch.tensor([[4], [0]], device=DEVICE)).long()
     else:
         inputs["position_ids"] = pack([6, 7], [13]).to(DEVICE)
-    models, grads, ran = [model.train() for model in pair(**ONE_LAYER)], [], []
+    models, grads, ran = [model.train() for model in pair(**ONE_LAYER, contextual_readers=readers)], [], []
     for model in models:
         if checkpointed:
             model.gradient_checkpointing_enable()

@@ -15,6 +15,7 @@ KINDS = [
     {"routed_intermediate_size": 16, "router_token_entropy_coef": 0.1, "router_load_entropy_coef": 0.1},
     {"router_mode": "topk"},
     {"sparsity_k": [1.0, 0.5], "sliding_window": 0, "conv_kernel_size": 1},
+    {"contextual_readers": "all"},
 ]
 
 
@@ -51,6 +52,7 @@ def test_compiled_training_steps_equal_eager_without_recompiling(tiny_model, bac
 
 @pytest.mark.parametrize("backend, training, options", [
     ("eager", True, {}), ("eager", True, {"router_mode": "topk", "linear_attention": "elu"}), ("eager", False, {}),
+    ("eager", True, {"contextual_readers": "all"}),
     pytest.param("aot_eager", True, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_symbolic_lengths_share_one_graph(tiny_model, backend, training, options):
@@ -125,7 +127,7 @@ def test_block_masks_are_row_major_in_compiled_inference():
         used_BN = block_N * FLEX_BLOCK < count_B[:, None]
         full_BN = torch.where(used_BN, block_N, 0)
         index_BNM = block_N.expand(3, 8, 8)
-        mask = _block_mask(used_BN, index_BNM, full_BN, index_BNM, lambda b, h, query, key: key <= query, 1024)
+        mask = _block_mask(used_BN, index_BNM, full_BN, index_BNM, lambda b, h, query, key: key <= query, (1024, 1024))
         tensors = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
         return [see_strides(x) for x in tensors]
 

@@ -11,8 +11,10 @@ from hspmn.cache_hspmn import HSPMNCache, HSPMNStaticCache
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+MODELS = {"sinks": {"num_sink_tokens": 2}, "elu": {"linear_attention": "elu"}, "all": {"contextual_readers": "all"}}
 
-@pytest.fixture(params=[{"num_sink_tokens": 2}, {"linear_attention": "elu"}], ids=["sinks", "elu"])
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
 def model(tiny_model, request):
     return tiny_model(**request.param)
 

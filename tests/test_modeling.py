@@ -880,13 +880,16 @@ def test_estimate_flops_is_within_a_tenth_of_what_torch_counts(tiny_model, T):
     assert model.estimate_flops(T, batch_size=3) == 3 * estimated
 
 
-def test_estimate_flops_counts_routed_work_alone(tiny_model):
-    """Routed attention over all tokens is half of what the reference multiplies; the projections do not change."""
-    dense, reflexive = (tiny_model(sparsity_k=share, num_hidden_layers=1) for share in (1.0, 0.0))
+@readers
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_estimate_flops_counts_routed_work_alone(tiny_model, readers, share):
+    """Causal attention to routed tokens is half of what the reference multiplies; the projections do not change."""
+    options = {"num_hidden_layers": 1, "router_mode": "topk", "contextual_readers": readers}
+    model, reflexive = (tiny_model(sparsity_k=x, **options) for x in (share, 0.0))
     ids = tokens(1, 64)
-    counted = count_flops(dense, ids) - count_flops(reflexive, ids)
+    counted = count_flops(model, ids) - count_flops(reflexive, ids)
     router = 2 * 32 * 64  # the router's product is no matmul: torch counts none
-    assert 2 * (dense.estimate_flops(64) - reflexive.estimate_flops(64) - router) == counted
+    assert 2 * (model.estimate_flops(64) - reflexive.estimate_flops(64) - router) == counted
 
 
 def test_resized_embeddings_train_and_keep_old_logits(tiny_model):

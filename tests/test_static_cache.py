@@ -84,6 +84,7 @@ COMPILED = {
     "gated": ("eager", {}, 0),
     "padded": ("eager", {}, 6),
     "elu_sinks": ("eager", {"linear_attention": "elu", "num_sink_tokens": 1}, 6),
+    "all": ("eager", {"contextual_readers": "all"}, 6),
     "generated": ("inductor", {"num_hidden_layers": 1, "sparsity_k": 0.4, "sliding_window": 3}, 0),  # takes its time
 }
 
