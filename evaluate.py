@@ -348,7 +348,7 @@ def validation_rows(tokenizer, tokens, length):
 def load(args):
     """Model in eval mode and tokenizer (None if the folder has none) of `args.folder`."""
     options = {"dtype": args.dtype or ("bfloat16" if args.device == "cuda" else "float32")}
-    if args.kv_cache_dtype is not None:
+    if getattr(args, "kv_cache_dtype", None) is not None:  # not every command asks for it
         options["kv_cache_dtype"] = args.kv_cache_dtype
     model, tokenizer = load_model(args.folder, "folder", **options), None
     if (args.folder / "tokenizer.json").exists():

@@ -46,6 +46,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
 
 from hspmn.block_hspmn import OPERATIONS, pick_backend
 from hspmn.cache_hspmn import HSPMNCache
+from hspmn.configuration_hspmn import CHOICES
 from hspmn.evaluate import load
 from hspmn.results import DEVICES, Parser, at_least, check_folder, complain, refuse, refusing
 
@@ -494,6 +495,7 @@ def main(argv=None):
     add("--state", type=Path, help="file to go on from and to keep")
     add("--save_every", type=at_least(0.0, float, 1e9), default=30.0, help="seconds between two states (30)")
     add("--max_slots", type=positive, help="tokens per layer that the cache keeps (cuda 32768, cpu 2048)")
+    add("--kv_cache_dtype", choices=CHOICES["kv_cache_dtype"], help="form of these tokens; the model's own by default")
     add("--block", type=positive, help="tokens that are read at once (cuda 16384, cpu 512)")
     add("--progress", action="store_true", help="speed and memory every second, on standard error")
     add("--device", choices=DEVICES, help="cuda where there is one")
