@@ -56,6 +56,7 @@ from hspmn.tokens import fit_tokenizer, rows_of
 ARMS = {"hspmn": "hspmn", "random": "hspmn_random", "window": "hspmn", "full": "hspmn"}  # and models of `peers`
 TOKENIZER_LINES, DIGITS = 20_000, 3
 TRAINED_EVERY = (4, 32)  # lines per incident in training rows, drawn evenly in the logarithm
+OPEN_BIAS = 2.0  # of routers while every token is kept
 TOKENS_PER_LINE = 28  # from below
 CALIBRATION = 65_536  # tokens on which biases are set
 REPORT_LINES = 4  # lines per report at the end of a test, about
@@ -170,6 +171,34 @@ def arm_config(arm, args, percent, window=None):
     return config
 
 
+class Schedule:
+    """What routers do at each step of training, in three parts. Until `--hold` of the steps every token is kept and
+    nothing is learned about keeping: recall forms only while nothing is missing, and before it nobody knows what a
+    token is worth. A router that will learn starts at weight zero, so that all gates are equal. Then, over `--fall` of
+    the steps, the target falls, routers learn, and gates have their price. Frozen ones (arm `random`) balance their
+    bias alone. States are bounded from the first step, so that recall is not theirs."""
+
+    def __init__(self, model, arm, args):
+        self.hold, self.fall, self.config = args.hold, args.fall, model.config
+        self.routers = [layer.router for layer in model.base_model.layers if layer.router is not None]
+        self.price, self.learns = model.config.router_load_entropy_coef, torch.zeros((), device=args.device)
+        self.open = arm != "random"
+        for router in self.routers:
+            if self.open:
+                torch.nn.init.zeros_(router.weight)
+            torch.nn.init.constant_(router.bias, OPEN_BIAS)
+            # a frozen weight would leave the bias at rest as well
+            router.weight.requires_grad_().register_hook(lambda gradient: gradient * self.learns)
+
+    def __call__(self, step, steps):
+        """Before each step."""
+        progress = min(1.0, max(0.0, (step / steps - self.hold) / max(self.fall, 1e-9)))
+        self.learns.fill_(self.open and progress > 0)
+        self.config.router_load_entropy_coef = self.price if progress else 0.0
+        for router in self.routers:
+            router.set_progress(progress)
+
+
 def train(arm, args, encoder, seed):
     """A trained model of an arm, and its entry of the results file."""
     rows = LogRows(encoder, args.steps * args.batch_size, args.length, seed)
@@ -184,7 +213,8 @@ def train(arm, args, encoder, seed):
     begun, losses, every = time.monotonic(), [], max(1, args.steps // 10)
     batches = (batch.to(args.device, non_blocking=True) for batch in loader)
     loss_function = partial(report_loss, weight=args.report_weight)
-    for step, (loss, outputs) in enumerate(train_steps(model, batches, loss_function, args.steps, args.lr), 1):
+    trained = train_steps(model, batches, loss_function, args.steps, args.lr, Schedule(model, arm, args))
+    for step, (loss, outputs) in enumerate(trained, 1):
         losses.append(torch.stack([loss, outputs.given_loss]))
         if step % every == 0:
             (loss, given), losses = torch.stack(losses).mean(0).tolist(), []
@@ -370,6 +400,8 @@ def make_parser():
     add("--batch_size", type=positive, default=16, help="rows per step")
     add("--length", type=results.at_least(64), default=2048, help="tokens per row")
     add("--lr", type=results.RATE, default=2e-3, help="peak learning rate")
+    add("--hold", type=results.SHARE, default=0.35, help="share of the steps in which every token is kept")
+    add("--fall", type=results.SHARE, default=0.45, help="share of the steps over which fewer and fewer are")
     add("--report_weight", type=results.SHARE, default=0.5, help="share of the details given again in the loss")
     for field, size in FULL.items():
         add(f"--{field}", type=positive, default=size)

@@ -76,17 +76,19 @@ def build_model(case, config, seed):
     return model
 
 
-def train_steps(model, batches, loss_function, steps, lr):
+def train_steps(model, batches, loss_function, steps, lr, anneal=None):
     """Train on `batches`, gradients clipped to norm 1; yields the loss and the outputs of every step. `loss_function`
     takes the model and a batch, under bfloat16 autocast on CUDA, and returns loss and outputs. An HSPMN model's
-    sparsity target follows the steps. AdamW decays the weights of linear layers and embeddings only; its rate warms up
-    linearly over 7 % of the steps, then falls along a cosine to a tenth of `lr`."""
+    sparsity target follows the steps: by its own `anneal`, or by the one given, a function of step and steps. AdamW
+    decays the weights of linear layers and embeddings only; its rate warms up linearly over 7 % of the steps, then
+    falls along a cosine to a tenth of `lr`."""
     matrices = {part.weight for part in model.modules() if isinstance(part, torch.nn.Linear | torch.nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed, others = ([p for p in trained if (p in matrices) == decays] for decays in (True, False))
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=trained[0].is_cuda)
-    anneal, warmup = getattr(model, "anneal", lambda step, steps: None), max(1, round(0.07 * steps))
+    anneal = anneal or getattr(model, "anneal", lambda step, steps: None)
+    warmup = max(1, round(0.07 * steps))
     model.train()
     for step, batch in enumerate(batches):
         anneal(step, steps)

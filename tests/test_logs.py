@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -85,6 +87,24 @@ def test_reading_in_pieces_gives_the_same_and_biases_keep_the_share(args, stream
     model.lm_head.weight.data.zero_()  # every token is as likely, and the first one chosen
     assert not logs.read(model, stream.ids, certain, 100)[0].any()
     assert logs.read(model, torch.zeros_like(stream.ids), certain, 100)[0].all()
+
+
+@pytest.mark.parametrize("arm", ["hspmn", "random"])
+def test_routers_wait_until_recall_may_have_formed(encoder, args, arm):
+    """Everything is kept and no weight moves; then one that learns does, and a random one balances its bias alone."""
+    config = logs.arm_config(arm, args, 5)
+    config.vocab_size, args = 600, Namespace(**vars(args) | {"hold": 0.5, "fall": 0.25})
+    model = peers.build_model(logs.ARMS[arm], config, 0)
+    router, start = model.base_model.layers[1].router, model.base_model.layers[1].router.weight.detach().clone()
+    schedule, rows = logs.Schedule(model, arm, args), torch.utils.data.DataLoader(logs.LogRows(encoder, 8, 128, 0))
+    trained = peers.train_steps(model, rows, partial(logs.report_loss, weight=0.5), 8, 1e-3, schedule)
+    for step, (_, outputs) in enumerate(trained):
+        if step < 4:
+            assert outputs.router_load[1] == 1.0 and outputs.aux_loss == 0.0 and router.bias == logs.OPEN_BIAS
+            assert torch.equal(router.weight, start * (arm == "random"))
+        elif step > 4:
+            assert router.bias < logs.OPEN_BIAS and outputs.aux_loss > 0.0
+            assert torch.equal(router.weight, start) == (arm == "random")
 
 
 def test_tiny_run(tmp_path):
