@@ -320,7 +320,8 @@ class HSPMNCache(Rows, Cache):
 
     max_slots: slots per row of every layer that routes, at least 1, so that a stream of any length takes constant
     memory; None for no bound. A call of T tokens, at most `max_slots`, first makes room for all of them in each row
-    where fewer than T slots are free: `HSPMNCacheLayer.evict`. Until then all is as without a bound, bit for bit.
+    where fewer than T slots are free: `HSPMNCacheLayer.evict`. Until then all is as without a bound, bit for bit where
+    the stores have one size, by which sums are cut.
 
     Attributes: `layers`, one `HSPMNCacheLayer` per block; `seen`, real tokens seen per row [B]; `document_seen`,
     those of the row's current document [B]; `last_position`, the position id of the last real token per row, and what
