@@ -10,7 +10,10 @@ import torch
 from caches import CLOSE, DEVICE, addresses, assert_same, feed, generate, left_padded, pack, static_cache, tokens, used
 from hspmn.cache_hspmn import EVICTED, HSPMNCache, HSPMNStaticCache
 
-BOUND, MODELS = 16, {"gated": {}, "int4": {"kv_cache_dtype": "int4", "sparsity_k": [1.0, 0.0, 0.5]}}
+BOUND, MODELS = 16, {
+    "gated": {}, "int4": {"kv_cache_dtype": "int4", "sparsity_k": [1.0, 0.0, 0.5]},
+    "all": {"contextual_readers": "all"},
+}  # fmt: skip
 CUTS = [9, 1, 1, 5, 1, 1, 1, 12, 1, 1, 1, 4, 1, 16, 1, 1]
 
 
@@ -84,7 +87,7 @@ def test_kernels_keep_the_scores_that_the_reference_keeps(tiny_model):
     assert routed.sum() > caches[0].layers[0].count.sum()  # some have left
 
 
-@pytest.mark.parametrize("variant", ["gated", "int4"])
+@pytest.mark.parametrize("variant", MODELS)
 def test_what_stays_is_read_as_if_the_others_had_never_been_stored(tiny_model, new_cache, variant):
     """One layer, whose other states do not depend on the store: a whole one, cut by hand."""
     model = tiny_model(**MODELS[variant] | {"num_hidden_layers": 1, "sparsity_k": 0.7})
