@@ -87,6 +87,7 @@ WORDS = {
     "script": "<script>alert(1)</script>|<img onerror=steal()>|javascript:fetch(cookie)|<svg onload=go()>",
 }  # fmt: skip
 WORDS = {name: text.split("|" if "|" in text else " ") for name, text in WORDS.items()}
+SYLLABLES = [consonant + vowel for consonant in "BDFGKLMNPRSTVZ" for vowel in "AEIOU"]
 HOSTS = [f"{role}{number:02}" for role in ("web", "app", "db", "edge") for number in range(1, 9)]
 SPEAKERS, BURST = 4, 6  # hosts that speak at a time, and lines that one of them says on average
 ROUTINE_ASKED = 0.02  # reports about routine lines per report about an incident, about
@@ -114,11 +115,12 @@ class LogStream:
     seed: any text or number. test: whether values and kinds of incidents are those of testing. every: lines per
     incident, at least 1. asked: share of the details of incidents that a report gives again. lag: lines between an
     incident and a report at most, drawn evenly in their logarithm. machine: lines of other logs, of which some follow
-    now and then.
+    now and then. renamed: share of incidents whose name is made up, so that a model cannot know incidents by name.
     """
 
-    def __init__(self, seed, test=False, every=50, asked=1.0, lag=1000, machine=()):
+    def __init__(self, seed, test=False, every=50, asked=1.0, lag=1000, machine=(), renamed=0.0):
         self.random, self.test, self.every, self.asked, self.lag = Random(f"{seed}"), test, every, asked, lag
+        self.renamed = renamed
         self.machine, self.seconds = machine, self.random.randrange(86400)
         self.recent, self.named = deque(maxlen=64), set()  # ids of the last lines, and of all incidents
         self.speakers = [self._speaker() for _ in range(SPEAKERS)]
@@ -179,7 +181,12 @@ class LogStream:
     def incident(self, kind=None):
         """The `Line` of an incident, of a given kind or one drawn by how frequent it is."""
         kind = kind or self.random.choices(self.kinds, self.weights)[0]
-        line = self._line(self.random.choice(HOSTS), *INCIDENTS[kind], "incident", kind)
+        service, template = INCIDENTS[kind]
+        if self.random.random() < self.renamed:
+            severity, _, rest = template.split(" ", 2)
+            name = "_".join("".join(self.random.choices(SYLLABLES, k=self.random.randrange(1, 4))) for _ in range(2))
+            template = f"{severity} {name} {rest}"
+        line = self._line(self.random.choice(HOSTS), service, template, "incident", kind)
         self.named.add(line.id)
         return line
 

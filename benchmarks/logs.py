@@ -56,6 +56,7 @@ from hspmn.tokens import fit_tokenizer, rows_of
 ARMS = {"hspmn": "hspmn", "random": "hspmn_random", "window": "hspmn", "full": "hspmn"}  # and models of `peers`
 TOKENIZER_LINES, DIGITS = 20_000, 3
 TRAINED_EVERY = (4, 32)  # lines per incident in training rows, drawn evenly in the logarithm
+RENAMED = 0.5  # incidents of training rows with a name of their own
 OPEN_BIAS = 2.0  # of routers while every token is kept
 TOKENS_PER_LINE = 28  # from below
 CALIBRATION = 65_536  # tokens on which biases are set
@@ -104,7 +105,8 @@ class LogRows(torch.utils.data.Dataset):
         name, ids, given = f"{self.seed}/{index}", [], []
         low, high = map(math.log, TRAINED_EVERY)
         every = math.exp(Random(name).uniform(low, high))
-        for line in LogStream(name, every=every, lag=max(2, self.length // TOKENS_PER_LINE)):
+        lag = max(2, self.length // TOKENS_PER_LINE)
+        for line in LogStream(name, every=every, lag=lag, renamed=RENAMED):
             new, begin, end = self.encoder.line(line)
             ids += new
             given += [int(begin <= place < end) for place in range(len(new))]

@@ -27,6 +27,17 @@ def test_the_testing_side_shares_no_value_and_has_kinds_of_its_own():
     assert kinds == [{*SEEN}, {*SEEN, *UNSEEN}] == [kinds[0], {*INCIDENTS}]
 
 
+def test_incidents_may_have_names_of_their_own():
+    names = {}
+    for renamed in (0.0, 0.5):
+        made = [line for line in lines(2, every=2, renamed=renamed) if line.label == "incident"]
+        names[renamed] = [line.text.split(": ")[1].split()[1] for line in made]
+    known = {template.split()[1] for _, template in INCIDENTS.values()}
+    assert {*names[0.0]} < known  # those of training alone
+    share = sum(name in known for name in names[0.5]) / len(names[0.5])
+    assert share == pytest.approx(0.5, abs=0.1) and len({*names[0.5]} - known) > 500
+
+
 def test_every_report_is_true_and_the_only_one():
     made = lines(1, 20_000, every=20, lag=100)
     told, incidents, about, given = {}, [line for line in made if line.label == "incident"], [], set()
