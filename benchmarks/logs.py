@@ -64,8 +64,9 @@ REPORT_LINES = 4  # lines per report at the end of a test, about
 FULL = {
     "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 704}  # fmt: skip
-BASE = {  # room for rows with many incidents; RoPE as for needles: what would turn slowly does not turn at all
-    "capacity_factor": 4.0,
+BASE = {  # of all arms. Every token reads; no gate is cut off before its worth is known; rows may have many incidents
+    "contextual_readers": "all", "router_noise_floor": 0.0, "router_load_entropy_coef": 0.3, "capacity_factor": 4.0,
+    # as for needles: what would turn slowly does not turn at all
     "rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}  # fmt: skip
 
 
@@ -398,7 +399,7 @@ def make_parser():
     add("--reports", type=positive, default=64, help="reports per distance and stream")
     add("--streams", type=positive, default=2, help="streams of a test")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of HSPMNConfig for all arms")
-    add("--steps", type=positive, default=3000)
+    add("--steps", type=positive, default=1200)
     add("--batch_size", type=positive, default=16, help="rows per step")
     add("--length", type=results.at_least(64), default=2048, help="tokens per row")
     add("--lr", type=results.RATE, default=2e-3, help="peak learning rate")
