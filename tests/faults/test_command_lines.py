@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hspmn import benchmark, evaluate, results, tokens
-from hspmn.benchmarks import mqar, quality, report
+from hspmn.benchmarks import logs, mqar, quality, report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -68,18 +68,19 @@ def write(path, content):
     path.write_bytes(content)
 
 
+WORK = (evaluate, "load"), (mqar, "build_model"), (quality, "prepare_data"), (logs, "run_all")
 BROKEN_RESULTS = (b"", b"{", b"[]", b"5", b"{}", b'{"rows": [5]}', b'{"rows": [{"case": 1}]}', b"\xff", b"[" * 100_000)
 
 
 @pytest.mark.parametrize("content", BROKEN_RESULTS)
 def test_a_broken_results_file_is_refused_before_the_work_and_kept(content, folder, capsys, monkeypatch):
     out = folder.parent / "out"
-    for module, name in ((evaluate, "load"), (mqar, "build_model"), (quality, "prepare_data"), (benchmark, "run")):
+    for module, name in (*WORK, (benchmark, "run")):
         monkeypatch.setattr(module, name, None)
     tiny = ["--tiny", "--output", out]
     commands = {
         "loss": (evaluate.main, evaluate_words(folder)), "needle": (evaluate.main, evaluate_words(folder, "needle")),
-        "mqar": (mqar.main, tiny), "quality": (quality.main, tiny),
+        "mqar": (mqar.main, tiny), "quality": (quality.main, tiny), "logs": (logs.main, tiny),
         "train": (benchmark.main, [*tiny, "--mode", "train"]), "decode": (benchmark.main, [*tiny, "--mode", "all"]),
     }  # fmt: skip
     for name, (main, words) in commands.items():
@@ -91,11 +92,12 @@ def test_a_broken_results_file_is_refused_before_the_work_and_kept(content, fold
 
 def test_an_output_that_cannot_be_a_folder_is_refused(folder, capsys, monkeypatch):
     file = folder / "config.json"
-    for module, name in ((evaluate, "load"), (mqar, "build_model"), (quality, "prepare_data"), (benchmark, "run")):
+    for module, name in (*WORK, (benchmark, "run")):
         monkeypatch.setattr(module, name, None)
     for out in (file, file / "inside", "/dev/null/x"):
         for main, words in ((evaluate.main, evaluate_words(folder)[:-2]), (mqar.main, ["--tiny"]),
-                            (quality.main, ["--tiny"]), (benchmark.main, ["--tiny", "--mode", "train"])):  # fmt: skip
+                            (quality.main, ["--tiny"]), (logs.main, ["--tiny"]),
+                            (benchmark.main, ["--tiny", "--mode", "train"])):  # fmt: skip
             line = refusal(main, [*words, "--output", out], capsys)
             assert f"--output {out}" in line and "is a file" in line
 
