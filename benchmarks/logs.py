@@ -190,8 +190,7 @@ class Schedule:
             if self.open:
                 torch.nn.init.zeros_(router.weight)
             torch.nn.init.constant_(router.bias, OPEN_BIAS)
-            # a frozen weight would leave the bias at rest as well
-            router.weight.requires_grad_().register_hook(lambda gradient: gradient * self.learns)
+            router.weight.register_hook(lambda gradient: gradient * self.learns)
 
     def __call__(self, step, steps):
         """Before each step."""

@@ -71,7 +71,7 @@ def build_model(case, config, seed):
             layer.self_attn = MatchedAttention(own)
     if case == "hspmn_random":
         for router in filter(None, (layer.router for layer in model.base_model.layers)):
-            router.weight.requires_grad_(False)
+            router.weight.register_hook(torch.zeros_like)  # one that needs no gradient leaves the bias at rest as well
             router.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
     return model
 

@@ -146,13 +146,18 @@ def test_full_size_models_have_equal_parameters(case):
     assert 30e6 < count < 60e6 and config.initializer_range == (0.04 if case in peers.LLAMAS else 0.02)
 
 
-def test_a_frozen_router_does_not_learn(args):
+def test_a_random_router_keeps_its_weights_and_balances_its_load(args):
     config = peers.comparison_config("hspmn_random", quality.sizes_of(args, "hspmn_random"))
     model = peers.build_model("hspmn_random", config, 0)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert frozen == ["model.layers.1.router.weight"]  # the only layer of two that routes by default
-    outputs = model.train()(torch.randint(0, 512, (2, 64)))
-    assert not outputs.router_scores.requires_grad and outputs.logits.requires_grad
+    (router,) = filter(None, (layer.router for layer in model.base_model.layers))
+    weight, bias = router.weight.detach().clone(), router.bias.clone()
+
+    def loss_function(model, ids):
+        outputs = model(ids, labels=ids)
+        return outputs.loss, outputs
+
+    list(peers.train_steps(model, torch.randint(0, 512, (2, 2, 64)), loss_function, 2, 1e-3))
+    assert torch.equal(router.weight, weight) and not torch.equal(router.bias, bias)
 
 
 def test_recall_targets_complete_a_bigram_of_the_same_row():
