@@ -28,7 +28,6 @@ from .operations_hspmn import (
     feature_map,
     first_slot,
     gated_product,
-    gated_values,
     log_decay,
     operations,
     rotate,
@@ -412,22 +411,22 @@ class ContextualStream(nn.Module):
 
     def forward(self, reflexive_BTHE, heads, route, stream, stored=None, sinks=None):
         """`reflexive_BTHE` plus gate * attention output at every routed token or, where every token reads, attention
-        to gated values at all; stored: of the cache's `update`."""
+        with the keys' log gates in its scores at all; stored: of the cache's `update`."""
         operations, index_BK, slot_BT = OPERATIONS[stream.backend], route.index_BK, route.slot_BT
-        q_BKHE, v_BTGE, q_plain_BKHE, end_BT = heads.q_BTHE, heads.v_BTGE, heads.q_plain_BTHE, None
-        if self.every:
-            v_BTGE, end_BT = gated_values(v_BTGE, route.gate_BT), end_slot(slot_BT)
+        q_BKHE, q_plain_BKHE, log_gate_BK = heads.q_BTHE, heads.q_plain_BTHE, None
         if stored is None:
             read = None if self.every else index_BK
             first_BK = None if stream.start_BT is None else first_slot(read, slot_BT, stream.start_BT)
             if sinks is None and not self.every:
                 slots = index_BK, slot_BT, first_BK, route.count_B
                 return reflexive_BTHE + operations.contextual(*heads[2:5], route.gate_BT, *slots)[0]
-            k_BKGE, v_BKGE = (operations.take_rows(x, index_BK, slot_BT) for x in (heads.k_BTGE, v_BTGE))
-            stored = k_BKGE, v_BKGE, first_BK, None, route.count_B
+            k_BKGE, v_BKGE = (operations.take_rows(x, index_BK, slot_BT) for x in (heads.k_BTGE, heads.v_BTGE))
+            if self.every:
+                log_gate_BK = F.logsigmoid(operations.take_rows(route.score_BT, index_BK, slot_BT))
+            stored = k_BKGE, v_BKGE, log_gate_BK, first_BK, None, route.count_B
         if not self.every:
             q_BKHE = operations.take_rows(q_BKHE, index_BK, slot_BT)
-        out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored, end_BT)
+        out_BKHE, lse_BKH = operations.sqsk_attention(q_BKHE, *stored, end_slot(slot_BT) if self.every else None)
         if sinks is not None:
             if not self.every:
                 q_plain_BKHE = operations.take_rows(q_plain_BKHE, index_BK, slot_BT)
@@ -615,13 +614,14 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if layer_cache is not None:
             stored = layer_cache.update(k_BTGE, v_BTGE, stream, route, operations)
         elif route is not None:
-            read = None if self.contextual.every else route.index_BK
+            read, log_gate_BT = (None, F.logsigmoid(score_BT)) if self.contextual.every else (route.index_BK, None)
             first_BN = None if start_BT is None else first_slot(read, route.slot_BT, start_BT)
-            stored = k_BTGE, v_BTGE, first_BN, None, route.count_B
+            stored = k_BTGE, v_BTGE, log_gate_BT, first_BN, None, route.count_B
         if route is not None:
-            keys, values, *limits = stored
             end_BT = end_slot(route.slot_BT) if self.contextual.every else None
-            operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, keys, values, route.index_BK, *limits, end_BT)
+            operations.sqsk_merge(
+                merged_BTHE, route.gate_BT, q_BTHE, *stored[:3], route.index_BK, *stored[3:], end_BT
+            )
         norm, y_BTD = self.post_attention_layernorm, F.linear(merged_BTHE.flatten(2), self.o_proj.weight)
         x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
         product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else OPERATIONS["reference"].swiglu
@@ -636,10 +636,10 @@ class HSPMNBlock(GradientCheckpointingLayer):
         x_BTD = x_BTD.contiguous()
         if (layer_cache.dtype, layer_cache.device) != (x_BTD.dtype, x_BTD.device):
             layer_cache.lazy_initialization(x_BTD)
-        score_weight = decision = score_BT = None
+        score_weight = decision = None
         if router is not None:
             score_weight, decision = router.weight, router.bias
-        x_BTC, head_BTX, scores = operations.project_token(
+        x_BTC, head_BTX, score_BT = operations.project_token(
             x_BTD, norm.weight, norm.eps, projection.qkv_proj.weight, reflexive.head_proj.weight, score_weight
         )
         heads = operations.split_heads(
@@ -647,17 +647,14 @@ class HSPMNBlock(GradientCheckpointingLayer):
             projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads, config.rms_norm_eps,
             "gated",
         )  # fmt: skip
-        if router is not None:
-            score_BT = scores
-            if layer_cache.max_slots is not None:  # into the slot that it takes if it is routed; if not, another will
-                layer_cache.keep_scores(score_BT, layer_cache.count.clamp(max=layer_cache.slots)[:, None])
         merged_BTHE, slot_BT = operations.attend_token(
             *heads, head_BTX, reflexive.decay_log_rate, reflexive.decay_bias, reflexive.least_decay,
-            reflexive.norm.weight, reflexive.norm.eps, stream.position_BT, start_BT, length_B, stream.seen_B, score_BT,
-            decision, config.router_noise_floor, 0 if router is None else router.initial, layer_cache.gated,
+            reflexive.norm.weight, reflexive.norm.eps, stream.position_BT, start_BT, length_B, stream.seen_B,
+            None if router is None else score_BT, decision, config.router_noise_floor,
+            0 if router is None else router.initial, layer_cache.every,
             layer_cache.linear_state, layer_cache.window_keys, layer_cache.window_values, layer_cache.keys,
             layer_cache.values, layer_cache.positions, layer_cache.count, layer_cache.document_slot,
-            layer_cache.key_scales, layer_cache.value_scales,
+            layer_cache.key_scales, layer_cache.value_scales, layer_cache.log_gates,
         )  # fmt: skip
         x_BTD = operations.linear_add_token(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight)
         norm, gate = self.post_attention_layernorm, mlp.gate_proj.weight

@@ -138,7 +138,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         key_scales, value_scales: [B, P + 1, G] bfloat16, those of whole numbers, see `quantize`; else [B, 1, G], not
             used.
         positions: [B, P + 1] int32, the position id of each routed token.
-        scores: [B, P + 1] float32, its router score, if `max_slots` bounds P; [B, 1], not used, if not.
+        log_gates: [B, P + 1] float32, the logarithm of its gate, if every token reads or `max_slots` bounds P;
+            [B, 1], not used, if neither.
         count: [B] int32, routed tokens so far. document_slot: [B] int32, first slot of the row's current document.
     """
 
@@ -146,7 +147,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
     states = ("linear_state", "conv_state", "window_keys", "window_values", "count", "document_slot")
     _batched = (
         *("linear_state", "conv_state", "window_keys", "window_values"),
-        *("keys", "values", "key_scales", "value_scales", "positions", "scores", "count", "document_slot"),
+        *("keys", "values", "key_scales", "value_scales", "positions", "log_gates", "count", "document_slot"),
     )
 
     def __init__(self, config, layer_idx=0, static=False, max_slots=None):
@@ -157,9 +158,9 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         self._state_shape = (H, E, E + (config.linear_attention == "elu"))
         self._conv_shape = (config.conv_kernel_size - 1, (H + 2 * G) * E)
         self._head_shape, self.quantized = (G, E), STORES.get(config.kv_cache_dtype)  # to this dtype, or None
-        self.gated = config.contextual_readers == "all"  # every token reads: values are stored times their gates
-        self.max_slots, bounded = max_slots, max_slots is not None
-        self.slot_tensors = ("keys", "values", "positions") + bounded * ("scores",)
+        self.every, self.max_slots = config.contextual_readers == "all", max_slots  # every: each token reads
+        self.scored = self.every or max_slots is not None
+        self.slot_tensors = ("keys", "values", "positions") + self.scored * ("log_gates",)
         self.slot_tensors += ("key_scales", "value_scales") if self.quantized else ()
         self.columns, self.most_used, self.dtype = 0, 0, None
         for name in self._batched:
@@ -181,7 +182,7 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
                 "it: make the cache with that dtype, or make one eager call first"
             )
         wide, self.dtype, self.device = torch.promote_types(dtype, torch.float32), dtype, device
-        kinds = {"linear_state": wide, "scores": wide, "key_scales": torch.bfloat16, "value_scales": torch.bfloat16}
+        kinds = {"linear_state": wide, "log_gates": wide, "key_scales": torch.bfloat16, "value_scales": torch.bfloat16}
         for name in self._batched:
             held = getattr(self, name)
             kind = kinds.get(name, dtype) if held.is_floating_point() else held.dtype
@@ -197,11 +198,11 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         wide, kept, (G, E) = torch.promote_types(dtype, torch.float32), self.quantized or dtype, self._head_shape
         scales = (torch.bfloat16, slots + 1 if self.quantized else 1, G)
         window, store = (dtype, self.window, G, E), (kept, slots + 1, G, E // 8 if kept == torch.int32 else E)
-        scored = 1 if self.max_slots is None else slots + 1
+        scored = slots + 1 if self.scored else 1
         shapes = {
             "linear_state": (wide, *self._state_shape), "conv_state": (dtype, *self._conv_shape),
             "window_keys": window, "window_values": window, "keys": store, "values": store, "key_scales": scales,
-            "value_scales": scales, "positions": (torch.int32, slots + 1), "scores": (wide, scored),
+            "value_scales": scales, "positions": (torch.int32, slots + 1), "log_gates": (wide, scored),
             "count": (torch.int32,), "document_slot": (torch.int32,),
         }  # fmt: skip
         for name, (kind, *shape) in shapes.items():
@@ -237,8 +238,8 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
         """
         slot_P, room = torch.arange(self.slots, device=self.device), max(tokens, -(-self.max_slots // EVICTED))
         used_BP = slot_P < self.count[:, None]
-        score_BP = torch.where(used_BP, self.scores[:, :-1], float("-inf")).flip(1)  # a stable sort keeps the latest
-        order_BP = self.slots - 1 - score_BP.argsort(dim=1, descending=True, stable=True)
+        gate_BP = torch.where(used_BP, self.log_gates[:, :-1], float("-inf")).flip(1)  # a stable sort keeps the latest
+        order_BP = self.slots - 1 - gate_BP.argsort(dim=1, descending=True, stable=True)
         kept_BP = torch.zeros_like(used_BP).scatter(1, order_BP[:, : self.max_slots - room], True)
         kept_BP = torch.where((self.count + tokens > self.max_slots)[:, None], kept_BP, used_BP)
         index_BP, _, count_B = compact(kept_BP, self.slots)
@@ -250,39 +251,32 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             number_B.copy_((kept_BP & (slot_P < number_B[:, None])).sum(1))
         self.count.copy_(count_B)
 
-    def keep_scores(self, score_BT, slot_BT):
-        """Put scores into the slots, of all those held, that are said."""
-        row_B1 = torch.arange(len(slot_BT), device=slot_BT.device)[:, None]
-        self.scores.index_put_((row_B1, slot_BT.long()), score_BT.detach().to(self.scores.dtype))
-
     def update(self, key_states, value_states, stream, route, operations):
         """Take in this call's keys and values [B, T, G, E]: the last of them in the window, routed ones in the store.
 
         stream: the call's `Stream`. route: the layer's `Route` or None. operations: the forms that run. Returns what
         `sqsk_attention` needs beside the queries, None without a route: all keys and values [B, P, G, E] (stored whole
-        numbers in the dtype of the new ones), where slots past a row's count hold nothing meaningful; the first
-        visible slot of each token that reads; the slots used before, and how many of this call's tokens have one (all
-        of them, unless a static store is full: the latest are left out).
+        numbers in the dtype of the new ones) and, if every token reads, log gates [B, P], else None, where slots past
+        a row's count hold nothing meaningful; the first visible slot of each token that reads; the slots used before,
+        and how many of this call's tokens have one (all of them, unless a static store is full: the latest are left
+        out).
         """
         chosen = (None,) * 4
         if route is not None:
-            chosen = (route.index_BK, route.slot_BT, route.count_B, route.gate_BT if self.gated else None)
+            chosen = (route.score_BT, route.index_BK, route.slot_BT, route.count_B)
         first_BN, numbers_2B, count_B, document_slot_B = operations.extend(
             key_states, value_states, stream.position_BT, stream.start_BT, stream.length_B, stream.seen_B, *chosen,
-            self.window_keys, self.window_values, self.keys, self.values, self.positions, self.count,
-            self.document_slot, self.key_scales, self.value_scales,
+            self.every, self.window_keys, self.window_values, self.keys, self.values, self.positions, self.count,
+            self.document_slot, self.key_scales, self.value_scales, self.log_gates,
         )  # fmt: skip
         if route is None:
             return None
         self.keep("count", count_B)
         self.keep("document_slot", document_slot_B)
-        before_B, kept_B = numbers_2B
-        if self.max_slots is not None:
-            slot_BT = torch.where(route.slot_BT < 0, self.slots, before_B[:, None] + route.slot_BT)
-            self.keep_scores(route.score_BT, slot_BT.clamp(max=self.slots))
         keys = read_slots(self.keys, self.key_scales, key_states.dtype)
         values = read_slots(self.values, self.value_scales, key_states.dtype)
-        return keys, values, first_BN, before_B, kept_B
+        log_gates = self.log_gates[:, :-1] if self.every else None
+        return keys, values, log_gates, first_BN, *numbers_2B.unbind()
 
     def get_mask_sizes(self, query_length):
         """Key length and offset of a dense mask over all columns, as transformers asks for it."""

@@ -11,7 +11,7 @@ import torch
 
 from .kernels_common_hspmn import (  # isort: skip
     FLOOR, LEAST, LN2, LOG2E, TOKEN_START, capability, cdiv, check, check_heads, from_start, has_descriptors,
-    kernel, power_of_2, processors, takes_heads, tile_maps, tl, triton,
+    kernel, power_of_2, processors, softplus, takes_heads, tile_maps, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import (  # isort: skip
     LEVELS, contextual, extend, local_attention, reflexive_merge, sqsk_attention, sqsk_merge, take_rows,
@@ -115,17 +115,17 @@ def local_attention_kernel(
     tl.store(out + row * E + q_at, tile.to(out.dtype.element_ty), mask=real[:, None])
 
 
-@kernel("T", "K", "P")
+@kernel("T", "K", "P", "GATE_STEP")
 def sqsk_attention_kernel(
-    q, k, v, k_map, v_map, index, first, cached, count, end, gate, out, lse, T, K, P,
+    q, k, v, k_map, v_map, log_gate, index, first, cached, count, end, gate, out, lse, T, K, P, GATE_STEP,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, R_ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of the heads of one key head over one of SPLITS parts of their keys. Row m of the tile is query
     m // R_ROWS, head m % R_ROWS. end: of `sqsk_attention`; None: queries are slots. index: the tokens that are rows of
-    q; None: query i is row i. P: slots from one row of k and v to the next. k_map, v_map: tensor descriptors of k and
-    v for the blocks that need no mask, or None. ADD: out[token] += gate (None: 1) * result; else out[query] = result,
-    zeros in unused slots."""
+    q; None: query i is row i. P, GATE_STEP: slots from one row of k and v, and of log_gate, to the next. k_map, v_map:
+    tensor descriptors of k and v for the blocks that need no mask, or None. ADD: out[token] += gate (None: 1) *
+    result; else out[query] = result, zeros in unused slots."""
     R: tl.constexpr = H // G
     tiles = tl.cdiv(K, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
@@ -172,6 +172,7 @@ def sqsk_attention_kernel(
         share = tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N
         low += split.to(tl.int32) * share
         high = tl.minimum(high, low + share)
+    row_end = tl.minimum(row_end, high)
     clear = tl.maximum(tl.minimum(clear, high // BLOCK_N * BLOCK_N), low)
     lead = low
     if first is not None:
@@ -188,8 +189,11 @@ def sqsk_attention_kernel(
             at = ((b * P + s) * G + g) * E + kv_at
             scores = tl.dot(q_tile, tl.trans(tl.load(k + at)), input_precision="tf32x3")
             v_tile = tl.load(v + at)
+        if log_gate is not None:
+            scores += tl.load(log_gate + b * GATE_STEP + s + n)[None, :] * (LOG2E / SCALE)
         acc, peak, total = fold_block(scores, v_tile, None, acc, peak, total, SCALE)
-    for block in range(low, high - clear + lead, BLOCK_N):  # those before `lead`, then those from `clear` on
+    # Those before `lead`, then those from `clear` on; one at a time with log gates, or up to 416 bytes are spilled
+    for block in tl.range(low, high - clear + lead, BLOCK_N, num_stages=None if log_gate is None else 1):
         s = block + (clear - lead)
         if first is not None:
             s = tl.where(block < lead, block, s)
@@ -199,7 +203,10 @@ def sqsk_attention_kernel(
         k_tile = tl.load(k + at, mask=(key < high)[:, None], other=0.0)
         v_tile = tl.load(v + at, mask=(key < high)[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-        visible = (key[None, :] < row_end[:, None]) & (key < high)[None, :]
+        if log_gate is not None:
+            gates = tl.load(log_gate + b * GATE_STEP + key, mask=key < high, other=0.0)
+            scores += gates[None, :] * (LOG2E / SCALE)
+        visible = key[None, :] < row_end[:, None]
         if first is not None:
             visible = visible & (key[None, :] >= row_first[:, None])
         acc, peak, total = fold_block(scores, v_tile, visible, acc, peak, total, SCALE)
@@ -261,12 +268,11 @@ def move_rows(x, out, source, target, taken, written, weight, X: tl.constexpr, B
 
 @kernel("T", "K")
 def take_rows_kernel(
-    x, y, z, index, count, gate, y_gate, out, out_y, out_z, T, K, X: tl.constexpr, Y: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+    x, y, z, index, count, gate, out, out_y, out_z, T, K, X: tl.constexpr, Y: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """out[b, k] = x[b, index[b, k]] (times gate[b, k], if there is one) for rows of X elements; index -1 gives zeros,
-    slots past the count stay as is. The grid's second and third layer take the rows of y, times y_gate[b, index[b, k]]
-    if there is one, and z, of Y elements."""
+    slots past the count stay as is. The grid's second and third layer take the rows of y and z, of Y elements."""
     b = tl.program_id(1).to(tl.int64)
     stop = K
     if count is not None:
@@ -275,18 +281,16 @@ def take_rows_kernel(
             return
     slot = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     token = tl.load(index + b * K + slot, mask=slot < stop, other=-1).to(tl.int64)
-    source, target, taken, weight, y_weight = b * T + token, b * K + slot, token >= 0, None, None
+    source, target, taken, weight = b * T + token, b * K + slot, token >= 0, None
     if gate is not None:
         weight = tl.load(gate + target, mask=taken, other=0.0).to(tl.float32)
-    if y_gate is not None:
-        y_weight = tl.load(y_gate + source, mask=taken, other=0.0).to(tl.float32)
     if tl.program_id(2) == 0:
         move_rows(x, out, source, target, taken, slot < stop, weight, X, BLOCK_X)
     elif y is not None:
         if z is not None:
             if tl.program_id(2) == 2:
                 y, out_y = z, out_z
-        move_rows(y, out_y, source, target, taken, slot < stop, y_weight, Y, BLOCK_X)
+        move_rows(y, out_y, source, target, taken, slot < stop, None, Y, BLOCK_X)
 
 
 @kernel("T", "K")
@@ -338,14 +342,11 @@ def store_rows(rows, row_scales, kept, scales, target, stored, G: tl.constexpr, 
 
 @triton.jit
 def copy_rows(
-    x, gate, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
+    x, kept, scales, source, target, moved, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """Rows `source` of x, times their gates unless these are None, into the rows `target` of a store or ring, of one
-    head, where `moved`. HALF: of `kept_form`."""
+    """Rows `source` of x into the rows `target` of a store or ring, of one head, where `moved`. HALF: of
+    `kept_form`."""
     rows = tl.load(x + source[:, None] * (G * E) + tl.arange(0, E)[None, :], mask=moved[:, None], other=0.0)
-    if gate is not None:
-        weight = tl.load(gate + source, mask=moved, other=0.0).to(tl.float32)
-        rows = (rows.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)
     row_scales = None
     if HALF > 0:
         rows, row_scales = quantize(rows, HALF)
@@ -367,14 +368,14 @@ def tokens_before(index, token, used, BITS):
 
 @kernel("B", "T", "K", "P", "POSITION_STEP", "BITS")
 def extend_kernel(
-    k, v, position, start, length, seen, index, count, gate, ring_k, ring_v, keys, values, positions, held,
-    document_slot, key_scales, value_scales, first, numbers, after, document, B, T, K, P, POSITION_STEP, BITS,
-    G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, HALF: tl.constexpr,
+    k, v, position, start, length, seen, score, index, count, ring_k, ring_v, keys, values, positions, held,
+    document_slot, key_scales, value_scales, log_gates, first, numbers, after, document, B, T, K, P, POSITION_STEP,
+    BITS, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
+    EVERY: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """BLOCK slots of one row and head: of the window's ring in the first programs, else of the sparse store.
-    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection. WIDTH, HALF: of `kept_form`.
-    With a `gate` every token reads: each has a first slot."""
+    P: slots per row, the spare one not counted. BITS: of K, the steps of a bisection. EVERY: each token reads,
+    and has a first slot. log_gates: None if they are not held. WIDTH, HALF: of `kept_form`."""
     RINGS: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK
     b = tl.program_id(1).to(tl.int64)
     g, unit = tl.program_id(0) % G, tl.program_id(0) // G
@@ -385,11 +386,11 @@ def extend_kernel(
             last = before + (T if length is None else tl.load(length + b)) - 1
             token = last - (last - slot + WINDOW) % WINDOW - before  # negative: of an earlier call
             moved, source, target = (slot < WINDOW) & (token >= 0), b * T + token, b * WINDOW + slot
-            copy_rows(k + g * E, None, ring_k + g * E, None, source, target, moved, G, E, 0)
-            copy_rows(v + g * E, None, ring_v + g * E, None, source, target, moved, G, E, 0)
+            copy_rows(k + g * E, ring_k + g * E, None, source, target, moved, G, E, 0)
+            copy_rows(v + g * E, ring_v + g * E, None, source, target, moved, G, E, 0)
     if index is not None:
         block = unit - RINGS
-        readers = T if gate is not None else tl.load(count + b).to(tl.int32)
+        readers = T if EVERY else tl.load(count + b).to(tl.int32)
         if (block == 0) | ((block > 0) & (block * BLOCK < readers)):
             slot = block * BLOCK + tl.arange(0, BLOCK)
             used = tl.load(count + b).to(tl.int32)
@@ -398,13 +399,16 @@ def extend_kernel(
             kept = tl.minimum(total + used, P) - before
             token = tl.load(index + b * K + slot, mask=slot < used, other=0)
             moved, source, target = slot < kept, b * T + token, b * (P + 1) + before + slot
-            copy_rows(k + g * E, None, keys + g * WIDTH, key_scales + g, source, target, moved, G, E, HALF)
-            copy_rows(v + g * E, gate, values + g * WIDTH, value_scales + g, source, target, moved, G, E, HALF)
+            copy_rows(k + g * E, keys + g * WIDTH, key_scales + g, source, target, moved, G, E, HALF)
+            copy_rows(v + g * E, values + g * WIDTH, value_scales + g, source, target, moved, G, E, HALF)
             if g == 0:
                 places = tl.load(position + b * POSITION_STEP + token, mask=moved, other=0)
                 tl.store(positions + target, places.to(tl.int32), mask=moved)
+                if log_gates is not None:
+                    moved_score = tl.load(score + source, mask=moved, other=0.0).to(tl.float32)
+                    tl.store(log_gates + target, -softplus(-moved_score), mask=moved)
                 N = K
-                if gate is not None:
+                if EVERY:
                     token, N = slot.to(tl.int64), T
                 if START == TOKEN_START:
                     begun = tl.load(start + b * T + token, mask=token < T, other=0)
@@ -438,14 +442,14 @@ def load_tile(x, x_map, b, t, h, at, real, ROWS: tl.constexpr, E: tl.constexpr):
 
 @kernel("T", "P")
 def query_gradient_kernel(
-    q, k, v, k_map, v_map, start, count, end, grad, grad_lse, out, lse, delta, grad_q, T, P, H: tl.constexpr,
+    q, k, v, k_map, v_map, log_gate, start, count, end, grad, grad_lse, out, lse, delta, grad_q, T, P, H: tl.constexpr,
     G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
     R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_Q queries of the heads of one key head (arXiv 2205.14135), and `delta`: what is taken off the
     products of each row's `grad` with the values, `grad_lse` apart in float32. WINDOW: 0 for none. start: of
-    `from_start`. P: keys of a row. count: those that are used, None for all; the others' gradient is 0. end: of
-    `sqsk_attention`; None: query i is that of key i, and sees no later one."""
+    `from_start`. P: keys of a row. count: those that are used, None for all; the others' gradient is 0. log_gate,
+    end: of `sqsk_attention`; end None: query i is that of key i, and sees no later one."""
     R: tl.constexpr = H // G
     FINE: tl.constexpr = q.dtype.element_ty == tl.float32
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0  # a window is too short for a loop of its own over whole blocks
@@ -520,6 +524,8 @@ def query_gradient_kernel(
                 k_tile = load_tile(k, k_map, b, s, g, at, None, BLOCK_N, E)
                 v_tile = load_tile(v, v_map, b, s, g, at, None, BLOCK_N, E)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+            if log_gate is not None:
+                scores += tl.load(log_gate + b * P + key, mask=key < kept, other=0.0)[None, :] * (LOG2E / SCALE)
             if MASKED:
                 visible = (key[None, :] < row_end[:, None]) & (key[None, :] >= first[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
@@ -534,12 +540,12 @@ def query_gradient_kernel(
 
 @kernel("T", "P", "BITS")
 def key_gradient_kernel(
-    q, k, v, q_map, grad_map, start, count, end, grad, grad_lse, lse, delta, grad_k, grad_v, T, P, BITS,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, START: tl.constexpr,
-    R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, q_map, grad_map, log_gate, start, count, end, grad, grad_lse, lse, delta, grad_k, grad_v, grad_log_gate,
+    T, P, BITS, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
+    START: tl.constexpr, R_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_N keys and values of one key head, over the queries that see them; the rest is that of
-    `query_gradient_kernel`. BITS: of T, the steps of a bisection."""
+    """Gradients of BLOCK_N keys and values of one key head, over the queries that see them, and the head's part of
+    those of their log gates; the rest is that of `query_gradient_kernel`. BITS: of T, the steps of a bisection."""
     R: tl.constexpr = H // G
     FINE: tl.constexpr = q.dtype.element_ty == tl.float32
     MASKED_ONLY: tl.constexpr = 1 if WINDOW > 0 else 0
@@ -555,6 +561,8 @@ def key_gradient_kernel(
     kv_at = n[:, None] * (G * E) + e[None, :]
     k_tile = tl.load(k + at + kv_at, mask=(key < kept)[:, None], other=0.0)
     v_tile = tl.load(v + at + kv_at, mask=(key < kept)[:, None], other=0.0)
+    if log_gate is not None:
+        gates = tl.load(log_gate + b * P + key, mask=key < kept, other=0.0) * (LOG2E / SCALE)
     row_at = m // R_ROWS * H + m % R_ROWS
     q_at = row_at[:, None] * E + e[None, :]
 
@@ -576,6 +584,7 @@ def key_gradient_kernel(
         lead = tl.cdiv(lead, BLOCK_Q) * BLOCK_Q
         clear = tl.maximum(clear // BLOCK_Q * BLOCK_Q, lead)
     acc_k, acc_v = tl.zeros([BLOCK_N, E], tl.float32), tl.zeros([BLOCK_N, E], tl.float32)
+    acc_gate = tl.zeros([BLOCK_N], tl.float32)
     for MASKED in tl.static_range(MASKED_ONLY, 2):  # those from `lead` to `clear`, then the others
         begin, stop = lead, clear
         if MASKED:
@@ -598,6 +607,8 @@ def key_gradient_kernel(
             level = tl.where(seen, level * LOG2E, -FLOOR)
             change = tl.load(delta + row + row_at, mask=real, other=0.0)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")
+            if log_gate is not None:
+                scores += gates[:, None]
             if MASKED:
                 first = 0 * t
                 if WINDOW > 0:
@@ -614,21 +625,24 @@ def key_gradient_kernel(
             if FINE:
                 slopes += tl.load(grad_lse + row + row_at, mask=seen, other=0.0)[None, :]
             slopes *= weights
+            if log_gate is not None:
+                acc_gate += tl.sum(slopes, 1)
             acc_k = tl.dot(slopes.to(q_tile.dtype), q_tile, acc_k, input_precision="tf32x3")
     tl.store(grad_k + at + kv_at, (acc_k * (SCALE * LN2)).to(grad_k.dtype.element_ty), mask=(key < P)[:, None])
     tl.store(grad_v + at + kv_at, acc_v.to(grad_v.dtype.element_ty), mask=(key < P)[:, None])
+    if log_gate is not None:
+        tl.store(grad_log_gate + (b * P + key) * G + g, acc_gate, mask=key < P)
 
 
-def _gather(index_BK, count_B, *tensors, gate_BK=None, gate_BT=None):
+def _gather(index_BK, count_B, *tensors, gate_BK=None):
     """Rows named by `index_BK` of one to three tensors, the second and third alike; those of the first times gate_BK,
-    those of the second times the gate_BT of their tokens, if given; slots past `count_B` are left as they were
-    allocated."""
+    if given; slots past `count_B` are left as they were allocated."""
     (B, K), T = index_BK.shape, tensors[0].shape[1]
     outs = [x.new_empty(B, K, *x.shape[2:]) for x in tensors]
     if outs[0].numel():
         X, rest = outs[0].stride(1), [None] * (3 - len(outs))
         take_rows_kernel[(cdiv(K, 8), B, len(outs))](
-            *tensors, *rest, index_BK, count_B, gate_BK, gate_BT, *outs, *rest, T, K, X=X, Y=outs[-1].stride(1),
+            *tensors, *rest, index_BK, count_B, gate_BK, *outs, *rest, T, K, X=X, Y=outs[-1].stride(1),
             BLOCK_K=8, BLOCK_X=min(512, power_of_2(X)), num_warps=4,
         )  # fmt: skip
     return outs
@@ -741,9 +755,15 @@ def _sqsk_plan(q_shape, k_shape, v_shape, dtypes, device, element_size, K):
     return programs, splits, not few and has_descriptors(device, element_size), sizes
 
 
-def _launch_sqsk(q, k, v, index, first, held, count, end, gate, out, lse, K, add=False):
+def _launch_sqsk(q, k, v, log_gate, index, first, held, count, end, gate, out, lse, K, add=False):
     """Launch over [B, K] queries; `add`: to `out`, which has tokens as rows, times `gate`; `lse` may be None."""
-    (B, T, H, E), G = q.shape, k.shape[2]
+    (B, T, H, E), G, step = q.shape, k.shape[2], 0
+    if log_gate is not None:
+        if log_gate.shape != k.shape[:2] or log_gate.dtype != torch.float32:
+            got = f"{tuple(log_gate.shape)} in {log_gate.dtype}"
+            raise ValueError(f"log_gate must be {tuple(k.shape[:2])} in float32, one per key, got {got}")
+        log_gate = log_gate if log_gate.stride(1) == 1 else log_gate.contiguous()
+        step = log_gate.stride(0)
     programs, splits, tiled, sizes = _sqsk_plan(
         q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), q.device, q.element_size(), K
     )
@@ -757,8 +777,8 @@ def _launch_sqsk(q, k, v, index, first, held, count, end, gate, out, lse, K, add
     block = (1, sizes["BLOCK_N"], 1, E)
     maps = tile_maps((k, k.shape, k.stride(), block), (v, v.shape, v.stride(), block)) if tiled else (None, None)
     sqsk_attention_kernel[(programs * splits,)](
-        q, k, v, *maps, index, first, held, count, end, gate if splits == 1 else None, part, part_lse, T, K,
-        k.stride(0) // (G * E), SPLITS=splits, ADD=add and splits == 1, **sizes,
+        q, k, v, *maps, log_gate, index, first, held, count, end, gate if splits == 1 else None, part, part_lse, T, K,
+        k.stride(0) // (G * E), step, SPLITS=splits, ADD=add and splits == 1, **sizes,
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel[(B * K * H,)](
@@ -766,11 +786,12 @@ def _launch_sqsk(q, k, v, index, first, held, count, end, gate, out, lse, K, add
         )
 
 
-@sqsk_attention.kernel(strided=("k_BPGE", "v_BPGE"))
-def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK):
+@sqsk_attention.kernel(strided=("k_BPGE", "v_BPGE", "log_gate_BP"))
+def _sqsk_attention(q_BKHE, k_BPGE, v_BPGE, log_gate_BP, first_BK, held_B, count_B, end_BK):
     """Slots past `count_B` are never read as keys and give zeros; work is done for the count alone."""
     (B, K, H, _), kv = q_BKHE.shape, _store_rows(k_BPGE, v_BPGE)
     out_BKHE, lse_BKH = torch.empty_like(q_BKHE), q_BKHE.new_empty(B, K, H, dtype=torch.float32)
+    kv = *kv, log_gate_BP
     _launch_sqsk(q_BKHE, *kv, None, first_BK, held_B, count_B, end_BK, None, out_BKHE, lse_BKH, K)
     return out_BKHE, lse_BKH
 
@@ -794,15 +815,17 @@ def _gradient_plan(q_shape, k_shape, device, element_size, window):
     return both
 
 
-def _attention_gradient(grad, grad_lse, q, k, v, start, count, end, window, out, lse):
-    """Of T queries, P keys of which `count` are used, and values; `window` 0 for none."""
+def _attention_gradient(grad, grad_lse, q, k, v, log_gate, start, count, end, window, out, lse):
+    """Of T queries, P keys of which `count` are used, values, and log gates if there are any; `window` 0 for none."""
     T, P, R, E = q.shape[1], k.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     (q_grid, kv_tiled, q_sizes), (kv_grid, q_tiled, kv_sizes) = _gradient_plan(
         q.shape, k.shape, q.device, q.element_size(), window
     )
-    grads, delta = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse)
+    grads, delta, parts_BPG = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse), None
+    if log_gate is not None:
+        parts_BPG = k.new_empty(k.shape[:3], dtype=torch.float32)
     if not q.numel():
-        return [x.zero_() for x in grads]
+        return [torch.zeros_like(x) for x in (q, k, v, log_gate) if x is not None]
     if start is not None and not window:
         start = start.expand(q.shape[:2]).contiguous()
     kind = 0 if start is None else min(2, start.shape[1])
@@ -810,13 +833,14 @@ def _attention_gradient(grad, grad_lse, q, k, v, start, count, end, window, out,
     kv_maps = tile_maps(*((x, x.shape, x.stride(), kv_block) for x in (k, v))) if kv_tiled else (None, None)
     q_maps = tile_maps(*((x, x.shape, x.stride(), q_block) for x in (q, grad))) if q_tiled else (None, None)
     query_gradient_kernel[q_grid](
-        q, k, v, *kv_maps, start, count, end, grad, grad_lse, out, lse, delta, grads[0], T, P, START=kind, **q_sizes
-    )
-    key_gradient_kernel[kv_grid](
-        q, k, v, *q_maps, start, count, end, grad, grad_lse, lse, delta, *grads[1:], T, P, T.bit_length(), START=kind,
-        **kv_sizes,
+        q, k, v, *kv_maps, log_gate, start, count, end, grad, grad_lse, out, lse, delta, grads[0], T, P, START=kind,
+        **q_sizes,
     )  # fmt: skip
-    return grads
+    key_gradient_kernel[kv_grid](
+        q, k, v, *q_maps, log_gate, start, count, end, grad, grad_lse, lse, delta, *grads[1:], parts_BPG, T, P,
+        T.bit_length(), START=kind, **kv_sizes,
+    )  # fmt: skip
+    return grads if log_gate is None else [*grads, parts_BPG.sum(-1)]
 
 
 @local_attention.gradient(
@@ -824,15 +848,15 @@ def _attention_gradient(grad, grad_lse, q, k, v, start, count, end, window, out,
     takes=lambda q, k, v, start, window, ring_k, *_: ring_k is None and _has_gradient(q, k, v),
 )  # fmt: skip
 def _local_attention_back(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, window, ring_k, ring_v, seen_B, out, lse):
-    return _attention_gradient(grad_BTHE, grad_lse_BTH, q, k, v, start_BT, None, None, window, out, lse)
+    return _attention_gradient(grad_BTHE, grad_lse_BTH, q, k, v, None, start_BT, None, None, window, out, lse)
 
 
 @sqsk_attention.gradient(
-    wrt=("q_BKHE", "k_BPGE", "v_BPGE"), keeps=(0, 1),
-    takes=lambda q, k, v, first, held, count, end: held is None and _has_gradient(q, k, v),
+    wrt=("q_BKHE", "k_BPGE", "v_BPGE", "log_gate_BP"), keeps=(0, 1),
+    takes=lambda q, k, v, log_gate, first, held, count, end: held is None and _has_gradient(q, k, v),
 )  # fmt: skip
-def _sqsk_attention_back(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, held_B, count_B, end_BK, out, lse):
-    return _attention_gradient(grad_BKHE, grad_lse_BKH, q, k, v, first_BK, count_B, end_BK, 0, out, lse)
+def _sqsk_attention_back(grad_BKHE, grad_lse_BKH, q, k, v, log_gate, first_BK, held_B, count_B, end_BK, out, lse):
+    return _attention_gradient(grad_BKHE, grad_lse_BKH, q, k, v, log_gate, first_BK, count_B, end_BK, 0, out, lse)
 
 
 @contextual.kernel
@@ -841,7 +865,7 @@ def _contextual(q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, co
     with what makes that."""
     (B, K), (H, E), kv = index_BK.shape, q_BTHE.shape[2:], _gather(index_BK, count_B, k_BTGE, v_BTGE)
     out_BKHE, lse_BKH = q_BTHE.new_empty(B, K, H, E), q_BTHE.new_empty(B, K, H, dtype=torch.float32)
-    _launch_sqsk(q_BTHE, *kv, index_BK, first_BK, None, count_B, None, None, out_BKHE, lse_BKH, K)
+    _launch_sqsk(q_BTHE, *kv, None, index_BK, first_BK, None, count_B, None, None, out_BKHE, lse_BKH, K)
     return *_gather(slot_BT, None, out_BKHE, gate_BK=gate_BT), out_BKHE, lse_BKH
 
 
@@ -860,12 +884,14 @@ def _contextual_back(grad_BTHE, q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_
             BLOCK_X=min(512, power_of_2(X)), num_warps=4,
         )  # fmt: skip
     rows = _gather(index_BK, count_B, q_BTHE, k_BTGE, v_BTGE)
-    grads = _attention_gradient(grad_BKHE, torch.zeros_like(lse), *rows, first_BK, count_B, None, 0, out, lse)
+    grads = _attention_gradient(grad_BKHE, torch.zeros_like(lse), *rows, None, first_BK, count_B, None, 0, out, lse)
     return *_gather(slot_BT, None, *grads), grad_gate_BT
 
 
-@sqsk_merge.kernel(strided=("k_BPGE", "v_BPGE"))
-def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first_BN, held_B, count_B, end_BT):
+@sqsk_merge.kernel(strided=("k_BPGE", "v_BPGE", "log_gate_BP"))
+def _sqsk_merge(
+    reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, log_gate_BP, index_BK, first_BN, held_B, count_B, end_BT
+):  # fmt: skip
     """The sum is float32; where routed tokens alone read, the others are not passed over."""
     layout = f"reflexive must be contiguous {tuple(q_BTHE.shape)}, got {tuple(reflexive_BTHE.shape)}, contiguous="
     if reflexive_BTHE.shape != q_BTHE.shape or not reflexive_BTHE.is_contiguous():
@@ -873,12 +899,14 @@ def _sqsk_merge(reflexive_BTHE, gate_BT, q_BTHE, k_BPGE, v_BPGE, index_BK, first
     if held_B is None:
         # Compacting first costs 0.07 ms at B=64, T=4096; gathering keys inside the kernel cost 30 % of its rate (H200,
         # timed with zeros in every unused slot; none is written now, as the attention reads no slot past the count)
-        gate = None if end_BT is None else gate_BT
-        k, v = _gather(index_BK, count_B, k_BPGE.contiguous(), v_BPGE.contiguous(), gate_BT=gate)
+        k, v = _gather(index_BK, count_B, k_BPGE.contiguous(), v_BPGE.contiguous())
+        if log_gate_BP is not None:
+            [log_gate_BP] = _gather(index_BK, count_B, log_gate_BP.contiguous())
     else:
         k, v = _store_rows(k_BPGE, v_BPGE)
     index, gate, N = (index_BK, gate_BT, index_BK.shape[1]) if end_BT is None else (None, None, q_BTHE.shape[1])
-    _launch_sqsk(q_BTHE, k, v, index, first_BN, held_B, count_B, end_BT, gate, reflexive_BTHE, None, N, add=True)
+    kept = k, v, log_gate_BP
+    _launch_sqsk(q_BTHE, *kept, index, first_BN, held_B, count_B, end_BT, gate, reflexive_BTHE, None, N, add=True)
 
 
 @cache
@@ -890,8 +918,9 @@ def kept_form(dtype, E):
 
 @extend.kernel
 def _extend(
-    k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B, gate_BT, ring_k_BWGE,
+    k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, score_BT, index_BK, slot_BT, count_B, every, ring_k_BWGE,
     ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+    log_gates_BP,
 ):  # fmt: skip
     """One launch for ring and store; documents' first slots come from a bisection of the routed tokens."""
     (B, T, G, E), W, P = k_BTGE.shape, ring_k_BWGE.shape[1], keys_BPGE.shape[1] - 1
@@ -901,16 +930,16 @@ def _extend(
         if not x.is_contiguous() or x.shape[2:] != (G, width):
             raise ValueError(f"{name} must be contiguous [{B}, N, {G}, {width}] to be written, got {tuple(x.shape)}")
     routes, K = index_BK is not None, 0 if index_BK is None else index_BK.shape[1]
-    N = K if gate_BT is None else T
+    N, log_gates = T if every else K, log_gates_BP if log_gates_BP.shape == positions_BP.shape else None
     blocks = cdiv(W, STORE_BLOCK) + (max(1, cdiv(N, STORE_BLOCK)) if routes else 0)
     shapes = ((B, N), (2, B), B, B) if routes else (0,) * 4
     outputs = tuple(map(held_B.new_empty, shapes))
     if not (B and T and blocks * G):
         return outputs
     extend_kernel[(blocks * G, B)](
-        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, count_B, gate_BT, *written.values(),
-        positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG, *outputs, B, T, K, P,
+        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, score_BT, index_BK, count_B, *written.values(),
+        positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG, log_gates, *outputs, B, T, K, P,
         T if position_BT.shape[0] > 1 else 0, K.bit_length(), G=G, E=E, WINDOW=W, BLOCK=STORE_BLOCK,
-        START=0 if start_BT is None else min(2, start_BT.shape[1]), **kept, num_warps=4,
+        START=0 if start_BT is None else min(2, start_BT.shape[1]), EVERY=every, **kept, num_warps=4,
     )  # fmt: skip
     return outputs

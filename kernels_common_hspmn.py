@@ -144,6 +144,15 @@ def from_start(first, start, b, at, real, least, START: tl.constexpr):
     return first
 
 
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exact to float32 also where exp(x) is small."""
+    y = tl.exp(-tl.abs(x))
+    u = 1.0 + y
+    log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
+
+
 @cache
 def processors(device):
     """Streaming multiprocessors of a CUDA device; 1 in the interpreter."""

@@ -13,11 +13,10 @@ import torch
 
 from .kernels_common_hspmn import (  # isort: skip
     DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, dependent, kernel, power_of_2, processors,
-    refuse_in_place, tl, triton,
+    refuse_in_place, softplus, tl, triton,
 )  # fmt: skip
 from .kernels_attention_hspmn import finish, fold_block, kept_form, quantize, store_rows
 from .kernels_mlp_hspmn import gated
-from .kernels_projection_hspmn import softplus
 from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
 
 MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
@@ -69,22 +68,21 @@ def load_slots(
 
 @triton.jit
 def attend_range(
-    q, k, v, gate, k_slots, v_slots, k_scales, v_scales, row, part, part_lse, b, g, split, low, high, own, pushed,
-    place, past, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    q, k, v, own_gate, k_slots, v_slots, k_scales, v_scales, log_gates, row, part, part_lse, b, g, split, low, high,
+    own, pushed, place, past, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, RING: tl.constexpr,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """Attention of row b and key head g over its slots low .. high - 1, as part `split`. k_slots, v_slots: slot 0 of
     row and head, in the sparse store or, with RING slots, in the window, of which the last `past` tokens before slot
-    `place` are shown. own: over the token's own key and value too, this times its `gate` if there is one. pushed:
-    these go to slot `place`. WIDTH, HALF: of `kept_form`; with HALF slots have scales, that of slot 0 at `row` of
-    k_scales and v_scales."""
+    `place` are shown. log_gates: the row's, which are added to the scores, own_gate to that of the own key, or None.
+    own: over the token's own key and value too. pushed: these go to slot `place`. WIDTH, HALF: of `kept_form`; with
+    HALF slots have scales, that of slot 0 at `row` of k_scales and v_scales."""
     R: tl.constexpr = H // G
     n, e, m = tl.arange(0, BLOCK_N), tl.arange(0, E), tl.arange(0, ROWS)
     query = g * R + m
     q_tile = tl.load(q + (b * H + query)[:, None] * E + e[None, :], mask=(m < R)[:, None], other=0.0)
     k_row, v_row = tl.load(k + (b * G + g) * E + e)[None, :], tl.load(v + (b * G + g) * E + e)[None, :]
-    if gate is not None:
-        v_row = (v_row.to(tl.float32) * gate).to(v_row.dtype)
     k_kept, v_kept, k_scale, v_scale = k_row, v_row, None, None
     if HALF > 0:
         k_kept, k_scale = quantize(k_row, HALF)
@@ -93,6 +91,8 @@ def attend_range(
         k_row = ((2.0 * k_kept + 1.0) * k_scale[:, None]).to(k_row.dtype)
         v_row = ((2.0 * v_kept + 1.0) * v_scale[:, None]).to(v_row.dtype)
     own_score = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32), 1) * SCALE
+    if own_gate is not None:
+        own_score += own_gate * LOG2E
     peak = tl.where(own, own_score, FLOOR)
     total = tl.zeros([ROWS], tl.float32) + tl.where(own, 1.0, 0.0)
     acc = tl.zeros([ROWS, E], tl.float32) + tl.where(own, v_row.to(tl.float32), 0.0)
@@ -105,6 +105,8 @@ def attend_range(
         k_tile = load_slots(k_slots, k_scales, row, first, shown, q_tile.dtype, G, WIDTH, HALF)
         v_tile = load_slots(v_slots, v_scales, row, first, shown, q_tile.dtype, G, WIDTH, HALF)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
+        if log_gates is not None:
+            scores += tl.load(log_gates + s + n, mask=shown, other=0.0)[None, :] * (LOG2E / SCALE)
         acc, peak, total = fold_block(scores, v_tile, shown[None, :], acc, peak, total, SCALE)
     slot = place.to(tl.int64) + tl.arange(0, 1)
     store_rows(k_kept, k_scale, k_slots, k_scales + row, slot, pushed & (slot >= 0), G, HALF)
@@ -118,20 +120,21 @@ def attend_range(
 @kernel("B", "P")
 def attend_token_kernel(
     q_linear, k_linear, q, k, v, head, log_rate, rate_bias, least_decay, position, start, length, seen, score, bias,
-    state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, linear, part,
-    part_lse, plan, token_slot, B, P, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
-    SCALE: tl.constexpr, INITIAL: tl.constexpr, NOISE_FLOOR: tl.constexpr, EVERY: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, PDL: tl.constexpr,
+    state, ring_k, ring_v, keys, values, positions, held, document_slot, key_scales, value_scales, log_gates, linear,
+    part, part_lse, plan, token_slot, B, P, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
+    SCALE: tl.constexpr, INITIAL: tl.constexpr, EVERY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the softmax attentions of the heads of one key head, or COLUMNS columns of one head's linear state.
     The slots of all routed rows, laid end to end in blocks, are cut into the parts 0 .. SPLITS - 1, so that whichever
     rows a step routes each program has its share in one run; part SPLITS is the window, one program per row. The
     token's own key and value go to the store (the part with its row's first block) and to the ring (the window) here
     and are read from `k` and `v`; the slot of the ring that is written is not read. INITIAL: tokens of a document that
-    are routed whatever their score. EVERY: all rows read, and values are stored times their gates. token_slot: per
-    row, 0 if the token has a slot, else -1. plan: per row, for the kernel after this one, tokens held and the
-    document's first slot after it. P: slots per row, the spare one not counted. BATCH: a power of two, at least B."""
+    are routed whatever their score. EVERY: all rows read, and log gates, which are None where they are not held, are
+    in the scores. token_slot: per row, 0 if the token has a slot, else -1. plan: per row, for the kernel after this
+    one, tokens held and the document's first slot after it. P: slots per row, the spare one not counted. BATCH: a
+    power of two, at least B."""
     program = tl.program_id(0)
     windows = program - G * SPLITS
     states = windows - B * G
@@ -163,8 +166,8 @@ def attend_token_kernel(
         slot = (tl.load(seen + row) % WINDOW).to(tl.int32)
         base = (row * WINDOW * G + g) * E
         attend_range(
-            q, k, v, None, ring_k + base, ring_v + base, key_scales, value_scales, 0, part, part_lse, row, g, SPLITS,
-            0, WINDOW, True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
+            q, k, v, None, ring_k + base, ring_v + base, key_scales, value_scales, None, 0, part, part_lse, row, g,
+            SPLITS, 0, WINDOW, True, real, slot, past, H, G, E, WINDOW, SCALE, ROWS, BLOCK_N, SPLITS, E, 0,
         )  # fmt: skip
         if SPLITS == 0:
             tl.store(token_slot + row, -1, mask=g == 0)
@@ -182,16 +185,17 @@ def attend_token_kernel(
         first = tl.where(begun < 0, opened, used)
         last = tl.minimum(used, P)
         works = wanted & (last < P)
-        reads, gate_B = works, None
-        if EVERY:
-            reads, gate_B = present, 1.0 / (1.0 + tl.exp(-score_B))
-            gate_B = tl.where(gate_B >= NOISE_FLOOR, gate_B, 0.0)
+        reads = present if EVERY else works
+        if log_gates is not None:
+            log_gate_B = -softplus(-score_B)
         if (split == 0) & (g == 0):
             tl.store(token_slot + r, works.to(tl.int64) - 1, mask=inside)
             tl.store(plan + r * 2, used + wanted.to(tl.int32), mask=inside)
             tl.store(plan + r * 2 + 1, first, mask=inside)
-            position_at = positions + r.to(tl.int64) * (P + 1) + last
-            tl.store(position_at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
+            slot_at = r.to(tl.int64) * (P + 1) + last
+            tl.store(positions + slot_at, tl.load(position + r, mask=inside, other=0).to(tl.int32), mask=works)
+            if log_gates is not None:
+                tl.store(log_gates + slot_at, log_gate_B, mask=works)
         # The token itself counts as a block where there is none before it: it needs a part too
         blocks = tl.where(reads, tl.maximum(tl.cdiv(last - first, BLOCK_N), works.to(tl.int32)), 0)
         ends = tl.cumsum(blocks, 0)
@@ -207,14 +211,16 @@ def attend_token_kernel(
                 low = tl.sum(tl.where(chosen, first, 0), 0)
                 place = tl.sum(tl.where(chosen, last, 0), 0)
                 store = b * (P + 1) * G + g
-                own, gate = begin == 0, None
+                own, own_gate, row_gates = begin == 0, None, None
                 if EVERY:
                     own = own & (tl.sum((chosen & works).to(tl.int32), 0) > 0)
-                    gate = tl.sum(tl.where(chosen, gate_B, 0.0), 0)
+                    own_gate = tl.sum(tl.where(chosen, log_gate_B, 0.0), 0)
+                    row_gates = log_gates + b * (P + 1)
                 attend_range(
-                    q, k, v, gate, keys + store * WIDTH, values + store * WIDTH, key_scales, value_scales, store, part,
-                    part_lse, b, g, split, low + begin * BLOCK_N, tl.minimum(low + end * BLOCK_N, place), own, own,
-                    place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N, SPLITS, WIDTH, HALF,
+                    q, k, v, own_gate, keys + store * WIDTH, values + store * WIDTH, key_scales, value_scales,
+                    row_gates, store, part, part_lse, b, g, split, low + begin * BLOCK_N,
+                    tl.minimum(low + end * BLOCK_N, place), own, own, place, 0, H, G, E, 0, SCALE, ROWS, BLOCK_N,
+                    SPLITS, WIDTH, HALF,
                 )  # fmt: skip
             elif (own_blocks > 0) | EVERY:
                 m = tl.arange(0, ROWS)
@@ -302,6 +308,7 @@ def _attend_token(
     q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least, norm_E, eps,
     position_BT, start_BT, length_B, seen_B, score_BT, bias, noise_floor, initial, every, state_BHEE, ring_k_BWGE,
     ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
+    log_gates_BP,
 ):  # fmt: skip
     """Cached keys are read for rows that read alone; all arithmetic is float32."""
     (B, _, H, E), (W, G), P = q_BTHE.shape, ring_k_BWGE.shape[1:3], keys_BPGE.shape[1] - 1
@@ -313,13 +320,17 @@ def _attend_token(
     )  # fmt: skip
     form, kind, ring, counts = kept_form(keys_BPGE.dtype, E), ring_k_BWGE.dtype, (B, max(1, W), G, E), (B,)
     kept, held = (B, P + 1, G, form["WIDTH"]), keys_BPGE.dtype if form["HALF"] else kind
-    scales = (B, P + 1, G) if form["HALF"] else None
+    scales, log_gates = (B, P + 1, G) if form["HALF"] else None, log_gates_BP
+    if not every and log_gates_BP.shape != positions_BP.shape:
+        log_gates = None
+    gates = None if log_gates is None else kept[:2]
     for name, x, shape, dtype in (
         ("state", state_BHEE, (B, H, E, E), torch.float32), ("ring_k", ring_k_BWGE, ring, kind), ("ring_v",
         ring_v_BWGE, ring, kind), ("keys", keys_BPGE, kept, held), ("values", values_BPGE,
         kept, held), ("positions", positions_BP, kept[:2], torch.int32), ("held", held_B, counts,
         torch.int32), ("document_slot", document_slot_B, counts, torch.int32), ("key_scales", key_scales_BPG, scales,
-        torch.bfloat16), ("value_scales", value_scales_BPG, scales, torch.bfloat16),
+        torch.bfloat16), ("value_scales", value_scales_BPG, scales, torch.bfloat16), ("log_gates", log_gates_BP, gates,
+        torch.float32),
     ):  # fmt: skip
         if shape is not None and (x.shape != shape or x.dtype != dtype or not x.is_contiguous()):
             refuse_in_place(name, x, shape, dtype)
@@ -334,8 +345,8 @@ def _attend_token(
         q_linear_BTHE, k_linear_BTGE, q_BTHE, k_BTGE, v_BTGE, head_BTX, log_rate_H, rate_bias_H, least,
         position_BT.expand(B, 1).contiguous(), start_BT, length_B, seen_B, score_BT, bias, state_BHEE, ring_k_BWGE,
         ring_v_BWGE, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG,
-        linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, NOISE_FLOOR=noise_floor,
-        EVERY=every, **form, **constants,
+        log_gates, linear_BHE, part, part_lse, plan_B2, slot_BT, B, P, WINDOW=W, INITIAL=initial, EVERY=every, **form,
+        **constants,
     )  # fmt: skip
     merge_token_kernel[merge_grid](
         linear_BHE, head_BTX, norm_E, part, part_lse, plan_B2, slot_BT, score_BT, held_B, document_slot_B, out_BTHE,

@@ -11,14 +11,14 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    HEAD_WIDTHS, ROW_START, TOKEN_START, cdiv, check, interpreted, kernel, power_of_2, tl, triton,
+    HEAD_WIDTHS, ROW_START, TOKEN_START, cdiv, check, interpreted, kernel, power_of_2, softplus, tl, triton,
 )  # fmt: skip
 from .kernels_attention_hspmn import take_rows
 from .kernels_decode_hspmn import attend_token
 from .kernels_linear_hspmn import linear_attention
 from .kernels_loss_hspmn import token_losses
 from .kernels_mlp_hspmn import swiglu_fits
-from .kernels_projection_hspmn import softplus, split_heads
+from .kernels_projection_hspmn import split_heads
 from .operations_hspmn import route
 
 ROUTE_BLOCK = 1024  # tokens per program: the longest row of the benchmark occupies 328

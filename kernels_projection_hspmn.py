@@ -10,7 +10,7 @@ import torch
 
 from .kernels_common_hspmn import (  # isort: skip
     DTYPES, GAIN, HEAD_WIDTHS, cdiv, check, dependent, from_start, kernel, power_of_2, processors,
-    refuse_in_place, tl, triton,
+    refuse_in_place, softplus, tl, triton,
 )  # fmt: skip
 from .operations_hspmn import NEAR, add_norm, norm_heads, place, split_heads
 
@@ -381,15 +381,6 @@ def _split_heads_back(
     q_sum, k_sum = (x.view(-1, E).sum(0) for x in total[taps, : (H + kv_heads) * E].split((H * E, kv_heads * E)))
     weight = total[:taps].t().contiguous().to(weight_CL.dtype)
     return grad_x, weight, q_sum.to(q_norm_E.dtype), k_sum.to(k_norm_E.dtype)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), exact to float32 also where exp(x) is small."""
-    y = tl.exp(-tl.abs(x))
-    u = 1.0 + y
-    log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @kernel("M")

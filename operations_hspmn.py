@@ -54,7 +54,10 @@ NAMESPACE = "hspmn_" + hashlib.sha1(__name__.encode()).hexdigest()[:8]
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 REGISTRY = {}  # operations by name
 # Arguments that one call leaves to the next
-KEPT = ("ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP", "key_scales_BPG", "value_scales_BPG")
+KEPT = (
+    *("ring_k_BWGE", "ring_v_BWGE", "keys_BPGE", "values_BPGE", "positions_BP"),
+    *("key_scales_BPG", "value_scales_BPG", "log_gates_BP"),
+)
 
 
 class Operation:
@@ -125,7 +128,7 @@ class Operation:
         compiler sees neither. Of what the operation returns it is given the outputs numbered `keeps`, and gradients of
         the first `outputs` (None: all), beyond which the reference detaches them; what the operation writes in place
         it is not given: a call with any of that, or that `takes` (a function of the arguments) refuses, is the
-        reference's, with autograd's gradient.
+        reference's, with autograd's gradient. An argument of `wrt` that is None has no place among the gradients.
         """
         if launch is None:
             return partial(self.gradient, wrt=wrt, keeps=keeps, takes=takes, outputs=outputs)
@@ -141,7 +144,7 @@ class Operation:
             return [found.get(i) for i in range(len(everything))]
 
         def back_fake(*args):
-            return [args[outputs + i].new_empty(args[outputs + i].shape) for i in places]
+            return [x.new_empty(x.shape) for x in (args[outputs + i] for i in places) if x is not None]
 
         train = self._define(
             f"{self.__name__}_train", given, lambda *args: self._forms["launch"](*whole(args)),
@@ -163,7 +166,8 @@ class Operation:
         def backward(ctx, *grads):
             saved = iter(ctx.saved_tensors)
             inputs = [next(saved) if other is None else other[0] for other in ctx.others]
-            found = dict(zip(places, back(*grads[:outputs], *inputs, *saved), strict=True))
+            asked = [i for i in places if inputs[i] is not None]
+            found = dict(zip(asked, back(*grads[:outputs], *inputs, *saved), strict=True))
             return tuple(found.get(i) for i in range(len(inputs)))
 
         torch.library.register_autograd(train.name(), backward, setup_context=keep, lib=LIBRARY)
@@ -522,8 +526,9 @@ def _linear_attention_span(q_BTHE, k_BTGE, v_BTGF, log_decay_BTH, start_BT, stat
     return out.to(q_BTHE.dtype), states[:, -1].reshape(B, H, E, V)
 
 
-def masked_attention(q_BTHE, k_BNSGE, v_BNSGE, visible_BNTS):
-    """Attention of N blocks of queries, each over its own S keys; T = N * (queries per block)."""
+def masked_attention(q_BTHE, k_BNSGE, v_BNSGE, visible_BNTS, log_gate_BNS=None):
+    """Attention of N blocks of queries, each over its own S keys, whose log gates are added to their scores; T = N *
+    (queries per block)."""
     (B, T, H, E), (N, _, G) = q_BTHE.shape, k_BNSGE.shape[1:4]
     kind = torch.promote_types(q_BTHE.dtype, torch.float32)
     if not k_BNSGE.shape[2]:
@@ -532,6 +537,8 @@ def masked_attention(q_BTHE, k_BNSGE, v_BNSGE, visible_BNTS):
     k, v = k_BNSGE.transpose(2, 3), v_BNSGE.transpose(2, 3)  # [B, N, G, S, E]
     visible = visible_BNTS[:, :, None, None]
     scores = (q @ k.transpose(-1, -2)).to(kind).unflatten(3, (H // G, T // N)) * E**-0.5
+    if log_gate_BNS is not None:
+        scores = scores + log_gate_BNS[:, :, None, None, None]
     scores = scores.masked_fill(~visible, HIDDEN_SCORE)
     weights, empty = scores.softmax(-1), ~visible.any(-1)
     # the largest weight is exp(largest score - lse), so the sum of exponentials is not needed a second time
@@ -598,13 +605,14 @@ def reflexive_merge(
 
 @operation()
 def sqsk_attention(
-    q_BKHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, first_BK: Tensor | None, held_B: Tensor | None, count_B: Tensor,
-    end_BK: Tensor | None,
+    q_BKHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, log_gate_BP: Tensor | None, first_BK: Tensor | None,
+    held_B: Tensor | None, count_B: Tensor, end_BK: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention to the routed keys: query i sees slots first_i .. held + end_i - 1; one that sees none gives zeros.
 
     k_BPGE holds `held_B` earlier slots (None: none) before the `count_B` of this call, all ordered by position, with
-    RoPE of original positions. end_BK, which never decreases along a row: how many slots of this call, of those that
+    RoPE of original positions. log_gate_BP, float32, is added to the scores q . k / sqrt(E) of its slot; None adds
+    nothing. end_BK, which never decreases along a row: how many slots of this call, of those that
     are used, each query sees. None: the queries are these slots, which see each other up to themselves (SQSK: dense
     causal attention on compacted rows); unused ones give zeros. first_BK is the first visible slot (packed documents),
     None for slot 0. Returns out_BKHE in q's dtype and the log-sum-exp of the scores lse_BKH in float32, -inf where
@@ -616,12 +624,13 @@ def sqsk_attention(
         end_BK = torch.where(slot_K < count_B[:, None], slot_K + 1 + held_B1, 0)
     else:
         end_BK = end_BK.minimum(count_B[:, None]) + held_B1
-    outputs = []
+    outputs, log_gate_B1P = [], None if log_gate_BP is None else log_gate_BP[:, None]
     for begin, end in spans(K, QUERY_SPAN):
         visible = key_P < end_BK[:, begin:end, None]
         if first_BK is not None:
             visible = visible & (key_P >= first_BK[:, begin:end, None])
-        outputs.append(masked_attention(q_BKHE[:, begin:end], k_BPGE[:, None], v_BPGE[:, None], visible[:, None]))
+        kept = k_BPGE[:, None], v_BPGE[:, None], visible[:, None], log_gate_B1P
+        outputs.append(masked_attention(q_BKHE[:, begin:end], *kept))
     if len(outputs) == 1:
         return outputs[0]
     return tuple(torch.cat(parts, 1) for parts in zip(*outputs, strict=True))
@@ -653,32 +662,28 @@ def contextual(
     token, slot = index_BK.clamp(min=0)[..., None, None], slot_BT[..., None, None]
     q_at, kv_at = token.expand(-1, -1, *q_BTHE.shape[2:]), token.expand(-1, -1, *k_BTGE.shape[2:])
     rows = q_BTHE.gather(1, q_at), k_BTGE.gather(1, kv_at), v_BTGE.gather(1, kv_at)
-    out_BKHE, lse_BKH = sqsk_attention.reference(*rows, first_BK, None, count_B, None)
+    out_BKHE, lse_BKH = sqsk_attention.reference(*rows, None, first_BK, None, count_B, None)
     out_BTHE = out_BKHE.gather(1, slot.clamp(min=0).expand_as(q_BTHE)) * gate_BT[..., None, None].to(out_BKHE.dtype)
     return out_BTHE.masked_fill(slot < 0, 0), out_BKHE.detach(), lse_BKH.detach()
 
 
-def gated_values(v_BTGE, gate_BT):
-    """Values times their tokens' gates, in v's dtype: what every token may read."""
-    return v_BTGE * gate_BT[..., None, None].to(v_BTGE.dtype)
-
-
 @operation("reflexive_BTHE")
 def sqsk_merge(
-    reflexive_BTHE: Tensor, gate_BT: Tensor, q_BTHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, index_BK: Tensor,
-    first_BN: Tensor | None, held_B: Tensor | None, count_B: Tensor, end_BT: Tensor | None,
+    reflexive_BTHE: Tensor, gate_BT: Tensor, q_BTHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor,
+    log_gate_BP: Tensor | None, index_BK: Tensor, first_BN: Tensor | None, held_B: Tensor | None, count_B: Tensor,
+    end_BT: Tensor | None,
 ) -> None:  # fmt: skip
     """Add the contextual stream to `reflexive_BTHE`, IN PLACE: gate * SQSK attention to the routed tokens, the others
-    not being touched, or, with end_BT, what each token reads of the routed ones' keys and gated values.
+    not being touched, or, with end_BT, what each token reads of the routed ones, not gated.
 
-    index_BK, count_B: of `route`. held_B given: k_BPGE and v_BPGE are the sparse store, as in `sqsk_attention`, with
-    the values gated where every token reads. None: they are this call's keys and values in token order (P = T).
-    first_BN: of `sqsk_attention`, for the K routed tokens or, with end_BT, for all T.
+    index_BK, count_B: of `route`. held_B given: k_BPGE, v_BPGE and log_gate_BP are the sparse store, as in
+    `sqsk_attention`. None: they are this call's, in token order (P = T). first_BN: of `sqsk_attention`, for the K
+    routed tokens or, with end_BT, for all T.
     """
+    kept = k_BPGE, v_BPGE, log_gate_BP
     if held_B is None:
-        v_BPGE = v_BPGE if end_BT is None else gated_values(v_BPGE, gate_BT)
-        k_BPGE, v_BPGE = (take_rows.reference(x, index_BK, index_BK) for x in (k_BPGE, v_BPGE))
-    kept = k_BPGE, v_BPGE, first_BN, held_B, count_B, end_BT
+        kept = [None if x is None else take_rows.reference(x, index_BK, index_BK) for x in kept]
+    kept = *kept, first_BN, held_B, count_B, end_BT
     if end_BT is not None:
         reflexive_BTHE.add_(sqsk_attention.reference(q_BTHE, *kept)[0])
         return
@@ -735,19 +740,20 @@ def read_slots(kept_BPGE, scales_BPG, dtype):
 @operation(*KEPT)
 def extend(
     k_BTGE: Tensor, v_BTGE: Tensor, position_BT: Tensor, start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor,
-    index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, gate_BT: Tensor | None,
+    score_BT: Tensor | None, index_BK: Tensor | None, slot_BT: Tensor | None, count_B: Tensor | None, every: bool,
     ring_k_BWGE: Tensor, ring_v_BWGE: Tensor, keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor,
-    held_B: Tensor, document_slot_B: Tensor, key_scales_BPG: Tensor, value_scales_BPG: Tensor,
+    held_B: Tensor, document_slot_B: Tensor, key_scales_BPG: Tensor, value_scales_BPG: Tensor, log_gates_BP: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a call leaves to the next: its last tokens in the window's ring, its routed tokens in the sparse store.
 
     k_BTGE, v_BTGE: of `split_heads`. position_BT: position ids, first dimension 1 or B. seen_B: real tokens before
-    this call. index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. gate_BT: that of
-    `route` where every token reads, as values are stored times their gates then; else None. ring_* [B, W, G, E]: of
-    `local_attention`. keys, values [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot
-    takes discarded writes. held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B
-    (int32): the first slot of each row's document. *_scales_BPG: of `quantize`, where keys and values are of a
-    dtype of `LEVELS` (of int32, they are [B, P + 1, G, E / 8]), else unused. Ring and store are written IN PLACE.
+    this call. score_BT, index_BK, slot_BT, count_B: of `route`, or None for a layer that routes nothing. every:
+    whether each token reads, or the routed ones alone. ring_* [B, W, G, E]: of `local_attention`. keys, values
+    [B, P + 1, G, E], positions [B, P + 1] (int32): the sparse store, whose last slot takes discarded writes.
+    held_B (int32): tokens routed before, of which at most P have a slot. document_slot_B (int32): the first slot of
+    each row's document. *_scales_BPG: of `quantize`, where keys and values are of a dtype of `LEVELS` (of int32, they
+    are [B, P + 1, G, E / 8]), else unused. log_gates_BP (float32): log sigmoid(score), where they have the shape of
+    the positions, else unused. Ring and store are written IN PLACE.
     Returns, int32, first_BN of `sqsk_merge`; slots held before, and tokens of this call that have one (the latest
     are left out of a full store) [2, B]; and the next call's `held_B` and `document_slot_B`, each in memory of its
     own, as a compiled call asks of what it writes; empty ones for a layer that routes nothing.
@@ -768,12 +774,13 @@ def extend(
     slot_BK = torch.where(slot_K < kept_B[:, None], before_B[:, None] + slot_K, P)
     at = (torch.arange(B, device=held_B.device)[:, None], slot_BK.long())
     write_slots(keys_BPGE, key_scales_BPG, at, take_rows.reference(k_BTGE, index_BK, slot_BT))
-    v_BTGE = v_BTGE if gate_BT is None else gated_values(v_BTGE, gate_BT)
     write_slots(values_BPGE, value_scales_BPG, at, take_rows.reference(v_BTGE, index_BK, slot_BT))
-    position_BK = position_BT.expand_as(slot_BT).gather(1, index_BK.clamp(min=0))
+    token_BK = index_BK.clamp(min=0)
+    position_BK = position_BT.expand_as(slot_BT).gather(1, token_BK)
     positions_BP.index_put_(at, position_BK.to(positions_BP.dtype))
-    read = index_BK if gate_BT is None else None
-    first_BN = first_slot(read, slot_BT, start_BT, held_B, document_slot_B)
+    if log_gates_BP.shape == positions_BP.shape:
+        log_gates_BP.index_put_(at, F.logsigmoid(score_BT.gather(1, token_BK)).to(log_gates_BP.dtype))
+    first_BN = first_slot(None if every else index_BK, slot_BT, start_BT, held_B, document_slot_B)
     last_B1 = torch.full_like(slot_BT[:, :1], slot_BT.shape[1] - 1)
     document_B = first_slot(last_B1, slot_BT, start_BT, held_B, document_slot_B)[:, 0]
     return first_BN, torch.stack([before_B, kept_B]), after_B, document_B
@@ -799,15 +806,15 @@ def attend_token(
     start_BT: Tensor, length_B: Tensor | None, seen_B: Tensor, score_BT: Tensor | None, bias: Tensor | None,
     noise_floor: float, initial: int, every: bool, state_BHEE: Tensor, ring_k_BWGE: Tensor, ring_v_BWGE: Tensor,
     keys_BPGE: Tensor, values_BPGE: Tensor, positions_BP: Tensor, held_B: Tensor, document_slot_B: Tensor,
-    key_scales_BPG: Tensor, value_scales_BPG: Tensor,
+    key_scales_BPG: Tensor, value_scales_BPG: Tensor, log_gates_BP: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both streams of a single token (T = 1): linear attention, window, and what `sqsk_merge` adds.
 
     q_linear, k_linear, q, k, v: of `split_heads`. head_BTX: of `project_token`. log_rate, rate_bias, least: of
     `log_decay`. norm_E, eps: of `reflexive_merge`. score_BT, bias, noise_floor, initial: of `route`, score None for a
-    layer that routes nothing. every: whether each token reads, and values are stored gated. The rest is that of
-    `extend`. State, ring, store and counts are updated IN PLACE. A routed token without a free slot is counted and
-    else treated as not routed; the output of padding (length 0) means nothing. Returns the sum [B, 1, H, E] in q's
+    layer that routes nothing. The rest is that of `extend`, and log gates are held where every token reads. State,
+    ring, store and counts are updated IN PLACE. A routed token without a free slot is counted and else treated as not
+    routed; the output of padding (length 0) means nothing. Returns the sum [B, 1, H, E] in q's
     dtype and slot_BT (int64), 0 for a token that has a slot, else -1.
     """
     decay_BTH, gate_BTH = head_BTX.chunk(2, -1)
@@ -825,9 +832,8 @@ def attend_token(
             score_BT, bias, start_BT, length_B, noise_floor, initial, 1
         )
     first_BN, numbers_2B, after_B, document_B = extend.reference(
-        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, index_BK, slot_BT, count_B,
-        gate_BT if every else None, *ring, keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B,
-        key_scales_BPG, value_scales_BPG,
+        k_BTGE, v_BTGE, position_BT, start_BT, length_B, seen_B, score_BT, index_BK, slot_BT, count_B, every, *ring,
+        keys_BPGE, values_BPGE, positions_BP, held_B, document_slot_B, key_scales_BPG, value_scales_BPG, log_gates_BP,
     )  # fmt: skip
     if score_BT is None:
         return merged_BTHE, slot_BT
@@ -835,8 +841,8 @@ def attend_token(
     held_B.copy_(after_B)
     document_slot_B.copy_(document_B)
     kv = (read_slots(keys_BPGE, key_scales_BPG, q_BTHE.dtype), read_slots(values_BPGE, value_scales_BPG, q_BTHE.dtype))
-    end_BT = end_slot(slot_BT) if every else None
-    sqsk_merge.reference(merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BN, before_B, kept_B, end_BT)
+    log_gate_BP, end_BT = (log_gates_BP[:, :-1], end_slot(slot_BT)) if every else (None, None)
+    sqsk_merge.reference(merged_BTHE, gate_BT, q_BTHE, *kv, log_gate_BP, index_BK, first_BN, before_B, kept_B, end_BT)
     return merged_BTHE, torch.where(kept_B[:, None] > 0, slot_BT, -1)
 
 
@@ -891,12 +897,12 @@ def token_losses(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 compiled_flex_attention = cache(partial(torch.compile, flex_attention))  # made when it is first needed
 
 
-def _flex(q_BTHE, k_BSGE, v_BSGE, blocks, visible):
+def _flex(q_BTHE, k_BSGE, v_BSGE, blocks, visible, score_mod=None):
     attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
     mask = _block_mask(*blocks, visible, (q.shape[2], k.shape[2]))
     out, aux = attend(
-        q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, score_mod, mask, enable_gqa=q.shape[1] != k.shape[1],
         # Fewer than 128 queries would go to a kernel for decoding, which inductor does not find for masks of ours
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True}, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
@@ -945,10 +951,10 @@ def _(q_BTHE, k_BTGE, v_BTGE, start_BT, window, ring_k_BWGE, ring_v_BWGE, seen_B
 
 
 @sqsk_attention.flex
-def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK):
+def _(q_BKHE, k_BPGE, v_BPGE, log_gate_BP, first_BK, held_B, count_B, end_BK):
     """Only blocks of keys that a block of queries sees are visited, so no [K, P] mask exists."""
     if held_B is not None:
-        return sqsk_attention.reference(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK)
+        return sqsk_attention.reference(q_BKHE, k_BPGE, v_BPGE, log_gate_BP, first_BK, held_B, count_B, end_BK)
     K, P = q_BKHE.shape[1], k_BPGE.shape[1]
     slot_K, own = torch.arange(K, device=q_BKHE.device), end_BK is None
     end_BK = torch.where(slot_K < count_B[:, None], slot_K + 1, 0) if own else end_BK.minimum(count_B[:, None])
@@ -964,13 +970,16 @@ def _(q_BKHE, k_BPGE, v_BPGE, first_BK, held_B, count_B, end_BK):
         seen = key <= query if own else key < end_BK[b, query]
         return seen if first_BK is None else seen & (key >= first_BK[b, query])
 
-    return _flex(q_BKHE, k_BPGE, v_BPGE, blocks, visible)
+    def gated(score, b, h, query, key):
+        return score + log_gate_BP[b, key]
+
+    return _flex(q_BKHE, k_BPGE, v_BPGE, blocks, visible, None if log_gate_BP is None else gated)
 
 
 @contextual.flex
 def _(q_BTHE, k_BTGE, v_BTGE, gate_BT, index_BK, slot_BT, first_BK, count_B):
     take = take_rows.form("train")
     rows = (take(x, index_BK, slot_BT) for x in (q_BTHE, k_BTGE, v_BTGE))
-    out_BKHE, lse_BKH = sqsk_attention(*rows, first_BK, None, count_B, None, backend="flex")
+    out_BKHE, lse_BKH = sqsk_attention(*rows, None, first_BK, None, count_B, None, backend="flex")
     out_BTHE = take(out_BKHE, slot_BT, index_BK) * gate_BT[..., None, None].to(out_BKHE.dtype)
     return out_BTHE, out_BKHE.detach(), lse_BKH.detach()

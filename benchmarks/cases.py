@@ -99,9 +99,13 @@ class Draw:
         first_BK = self.start("packed", past)[:, :K]
         return first_BK if held_B is None else (first_BK + held_B[:, None]).clamp(min=0)
 
-    def store(self, held_B, whole=None):
-        """The last seven arguments of `extend`, keys and values whole numbers of a dtype if one is given; and masks,
-        by name, that leave out the spare slot."""
+    def log_gates(self, N):
+        """Of N keys per row."""
+        return F.logsigmoid(2 * self.wide(self.B, N))
+
+    def store(self, held_B, whole=None, gates=False):
+        """The last eight arguments of `extend`, keys and values whole numbers of a dtype if one is given, log gates if
+        they are held; and masks, by name, that leave out the spare slot."""
         kept = self.heads(self.P + 1)[1:]
         scales = [self.normal(self.B, 1, self.G, dtype=torch.bfloat16) for _ in range(2)]  # not used
         if whole is not None:
@@ -109,9 +113,10 @@ class Draw:
         positions_BP = torch.zeros(self.B, self.P + 1, dtype=torch.int32, device=self.device)
         opened_B = self.slots(min(70, self.P // 2), 0, 0, 1).minimum(held_B)
         names = ("keys_BPGE", "values_BPGE", "positions_BP")
-        names += () if whole is None else ("key_scales_BPG", "value_scales_BPG")
+        names += (() if whole is None else ("key_scales_BPG", "value_scales_BPG")) + gates * ("log_gates_BP",)
         masks = dict.fromkeys(names, self.upto(self.P + 1, self.rows(self.P)))
-        return (*kept, positions_BP, held_B, opened_B, *scales), masks
+        log_gates_BP = self.log_gates(self.P + 1 if gates else 1)  # a single one is not used
+        return (*kept, positions_BP, held_B, opened_B, *scales, log_gates_BP), masks
 
 
 CASES = {name: {"plain": maker} for name, maker in {  # by operation and variant: from a `Draw` to a `Case` or its args
@@ -220,20 +225,22 @@ EVERY = {"every": {"every": True}, "every_packed": {"every": True, "packed": Tru
 
 
 @variants("sqsk_attention", plain={}, packed={"packed": True}, continued={"cached": True, "packed": True},
-          token={"cached": True, "T": 1}, **EVERY, every_continued={"every": True, "cached": True})  # fmt: skip
+          token={"cached": True, "T": 1}, every_continued={"every": True, "cached": True}, **EVERY)  # fmt: skip
 def _sqsk_attention(m, packed=False, cached=False, T=None, every=False):
     K, P = T or m.T, m.P * cached
     held_B, count_B = m.slots(P, P // 2, 0), m.slots(K, (K + 2) // 3, 0, max(K - 1, 1))
-    first_BK, end_BK, S, unread = m.first(K, P // 2, held_B) if packed else None, None, K, {}
+    first_BK, end_BK, S, log_gate_BP = m.first(K, P // 2, held_B) if packed else None, None, K, None
+    names, unread = ("k_BPGE", "v_BPGE"), {}
     if every:
         index_BK, slot_BT, count_B = m.route(K)
-        S, end_BK = index_BK.shape[1], end_slot(slot_BT)
+        S, end_BK, names = index_BK.shape[1], end_slot(slot_BT), (*names, "log_gate_BP")
+        log_gate_BP = m.log_gates(S + P)
         first_BK = first_slot(None, slot_BT, m.start("packed")) if packed else None
     else:
         unread["q_BKHE"] = ~m.upto(K, count_B)
-    unread |= dict.fromkeys(("k_BPGE", "v_BPGE"), ~m.upto(S + P, held_B + count_B))
-    args = (m.heads(K)[0], *m.heads(S + P)[1:], first_BK, held_B if cached else None, count_B, end_BK)
-    return Case(args, {}, unread)
+    unread |= dict.fromkeys(names, ~m.upto(S + P, held_B + count_B))
+    kept = *m.heads(S + P)[1:], log_gate_BP, first_BK, held_B if cached else None
+    return Case((m.heads(K)[0], *kept, count_B, end_BK), {}, unread)
 
 
 @variants("sqsk_merge", tokens={}, packed={"packed": True}, store={"cached": True, "packed": True},
@@ -241,42 +248,42 @@ def _sqsk_attention(m, packed=False, cached=False, T=None, every=False):
           every_token={"every": True, "cached": True, "T": 1})  # fmt: skip
 def _sqsk_merge(m, packed=False, cached=False, T=None, every=False):
     T, P, held_B = T or m.T, m.P * cached, m.slots(m.P, m.P // 2, 0) if cached else None
-    (q_BTHE, *kv), (index_BK, slot_BT, count_B) = m.heads(T), m.route(T)
-    K, unread = index_BK.shape[1], dict.fromkeys(("k_BPGE", "v_BPGE"), slot_BT < 0)
+    (q_BTHE, *kept), (index_BK, slot_BT, count_B) = m.heads(T), m.route(T)
+    kept, K, hidden = (*kept, m.log_gates(T)), index_BK.shape[1], slot_BT < 0
     if cached:  # a store without its spare slot
-        kv = [x[:, :-1] for x in m.heads(P + K + 1)[1:]]
-        unread |= dict.fromkeys(("k_BPGE", "v_BPGE"), ~m.upto(P + K, held_B + count_B))
+        kept = [x[:, :-1] for x in (*m.heads(P + K + 1)[1:], m.log_gates(P + K + 1))]
+        hidden = ~m.upto(P + K, held_B + count_B)
+    unread = dict.fromkeys(("k_BPGE", "v_BPGE", "log_gate_BP")[: 2 + every], hidden)
     if every:
         first_BN = first_slot(None, slot_BT, m.start("packed")) if packed else None
     else:
         unread, first_BN = unread | {"q_BTHE": slot_BT < 0}, m.first(K, P // 2, held_B) if packed else None
     merged_BTHE, gate_BT = m.normal(m.B, T, m.H, m.E), torch.rand(m.B, T, device=m.device)
-    end_BT = end_slot(slot_BT) if every else None
-    return Case((merged_BTHE, gate_BT, q_BTHE, *kv, index_BK, first_BN, held_B, count_B, end_BT), {}, unread)
+    kept, end_BT = (kept, end_slot(slot_BT)) if every else ((*kept[:2], None), None)
+    return Case((merged_BTHE, gate_BT, q_BTHE, *kept, index_BK, first_BN, held_B, count_B, end_BT), {}, unread)
 
 
 @variants("contextual", plain={}, packed={"packed": True})
 def _contextual(m, packed=False):
-    (_, gate_BT, *qkv, index_BK, first_BK, _, count_B, _), _, unread = _sqsk_merge(m, packed)
+    (_, gate_BT, *qkv, _, index_BK, first_BK, _, count_B, _), _, unread = _sqsk_merge(m, packed)
     slot_BT = compact(~unread["q_BTHE"], index_BK.shape[1])[1]
     unread = dict.fromkeys(("q_BTHE", "k_BTGE", "v_BTGE", "gate_BT"), slot_BT < 0)
     return Case((*qkv, gate_BT, index_BK, slot_BT, first_BK, count_B), {}, unread)
 
 
 @variants("extend", plain={}, packed={"kind": "packed"}, padded={"kind": "packed", "padded": True},
-          int8={"whole": torch.int8, "every": True}, full={"full": True}, window={"routed": False},
-          every={"kind": "packed", "every": True}, int4={"whole": torch.int32})  # fmt: skip
-def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True, every=False):
-    """full: the store overflows in the first row, and has overflowed in the second."""
+          int8={"whole": torch.int8, "every": True}, full={"full": True, "gates": True},
+          window={"routed": False}, every={"kind": "packed", "every": True}, int4={"whole": torch.int32})  # fmt: skip
+def _extend(m, kind="row", padded=False, whole=None, full=False, routed=True, every=False, gates=False):
+    """full: the store overflows in the first row, and has overflowed in the second. gates: log gates are held."""
     length_B = m.length(padded)
     held_B = m.slots(m.P - 1, m.P + 2, 5) if full else m.slots(m.P // 2, m.P // 3, 0)
-    store, compared = m.store(held_B, whole)
+    store, compared = m.store(held_B, whole, gates or every)
     position_BT = torch.arange(m.T, device=m.device).expand(m.B, m.T) + 7
     place, route = (position_BT, m.start(kind, 3, length_B), length_B, m.rows(50, 3, 0)), m.route(m.T, length_B)
     compared |= {0: m.upto(route[0].shape[1], route[2])} if routed and not every else {}
-    gate_BT = torch.rand(m.B, m.T, device=m.device) if every else None
-    route = (*route, gate_BT) if routed else (None,) * 4
-    return Case((*m.heads(m.T)[1:], *place, *route, *m.rings(), *store), compared)
+    route = (4 * m.wide(m.B, m.T), *route) if routed else (None,) * 4
+    return Case((*m.heads(m.T)[1:], *place, *route, every, *m.rings(), *store), compared)
 
 
 @variants("place", counted={}, given={"given": "rows"}, shared={"given": "shared"}, far={"far": 2**30})
@@ -290,9 +297,9 @@ def _place(m, given=None, far=0):
 
 
 @variants("attend_token", plain={}, padded={"padded": True}, initial={"initial": 3}, unrouted={"routed": False},
-          int8={"whole": torch.int8}, full={"full": True}, every={"every": True, "padded": True},
+          int8={"whole": torch.int8}, full={"full": True, "gates": True}, every={"every": True, "padded": True},
           every_int8={"every": True, "whole": torch.int8, "full": True}, int4={"whole": torch.int32})  # fmt: skip
-def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=False, every=False):
+def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=False, every=False, gates=False):
     """Rows that are routed, routed at the start of a document, not routed, routed early, and routed with a full store.
     Slots outside of a row's document are not read, neither in the store nor in the window."""
     (q_linear, k_linear, _), heads = m.heads(1), m.heads(1)
@@ -305,7 +312,7 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=Fals
     held_B = m.slots(m.P, m.P + 1, 2, 1, m.P) if full else m.slots(m.P - 1, 2, 2, 1, m.P)
     score_BT = m.rows(0.5, -0.2, -4.0, 2.0, 0.1, dtype=torch.float32)[:, None]
     bias = torch.tensor(0.3, device=m.device)
-    store, compared = m.store(held_B, whole)
+    store, compared = m.store(held_B, whole, gates or every)
     fixed = (m.wide(m.B, 1, 2 * m.H), m.wide(m.H) - 2, 4 * m.wide(m.H), 0.125, *m.norm(m.E))
     place = (torch.arange(m.B, device=m.device)[:, None] + 1000, start_B[:, None], length_B, seen_B)
     router = (score_BT, bias) if routed else (None, None)
@@ -314,6 +321,7 @@ def _attend_token(m, padded=False, initial=0, routed=True, whole=None, full=Fals
 
     ring = ("ring_k_BWGE", "ring_v_BWGE")
     kept = ("keys_BPGE", "values_BPGE") if whole is None else ("key_scales_BPG", "value_scales_BPG")
+    kept += (gates or every) * ("log_gates_BP",)
     slot_W, slot_P = torch.arange(m.W, device=m.device), torch.arange(m.P + 1, device=m.device)
     hidden_BW = (seen_B[:, None] - slot_W) % m.W > -start_B[:, None]
     unused_BP = (slot_P >= held_B[:, None]) | (slot_P < store[4][:, None])

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from caches import CLOSE, DEVICE, addresses, assert_same, feed, generate, left_padded, pack, static_cache, tokens, used
 from hspmn.cache_hspmn import EVICTED, HSPMNCache, HSPMNStaticCache
+from torch.nn.functional import logsigmoid
 
 BOUND, MODELS = 16, {
     "gated": {}, "int4": {"kv_cache_dtype": "int4", "sparsity_k": [1.0, 0.0, 0.5]},
@@ -63,21 +64,24 @@ def test_a_store_is_the_unbounded_one_until_it_is_full_and_then_the_least_wanted
     assert torch.equal(read(model, ids, cache, lengths, mask)[0], want)
     expected = used(whole)
     for name, value in used(cache).items():
-        assert "scores" in name or torch.equal(value, expected[name]), name
+        assert ("log_gates" in name and name not in expected) or torch.equal(value, expected[name]), name
     for bound in (most - 1, BOUND):
         cache = new_cache(model, max_slots=bound)
         _, held, _ = read(model, ids, cache, lengths, mask)
         for (i, row), pairs in held.items():
             layer, count = cache.layers[i], cache.layers[i].count[row]
             assert layer.positions[row, :count].tolist() == [position for _, position in pairs]
-            torch.testing.assert_close(layer.scores[row, :count].tolist(), [score for score, _ in pairs])
+            scores = torch.tensor([score for score, _ in pairs])
+            torch.testing.assert_close(layer.log_gates[row, :count], logsigmoid(scores))
         assert max(map(len, held.values())) <= bound == max(layer.slots for layer in cache.layers)
         assert max(layer.positions.max() for layer in cache.layers) < 60 == cache.get_seq_length() + 60 - sum(lengths)
 
 
-def test_kernels_keep_the_scores_that_the_reference_keeps(tiny_model):
+@pytest.mark.parametrize("readers", ["routed", "all"])
+def test_kernels_keep_the_gates_that_the_reference_keeps(tiny_model, readers):
     """A prompt and single tokens, in Triton's interpreter where there is no GPU."""
     options, lengths = {"head_dim": 16, "num_hidden_layers": 1, "sparsity_k": 0.8}, [6, 1, 1, 1, 1, 1, 1]
+    options["contextual_readers"] = readers
     caches = []
     for backend in ("reference", "triton"):
         model = tiny_model(backend=backend, **options).to(DEVICE)
@@ -107,17 +111,17 @@ def test_what_stays_is_read_as_if_the_others_had_never_been_stored(tiny_model, n
             held = getattr(other, name)
             held[row, : len(now)] = held[row, now]
         other.count[row], other.document_slot[row] = len(now), begun
-    assert_same_but_scores(cache, whole)
+    assert_same_but_gates(cache, whole)
     more, next_places = tokens(3, 2, seed=1), places[:, -1:] + torch.arange(1, 3)
     got, want = (feed(model, more, each, positions=next_places)[0] for each in (cache, whole))
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-def assert_same_but_scores(cache, other):
+def assert_same_but_gates(cache, other):
     """`assert_same` of a bounded and of an unbounded cache."""
     expected = used(other)
     for name, value in used(cache).items():
-        if "scores" not in name:
+        if "log_gates" not in name or name in expected:
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -157,7 +161,7 @@ def test_compiled_steps_and_generate_evict_as_eager_ones_do(tiny_model):
     assert_same(cache, eager)
 
 
-def test_rows_move_with_their_scores(tiny_model, new_cache):
+def test_rows_move_with_their_gates(tiny_model, new_cache):
     model, ids, rows = tiny_model(), tokens(3, 60), torch.tensor([2, 0, 0])
     cache, twin = (new_cache(model, max_slots=BOUND) for _ in range(2))
     feed(model, ids[:, :30], cache, [9, *[1] * 21])
@@ -209,7 +213,7 @@ def stored(cache):
     return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(numbers))
 
 
-@pytest.mark.parametrize("variant, bound", [("gated", BOUND), ("int4", BOUND), ("gated", None)])
+@pytest.mark.parametrize("variant, bound", [("gated", BOUND), ("int4", BOUND), ("all", None), ("gated", None)])
 def test_a_stored_stream_goes_on_as_if_nothing_had_been(tiny_model, new_cache, variant, bound):
     model, ids = tiny_model(**MODELS[variant]), tokens(3, 60)
     cache, twin = (new_cache(model, max_slots=bound) for _ in range(2))

@@ -372,6 +372,9 @@ ERRORS = [  # operation and variant, argument, what is done to it, what the mess
     ("attend_token", "plain", "state_BHEE", cast(HALF), "state must be contiguous torch.float32"),
     ("attend_token", "plain", "positions_BP", cast(torch.int64), "positions must be contiguous torch.int32"),
     ("attend_token", "int8", "key_scales_BPG", cut(FULL, slice(1)), "key_scales must be contiguous"),
+    ("attend_token", "every", "log_gates_BP", cut(FULL, slice(1)), "log_gates must be contiguous"),
+    ("sqsk_attention", "every", "log_gate_BP", cut(FULL, slice(3)), "log_gate must be"),
+    ("sqsk_merge", "every_store", "log_gate_BP", cast(HALF), "log_gate must be"),
 ]
 
 

@@ -850,18 +850,22 @@ def test_forward_names_its_inputs():
         assert names <= inspect.signature(kind.forward).parameters.keys(), kind
 
 
+@readers
 @pytest.mark.parametrize("kind, dtype, head", [
     ("auto", None, 32), ("auto", torch.bfloat16, 16), ("int8", None, 10), ("int4", None, 6),
 ])  # fmt: skip
-def test_kv_bytes_per_token_is_what_the_cache_grows_by(tiny_model, kind, dtype, head):
-    model = tiny_model(sparsity_k=[1.0, 0.0, 1.0], kv_cache_dtype=kind).to(dtype)
+def test_kv_bytes_per_token_is_what_the_cache_grows_by(tiny_model, kind, dtype, head, readers):
+    """Keys and values of heads, a position id and, where every token reads, a log gate."""
+    options = {"kv_cache_dtype": kind, "contextual_readers": readers}
+    model = tiny_model(sparsity_k=[1.0, 0.0, 1.0], **options).to(dtype)
     _, _, cache = feed_cached(model, tokens(2, 40), (25,))
     stored = 0
     for layer in cache.layers:
         row = sum(getattr(layer, name)[0, 0].nbytes for name in layer.slot_tensors)
         stored += row * int(layer.count.sum())
     assert stored == model.kv_bytes_per_token() * 40 * 2
-    assert tiny_model(sparsity_k=0.25, kv_cache_dtype=kind).kv_bytes_per_token(dtype) == 0.25 * 3 * (2 * 2 * head + 4)
+    slot = 2 * 2 * head + 4 + 4 * (readers == "all")
+    assert tiny_model(sparsity_k=0.25, **options).kv_bytes_per_token(dtype) == 0.25 * 3 * slot
 
 
 def count_flops(model, ids):

@@ -26,11 +26,12 @@ def query_key_value(B, T, G, R, E, V=None, seed=0):
     return normal(B, T, G * R, E, seed=seed), normal(B, T, G, E, seed=seed + 1), normal(B, T, G, V or E, seed=seed + 2)
 
 
-def naive_attention(q_BTHE, k_BSGE, v_BSGE, visible_BTS):
+def naive_attention(q_BTHE, k_BSGE, v_BSGE, visible_BTS, log_gate_BS=None):
     """Softmax attention with an explicit mask and expanded heads; rows that see nothing give zeros."""
     R = q_BTHE.shape[2] // k_BSGE.shape[2]
     k, v = k_BSGE.repeat_interleave(R, 2), v_BSGE.repeat_interleave(R, 2)
     scores = torch.einsum("bthe,bshe->bhts", q_BTHE, k) / q_BTHE.shape[-1] ** 0.5
+    scores = scores if log_gate_BS is None else scores + log_gate_BS[:, None, None]
     scores = scores.masked_fill(~visible_BTS[:, None], float("-inf"))
     return torch.einsum("bhts,bshe->bthe", scores.softmax(-1).nan_to_num(0.0), v), scores.logsumexp(-1).mT
 
@@ -192,24 +193,24 @@ def test_local_attention_is_masked_attention_over_the_window_and_merges_with_the
 @PROPERTY
 @given(st.data())
 def test_sqsk_is_plain_masked_attention_at_the_original_positions(data):
-    """Of routed tokens or of all, from tokens and, added to the reflexive stream, from the store."""
+    """Of routed tokens or, with log gates, of all: from tokens and, added to the reflexive stream, from the store."""
     B, T, G, R, E = data.draw(attention_shapes(30))
     q, k, v = query_key_value(B, T, G, R, E)
     start, every = data.draw(documents(B, T, past=0)), data.draw(st.booleans())
     index, slot, count = ops.compact(data.draw(masks(B, T)), data.draw(st.integers(1, T + 2)))
-    reflexive, gate = normal(B, T, G * R, E, seed=5), normal(B, T, seed=6).sigmoid()
+    reflexive, score = normal(B, T, G * R, E, seed=5), normal(B, T, seed=6)
     first, end = ops.first_slot(None if every else index, slot, start), ops.end_slot(slot) if every else None
-    read = v * gate[..., None, None] if every else v
+    gate, log_gate = score.sigmoid(), F.logsigmoid(score) if every else None
     token, routed = torch.arange(T), slot >= 0
     visible = (token <= token[:, None]) & (token >= start[..., None]) & routed[:, None]
-    expected, _ = naive_attention(q, k, read, visible if every else visible & routed[..., None])
+    expected, _ = naive_attention(q, k, v, visible if every else visible & routed[..., None], log_gate)
     with mock.patch.object(ops, "QUERY_SPAN", data.draw(st.sampled_from([3, 1024]))):
-        kept = [ops.take_rows(x, index, slot) for x in (k, read)]
+        kept = [None if x is None else ops.take_rows(x, index, slot) for x in (k, v, log_gate)]
         queries = q if every else ops.take_rows(q, index, slot)
         out, _ = ops.sqsk_attention.reference(queries, *kept, first, None, count, end)
         torch.testing.assert_close(out if every else ops.take_rows(out, slot, index), expected, **EXACT)
         merged = reflexive.clone()
-        ops.sqsk_merge.reference(merged, gate, q, k, v, index, first, None, count, end)
+        ops.sqsk_merge.reference(merged, gate, q, k, v, log_gate, index, first, None, count, end)
     added = expected if every else gate[..., None, None] * expected
     torch.testing.assert_close(merged, reflexive + added, **EXACT)
 
@@ -222,12 +223,15 @@ def test_sinks_are_concatenated_keys(data):
     q, k, v = query_key_value(B, T, G, R, E)
     sink_k, sink_v = normal(N, G, E, seed=3), normal(N, G, E, seed=4)
     count = torch.full((B,), data.draw(st.integers(0, T)))  # the other rows see the sinks alone
-    out = ops.add_sinks(*ops.sqsk_attention.reference(q, k, v, None, None, count, None), q, sink_k, sink_v)
+    log_gate = F.logsigmoid(normal(B, T, seed=6)) if data.draw(st.booleans()) else torch.zeros(B, T)
+    kept = ops.sqsk_attention.reference(q, k, v, log_gate, None, None, count, None)
+    out = ops.add_sinks(*kept, q, sink_k, sink_v)
     keys, values = (torch.cat([s.expand(B, N, G, E), x], 1) for s, x in ((sink_k, k), (sink_v, v)))
     token = torch.arange(T)
     visible = ((token <= token[:, None]) & (token[:, None] < count[0])).expand(B, T, T)
     visible = torch.cat([torch.ones(B, T, N, dtype=torch.bool), visible], 2)
-    torch.testing.assert_close(out, naive_attention(q, keys, values, visible)[0], **EXACT)
+    log_gate = F.pad(log_gate, (N, 0))
+    torch.testing.assert_close(out, naive_attention(q, keys, values, visible, log_gate)[0], **EXACT)
 
 
 @pytest.mark.parametrize("keys", [4, 0])
@@ -237,7 +241,7 @@ def test_rows_that_see_nothing_give_zeros_and_sinks_have_finite_gradients_there(
     seen = torch.arange(4) < count[:, None]
 
     def attend(q, k, v):
-        return ops.sqsk_attention.reference(q, k[:, :keys], v[:, :keys], None, None, count, None)
+        return ops.sqsk_attention.reference(q, k[:, :keys], v[:, :keys], None, None, None, count, None)
 
     def attend_with_sinks(q, k, v, *sink):
         return ops.add_sinks(*attend(q, k, v), q, *sink)
@@ -272,34 +276,40 @@ def test_causal_conv_is_a_convolution_of_each_document(data):
 @PROPERTY
 @given(st.data())
 def test_extend_keeps_each_rows_last_and_routed_tokens(data):
-    """Over several calls, as lists of tokens; in a full store the latest have no slot."""
+    """Over several calls, as lists of tokens; in a full store the latest have no slot. Log gates if they are held."""
     B, W, P, G, E = 2, data.draw(st.integers(0, 6)), data.draw(st.integers(1, 9)), 1, 2
     ring, store = torch.zeros(2, B, W, G, E), torch.zeros(2, B, P + 1, G, E)
     positions, (seen, held, document) = torch.zeros(B, P + 1, dtype=torch.int32), torch.zeros(3, B, dtype=torch.int32)
+    scored, every = data.draw(st.booleans()), data.draw(st.booleans())
+    log_gates = torch.zeros(B, P + 1 if scored else 1)
     tokens, kept, opened = [[], []], [[], []], [0, 0]
     for call in range(3):
         T = data.draw(st.integers(1, 7))
         kv, position = normal(2, B, T, G, E, seed=call).float(), torch.arange(T).expand(B, T) + 100 * call
         start, length, wanted = data.draw(documents(B, T)), data.draw(lengths(B, T)), data.draw(masks(B, T))
         start, wanted = unpadded(start, length), wanted & (torch.arange(T) < length[:, None])
+        score = normal(B, T, seed=9 + call).float()
         first, numbers, held, document = ops.extend.reference(
-            *kv, position, start, length, seen, *ops.compact(wanted, T), None, *ring, *store, positions, held,
-            document, *torch.zeros(2, B, 1, G),
+            *kv, position, start, length, seen, score, *ops.compact(wanted, T), every, *ring, *store, positions, held,
+            document, *torch.zeros(2, B, 1, G), log_gates,
         )  # fmt: skip
         for row in range(B):
             fresh, before = wanted[row].nonzero()[:, 0].tolist(), len(kept[row])
             begins = [opened[row] if s < 0 else before + sum(t < s for t in fresh) for s in start[row].tolist()]
-            assert first[row, : len(fresh)].tolist() == [begins[t] for t in fresh]
+            assert first[row].tolist() == begins if every else first[row, : len(fresh)].tolist() == [
+                begins[t] for t in fresh
+            ]
             tokens[row] += kv[:, row, : length[row]].unbind(1)
-            kept[row] += [(kv[:, row, t], 100 * call + t) for t in fresh]
+            kept[row] += [(kv[:, row, t], 100 * call + t, F.logsigmoid(score[row, t])) for t in fresh]
             opened[row], total = begins[-1], len(kept[row])
             used = min(before, P)
             assert numbers[:, row].tolist() == [used, min(total, P) - used]
             assert (held[row], document[row]) == (total, opened[row])
             for i in range(max(0, len(tokens[row]) - W), len(tokens[row])):
                 assert torch.equal(ring[:, row, i % W], tokens[row][i])
-            for slot, (token, place) in enumerate(kept[row][:P]):
+            for slot, (token, place, gate) in enumerate(kept[row][:P]):
                 assert torch.equal(store[:, row, slot], token) and positions[row, slot] == place
+                assert log_gates[row, slot] == gate if scored else not log_gates.any()
         seen = seen + length
 
 
@@ -406,7 +416,7 @@ def test_attend_token_by_token_is_one_call(every):
     for _ in range(2):
         state, ring, store = normal(B, G * R, E, E), normal(2, B, W, G, E), normal(2, B, P + 1, G, E)
         counts = torch.zeros(B, P + 1, dtype=torch.int32), zeros.clone(), zeros.clone()
-        caches.append((state, *ring, *store, *counts, *torch.zeros(2, B, 1, G)))
+        caches.append((state, *ring, *store, *counts, *torch.zeros(2, B, 1, G), torch.zeros(B, P + 1 if every else 1)))
     outputs, slots = zip(*(
         ops.attend_token.reference(
             *(x[:, t : t + 1] for x in (q_linear, k_linear, q, k, v, head)), rate, rate, 0.1, norm, 1e-6,
@@ -420,16 +430,17 @@ def test_attend_token_by_token_is_one_call(every):
     window = (q, k, v, start, W, ring_k, ring_v, zeros)
     merged = ops.reflexive_merge.reference(*window, linear, head[..., G * R :], norm, 1e-6)
     gate, *route_of, _ = ops.route.reference(score, bias, start, length, 0.3, 1, T)
-    route_of, end = (*route_of, gate if every else None), ops.end_slot(route_of[1]) if every else None
-    first, (used, kept), *now = ops.extend.reference(k, v, position, start, length, zeros, *route_of, *caches[1][1:])
-    ops.sqsk_merge.reference(merged, gate, q, keys[:, :-1], values[:, :-1], route_of[0], first, used, kept, end)
+    call, end = (start, length, zeros, score, *route_of, every), ops.end_slot(route_of[1]) if every else None
+    first, (used, kept), *now = ops.extend.reference(k, v, position, *call, *caches[1][1:])
+    store = keys[:, :-1], values[:, :-1], caches[1][-1][:, :-1] if every else None
+    ops.sqsk_merge.reference(merged, gate, q, *store, route_of[0], first, used, kept, end)
     real, used = torch.arange(T) < length[:, None], torch.arange(P) < now[0].clamp(max=P)[:, None]
     found = torch.where(real & (route_of[1] >= 0) & (route_of[1] < P), 0, -1)
     assert (now[0] > P).any() and torch.equal(torch.cat(slots, 1), found)
     torch.testing.assert_close(torch.cat(outputs, 1)[real], merged[real], **EXACT)
     for i, (got, want) in enumerate(zip(caches[0], caches[1], strict=True)):
         want = dict(zip((6, 7), now, strict=True)).get(i, want)
-        got, want = (x[:, :-1][used] for x in (got, want)) if i in (3, 4, 5) else (got, want)
+        got, want = (x[:, :-1][used] for x in (got, want)) if i in (3, 4, 5, 10)[: 3 + every] else (got, want)
         torch.testing.assert_close(got, want, **EXACT)
 
 
