@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from hspmn import results, route_map
+from hspmn import route_map
 from hspmn.tokens import fit_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,12 +34,10 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tiny_model):
     """A saved model of layers that route and one that does not, with a tokenizer of little more than bytes."""
-    torch.manual_seed(0)
     folder, tokenizer = tmp_path_factory.mktemp("saved") / "model", fit_tokenizer(["def return"], 270)
-    config = results.config_with(TINY | {"vocab_size": len(tokenizer)})
-    AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -71,7 +68,7 @@ def test_a_page_holds_the_text_and_what_the_model_returned(loaded):
             assert piece == alone
         characters += len(piece)
     assert characters == len(TEXT) and len(ends) == len(ids)
-    for number, (layer, target) in enumerate(zip(data["layers"], TINY["sparsity_k"], strict=True)):
+    for number, (layer, target) in enumerate(zip(data["layers"], model.config.layer_sparsity, strict=True)):
         assert layer["target"] == target and ("scores" in layer) == (target > 0)
         if target:
             scores, routed = outputs.router_scores[number, 0].numpy(), outputs.router_mask[number, 0].numpy()

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from hspmn import results, watch
+from hspmn import watch
 from hspmn.tokens import fit_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,12 +21,10 @@ LINES = [f"10:{i // 60:02}:{i % 60:02} web{i % 3:02} GET /{'abc'[i % 3]} status=
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tiny_model):
     """A saved model with a tokenizer of little more than bytes."""
-    torch.manual_seed(0)
     folder, tokenizer = tmp_path_factory.mktemp("saved") / "model", fit_tokenizer(LINES, 280)
-    config = results.config_with(TINY | {"vocab_size": len(tokenizer), "sliding_window": 16})
-    AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer), sliding_window=16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
