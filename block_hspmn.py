@@ -619,9 +619,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             stored = k_BTGE, v_BTGE, log_gate_BT, first_BN, None, route.count_B
         if route is not None:
             end_BT = end_slot(route.slot_BT) if self.contextual.every else None
-            operations.sqsk_merge(
-                merged_BTHE, route.gate_BT, q_BTHE, *stored[:3], route.index_BK, *stored[3:], end_BT
-            )
+            operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, *stored[:3], route.index_BK, *stored[3:], end_BT)
         norm, y_BTD = self.post_attention_layernorm, F.linear(merged_BTHE.flatten(2), self.o_proj.weight)
         x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
         product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else OPERATIONS["reference"].swiglu

@@ -45,7 +45,7 @@ from hspmn.results import (
 from hspmn.runs import load_model
 from hspmn.tokens import rows_of, validation_tokens
 
-PIECE, DECODED = 512, 64  # tokens of a piece, and the last ones of a row, which come one by one, through a cache
+PIECE, DECODED = 512, 64  # tokens of a piece, and at most so many last ones of a row, one by one, through a cache
 
 
 def recall_targets(ids_BT):
@@ -59,7 +59,7 @@ def recall_targets(ids_BT):
 def cache_pieces(tokens):
     """Lengths of the calls that read rows of `tokens` tokens through a cache: a prompt in pieces, the end token by
     token."""
-    prompt = max(0, tokens - DECODED)
+    prompt = tokens - min(DECODED, -(-tokens // 8))
     return [min(PIECE, prompt - begin) for begin in range(0, prompt, PIECE)] + [1] * (tokens - prompt)
 
 

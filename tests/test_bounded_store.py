@@ -77,6 +77,7 @@ def test_a_store_is_the_unbounded_one_until_it_is_full_and_then_the_least_wanted
         assert max(layer.positions.max() for layer in cache.layers) < 60 == cache.get_seq_length() + 60 - sum(lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readers", ["routed", "all"])
 def test_kernels_keep_the_gates_that_the_reference_keeps(tiny_model, readers):
     """A prompt and single tokens, in Triton's interpreter where there is no GPU."""

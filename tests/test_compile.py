@@ -52,7 +52,7 @@ def test_compiled_training_steps_equal_eager_without_recompiling(tiny_model, bac
 
 @pytest.mark.parametrize("backend, training, options", [
     ("eager", True, {}), ("eager", True, {"router_mode": "topk", "linear_attention": "elu"}), ("eager", False, {}),
-    ("eager", True, {"contextual_readers": "all"}),
+    pytest.param("eager", True, {"contextual_readers": "all"}, marks=pytest.mark.slow),
     pytest.param("aot_eager", True, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_symbolic_lengths_share_one_graph(tiny_model, backend, training, options):

@@ -296,9 +296,11 @@ def test_extend_keeps_each_rows_last_and_routed_tokens(data):
         for row in range(B):
             fresh, before = wanted[row].nonzero()[:, 0].tolist(), len(kept[row])
             begins = [opened[row] if s < 0 else before + sum(t < s for t in fresh) for s in start[row].tolist()]
-            assert first[row].tolist() == begins if every else first[row, : len(fresh)].tolist() == [
-                begins[t] for t in fresh
-            ]
+            assert (
+                first[row].tolist() == begins
+                if every
+                else first[row, : len(fresh)].tolist() == [begins[t] for t in fresh]
+            )
             tokens[row] += kv[:, row, : length[row]].unbind(1)
             kept[row] += [(kv[:, row, t], 100 * call + t, F.logsigmoid(score[row, t])) for t in fresh]
             opened[row], total = begins[-1], len(kept[row])

@@ -274,12 +274,12 @@ def test_short_lines_train_at_any_length_and_every_token_is_accounted_for(seq_le
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     words = f"--dataset {tmp_path}/log.jsonl --streaming {streaming} --seq_len {seq_len} --output_dir {tmp_path}/run"
     results = train.main([*RUN, *words.split()])
-    tokenizer, tokens = AutoTokenizer.from_pretrained(tmp_path / "run"), results["tokens"]
+    tokenizer, counts = AutoTokenizer.from_pretrained(tmp_path / "run"), results["tokens"]
     total = len(tokens.encode(tokenizer, lines))
-    assert tokens["read"] == tokens["train"] + tokens["held_out"] + tokens["left_over"]
-    assert tokens["read"] == total if streaming == "false" else tokens["read"] >= total
-    assert tokens["seen"] == 2 * 2 * seq_len and (tokens["left_over"] == 0 or streaming == "true")
-    assert f"{tokens['read']:,} = " in (tmp_path / "run" / "README.md").read_text()
+    assert counts["read"] == counts["train"] + counts["held_out"] + counts["left_over"]
+    assert counts["read"] == total if streaming == "false" else counts["read"] >= total
+    assert counts["seen"] == 2 * 2 * seq_len and (counts["left_over"] == 0 or streaming == "true")
+    assert f"{counts['read']:,} = " in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("documents", [2, 30, 499])
