@@ -273,8 +273,10 @@ class HSPMNCacheLayer(Rows, CacheLayerMixin):
             return None
         self.keep("count", count_B)
         self.keep("document_slot", document_slot_B)
-        keys = read_slots(self.keys, self.key_scales, key_states.dtype)
-        values = read_slots(self.values, self.value_scales, key_states.dtype)
+        keys, values = self.keys[:, :-1], self.values[:, :-1]
+        if self.quantized:
+            keys = read_slots(self.keys, self.key_scales, key_states.dtype)
+            values = read_slots(self.values, self.value_scales, key_states.dtype)
         log_gates = self.log_gates[:, :-1] if self.every else None
         return keys, values, log_gates, first_BN, *numbers_2B.unbind()
 
