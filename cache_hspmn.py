@@ -661,11 +661,15 @@ class HSPMNCache(Rows, Cache):
                 "this cache stands within a call, which was interrupted, or behind a crop; its state is that after "
                 "the model's next call, or after reset()"
             )
-        holders = {"": self} | {f"layers.{i}.": layer for i, layer in enumerate(self.layers)}
-        tensors = {at + name: getattr(held, name) for at, held in holders.items() for name in held._batched}
+        tensors = {key: getattr(held, name) for held, name, key in self._named()}
         used = [layer.most_used for layer in self.layers]
         numbers = {"fields": self._identity(), "columns": self.get_seq_length(), "most_used": used}
         return {name: x.detach() for name, x in tensors.items() if x is not None}, numbers
+
+    def _named(self):
+        """Every holder of a tensor, the tensor's name there, and that in a state."""
+        holders = {"": self} | {f"layers.{i}.": layer for i, layer in enumerate(self.layers)}
+        return [(held, name, at + name) for at, held in holders.items() for name in held._batched]
 
     def _identity(self):
         return dict(zip(FIELDS, self.fields, strict=True)) | {"max_slots": self.max_slots}
@@ -682,8 +686,7 @@ class HSPMNCache(Rows, Cache):
         for field, wants in identity.items():
             if field not in given or given[field] != wants:
                 raise ValueError(f"the state was made for {field}={given.get(field)!r}, this cache for {wants!r}")
-        holders = {"": self} | {f"layers.{i}.": layer for i, layer in enumerate(self.layers)}
-        names = [(held, name, at + name) for at, held in holders.items() for name in held._batched]
+        names = self._named()
         for held, name, key in names if tensors else ():
             has, wants = tensors.get(key), getattr(held, name) if self.static else None
             if has is None or (wants is not None and (has.shape, has.dtype) != (wants.shape, wants.dtype)):

@@ -9,7 +9,6 @@ source found on the machine. B batch, N rows, T tokens, D width.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from hspmn.results import (
     Parser,
     at_least,
     check_output,
+    check_saved,
     file_name,
     loading,
     low_precision,
@@ -391,9 +391,7 @@ def main(argv=None):
     args = parser.parse(argv, TINY)
     transformers.utils.logging.disable_progress_bar()
     writes = args.task in ("loss", "needle")
-    for name in ("config.json", "tokenizer.json") if writes else ("config.json",):
-        if not os.path.isfile(args.folder / name):
-            refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
+    check_saved(args.folder, "config.json", *["tokenizer.json"] * writes)
     args.device = args.device or ("cpu" if args.task == "verify" else DEVICES[0])
     if args.kv_cache_dtype is not None:
         with loading(f"folder {args.folder}"):

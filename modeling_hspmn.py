@@ -36,7 +36,7 @@ from .block_hspmn import (
     restore_rows,
     router_statistics,
 )
-from .cache_hspmn import EVICTED, SLOT_BLOCK, HSPMNCache, HSPMNStaticCache, Piece
+from .cache_hspmn import EVICTED, SLOT_BLOCK, HSPMNCache, HSPMNCacheLayer, HSPMNStaticCache, Piece
 from .configuration_hspmn import HSPMNConfig
 from .operations_hspmn import IGNORED, LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
 
@@ -152,7 +152,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
 
         dtype: that of the keys and values, the model's own by default, if `kv_cache_dtype` is "auto".
         """
-        layer = HSPMNCache(self.config).layers[0]
+        layer = HSPMNCacheLayer(self.config)
         layer.allocate(1, 0, dtype or self.dtype, "meta")  # of the spare slot alone
         return sum(getattr(layer, name).nbytes for name in layer.slot_tensors) * sum(self.config.layer_sparsity)
 

@@ -229,6 +229,13 @@ def check_folder(flag, folder):
         refuse(f"{flag} {folder}: {there} cannot be written to; name another folder")
 
 
+def check_saved(folder, *names):
+    """Refuse, before any work, a folder that lacks one of the files of a saved model."""
+    for name in names:
+        if not os.path.isfile(folder / name):
+            refuse(f"folder {folder} holds no {name}; give that of a saved model")
+
+
 def check_output(path, needed=()):
     """Refuse, before any work, a results file that could not be written or added to."""
     check_folder("--output", path.parent)

@@ -10,7 +10,6 @@ FOLDER is a checkpoint with its tokenizer, such as `train.py` writes; FILE is a 
 import base64
 import html
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn.evaluate import load
-from hspmn.results import DEVICES, ROOT, Parser, at_least, check_folder, refuse, refusing
+from hspmn.results import DEVICES, ROOT, Parser, at_least, check_folder, check_saved, refuse, refusing
 
 UNDERLINES = (None, (":", 1.0), ("--", 1.0), ("-", 1.0), ("-", 2.0))  # of the five levels of a token, as on the page
 FIGURES = (".png", ".pdf", ".svg")
@@ -210,9 +209,7 @@ def main(argv=None):
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="weights; bfloat16 on cuda, float32 on cpu")
     args = parser.parse(argv, {})
-    for name in ("config.json", "tokenizer.json"):
-        if not os.path.isfile(args.folder / name):
-            refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
+    check_saved(args.folder, "config.json", "tokenizer.json")
     if not args.file.is_file():
         refuse(f"file {args.file} is no file; give a text")
     if args.png is not None and args.png.suffix not in FIGURES:

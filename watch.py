@@ -48,7 +48,7 @@ from hspmn.block_hspmn import OPERATIONS, pick_backend
 from hspmn.cache_hspmn import HSPMNCache
 from hspmn.configuration_hspmn import CHOICES
 from hspmn.evaluate import load
-from hspmn.results import DEVICES, Parser, at_least, check_folder, complain, refuse, refusing
+from hspmn.results import DEVICES, Parser, at_least, check_folder, check_saved, complain, refuse, refusing
 
 READ, LONGEST, HEAD = 2**20, 2**20, 1024  # bytes: read at once, of a line, by which a file is known again
 IDLE = 0.01  # seconds between two looks at a file that does not grow
@@ -509,9 +509,7 @@ def main(argv=None):
     for flag, wanted in (("--state", args.state), ("--output", args.output)):
         if wanted is not None:
             check_folder(flag, wanted.parent)
-    for name in ("config.json", "tokenizer.json"):
-        if not (args.folder / name).is_file():
-            refuse(f"folder {args.folder} holds no {name}; give that of a saved model")
+    check_saved(args.folder, "config.json", "tokenizer.json")
     args.device = args.device or DEVICES[0]
     block, slots = SIZES[args.device]
     slots = args.max_slots or slots

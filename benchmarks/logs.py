@@ -47,7 +47,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from hspmn import results
-from hspmn.benchmarks.peers import build_model, comparison_config, train_steps
+from hspmn.benchmarks.peers import build_model, comparison_config, settle, train_steps
 from hspmn.benchmarks.report import SECTIONS, table
 from hspmn.configuration_hspmn import ROUTING_PERIOD
 from hspmn.streams import UNSEEN, LogStream
@@ -301,9 +301,13 @@ def test(arm, args, weights, streams, calm_NT, percent, distances):
         asked = np.array([of for _, _, of in answers])
         for distance in distances:
             tests[distance].append(metrics | {"incident_accuracy": right[asked == distance].mean()})
-    return {distance: {name: fmean(metrics[name] for metrics in each if name in metrics)
-                       for name in dict.fromkeys(name for metrics in each for name in metrics)}
-            for distance, each in tests.items()}  # fmt: skip
+    return {distance: means(each) for distance, each in tests.items()}
+
+
+def means(each):
+    """Of several metrics by name, the mean of each over those that have it."""
+    names = dict.fromkeys(name for metrics in each for name in metrics)
+    return {name: fmean(metrics[name] for metrics in each if name in metrics) for name in names}
 
 
 def summary_rows(runs):
@@ -314,8 +318,7 @@ def summary_rows(runs):
             cases.setdefault(case, []).append(metrics)
     rows = []
     for case, each in cases.items():
-        names = dict.fromkeys(name for metrics in each for name in metrics)
-        values = {name: fmean(metrics[name] for metrics in each if name in metrics) for name in names}
+        values = means(each)
         if len(each) > 1:
             values["incident_accuracy_std"] = stdev(metrics["incident_accuracy"] for metrics in each)
         rows += [results.row(case, name, value) for name, value in (values | {"seeds": len(each)}).items()]
@@ -420,9 +423,7 @@ def make_parser():
 def main(argv=None):
     """Run the comparison; returns the exit code."""
     args = make_parser().parse(argv, TINY)
-    if args.vocab_size < 257:
-        results.refuse(f"--vocab_size must be at least 257 (bytes and end of text), got {args.vocab_size}")
-    args.compile = args.compile or ("layers" if args.device == "cuda" else "none")
+    settle(args)
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     for percent in (args.train_percent, *args.percents):
         arm_config("hspmn", args, percent)  # refuses before any work what no layers hold

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..block_hspmn import SharedProjection, Stream
-from ..results import config_with, low_precision, refusing
+from ..results import config_with, low_precision, refuse, refusing
 
 LLAMAS = ("dense", "dense_conv")  # models of transformers, which have no field of `HSPMNConfig`
 MODELS = (*LLAMAS, "linear_full4", "linear_full8", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
@@ -32,6 +32,13 @@ class MatchedAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in heads[2:5])
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def settle(args):
+    """Refuse a vocabulary that a fresh tokenizer cannot have, and fill in how models are compiled by default."""
+    if args.vocab_size < 257:
+        refuse(f"--vocab_size must be at least 257 (bytes and end of text), got {args.vocab_size}")
+    args.compile = args.compile or ("layers" if args.device == "cuda" else "none")
 
 
 def comparison_config(case, sizes, overrides=None):

@@ -47,7 +47,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from hspmn import results
-from hspmn.benchmarks.peers import LLAMAS, MODELS, build_model, comparison_config, train_steps
+from hspmn.benchmarks.peers import LLAMAS, MODELS, build_model, comparison_config, settle, train_steps
 from hspmn.benchmarks.report import SECTIONS, table
 from hspmn.configuration_hspmn import CHOICES
 from hspmn.evaluate import NeedleRows, cache_pieces, validate
@@ -433,13 +433,11 @@ def make_parser():
 def main(argv=None):
     """Run the comparison; returns the exit code."""
     args = make_parser().parse(argv, TINY)
-    if args.vocab_size < 257:
-        results.refuse(f"--vocab_size must be at least 257 (bytes and end of text), got {args.vocab_size}")
+    settle(args)
     if args.needle_mix == 1.0:
         results.refuse(f"--needle_mix must lie in [0, 1), got {args.needle_mix}; use a share such as 0.25")
     if args.validation_tokens < args.length:
         results.refuse(f"--validation_tokens {args.validation_tokens} must be at least --length {args.length}")
-    args.compile = args.compile or ("layers" if args.device == "cuda" else "none")
     args.checkpoints = args.checkpoints or args.output / "checkpoints"
     transformers.utils.logging.disable_progress_bar()
     path = args.output / f"{args.name}.json"
