@@ -37,6 +37,7 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType, rotate_checkpoints
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_torchao_available
 
 if "hspmn" not in sys.modules:  # run as a script: this checkout is the package, whatever its folder is called
     sys.modules["hspmn"] = ModuleType("hspmn")
@@ -77,6 +78,7 @@ LEAST = dict.fromkeys(SIZES, 1) | {  # flags, and the least that each may be
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
 BELOW |= {"dataloader_num_workers": 1025, "vocab_size": 2**24, "neftune_noise_alpha": 2**20}
 OPEN = {"validation_fraction": (0, 1), "adam_epsilon": (0, math.inf), "save_steps": (0, math.inf)}
+FLOAT8 = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the products that --float8 is for
 CHOICES = {
     "lr_scheduler_type": SchedulerType, "optim": OptimizerNames, "save_strategy": SaveStrategy, "debug": DebugOption,
     "eval_strategy": IntervalStrategy, "logging_strategy": IntervalStrategy, "hub_strategy": HubStrategy,
@@ -143,6 +145,7 @@ class HSPMNTrainingArguments(TrainingArguments):
     num_train_epochs: float = HfArg(default=0.0, help="passes over the data, if --steps is not given")
     wandb: str | None = HfArg(default=None, help="report to Weights & Biases under this run name")
     full_precision: bool = HfArg(default=False, help="float32 on a GPU too (default there: bfloat16 autocast)")
+    float8: bool = HfArg(default=False, help="products of blocks in float8, compiled; needs torchao, an Ada or newer")
     prompt: str = HfArg(default="def ", help="prompt of the sample generated at the end")
     sample_tokens: int = HfArg(default=64, help="tokens of that sample; 0: no sample")
     resume_from_checkpoint: str | None = HfArg(default=None, help="checkpoint folder to go on from, or last")
@@ -160,6 +163,7 @@ class HSPMNTrainingArguments(TrainingArguments):
             self.report_to, self.run_name = "wandb", self.wandb
         if torch.cuda.is_available() and not (self.use_cpu or self.fp16 or self.full_precision):
             self.bf16 = torch.cuda.is_bf16_supported()
+        self.torch_compile = self.torch_compile or self.float8  # casts of their own cost more than products gain
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         # One process drives one device: torch.nn.DataParallel would lose the bias updates of all devices but one
@@ -225,10 +229,38 @@ def check_plan(args, config):
                     raise ValueError(f"the learning rate of step {step} is not finite")
     except faults as error:
         refuse(f"{flags} cannot work: {error}")
+    if args.float8:
+        check_float8(args)
     if args.torch_compile:
         check_name("--torch_compile_backend", args.torch_compile_backend, torch.compiler.list_backends(()))
         with refusing(RuntimeError):
             torch.compile(check_plan, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def check_float8(args):
+    """Refuse --float8 where it cannot run, or could only run beside a dtype that was asked for."""
+    if not is_torchao_available("0.18"):
+        refuse("--float8 needs torchao 0.18 or newer; pip install torchao")
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
+    if args.device.type != "cuda" or torch.cuda.get_device_capability(args.device) < (8, 9):
+        refuse(f"--float8 needs an NVIDIA GPU of compute capability 8.9 or more, got {device}; leave it out")
+    if not args.bf16:
+        refuse(f"--float8 contradicts --{'fp16' if args.fp16 else 'full_precision'}; leave one of them out")
+
+
+def use_float8(model):
+    """Let torchao make the products of blocks in float8, forward and backward, with one scale per tensor. Weights stay
+    what they are, and so does what is saved. Layers with a side that tensor cores do not take are left alone."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    names = {
+        name for name, module in model.named_modules()
+        if name.rpartition(".")[2] in FLOAT8 and not any(side % 16 for side in module.weight.shape)
+    }  # fmt: skip
+    if not names:
+        refuse("--float8 finds no product whose sides are multiples of 16; give such a --dim and --intermediate_size")
+    config = Float8LinearConfig(pad_inner_dim=True)  # of the weights' gradients: any number of tokens
+    convert_to_float8_training(model, module_filter_fn=lambda module, name: name in names, config=config)
 
 
 def flags_of(*arguments):
@@ -714,6 +746,8 @@ def prepare(model_args, data_args, training_args, config, record):
         config.update({"vocab_size": len(tokenizer)} | special)
         with refusing(MemoryError, RuntimeError):  # sizes that no memory holds
             model = AutoModelForCausalLM.from_config(config, **options)
+    if training_args.float8:
+        use_float8(model)
     resumed = training_args.resume_from_checkpoint
     if resumed and (Path(resumed) / "model.safetensors").is_file():  # sharded optimizers may keep weights otherwise
         runs.check_tensors(resumed, model)

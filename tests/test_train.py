@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -161,6 +162,7 @@ REFUSED = {
     "--resume_from_checkpoint {here}": ["is no checkpoint folder"],
     "--resume_from_checkpoint last --output_dir {here}/none": ["no checkpoint in --output_dir"],
     "--model_name_or_path {here}/none": ["none"],
+    "--float8": ["--float8 needs"],
 }
 
 
@@ -378,6 +380,27 @@ def test_compiled_training_has_a_graph_per_kind_of_layer_and_equals_eager(option
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert saved.keys() == trainer.model.state_dict().keys() - trainer.model.all_tied_weights_keys.keys()
     assert not torch.equal(saved["model.layers.1.router.bias"], saved["model.layers.3.router.bias"])
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_float8_products_train_alike_in_one_graph_and_leave_no_trace(run, texts, tmp_path, monkeypatch):
+    """By torchao's emulation, which rounds as the tensor cores do."""
+    float8 = pytest.importorskip("torchao.float8")
+    monkeypatch.setattr(float8, "Float8LinearConfig", partial(float8.Float8LinearConfig, emulate=True))
+    monkeypatch.setattr(train, "check_float8", lambda args: None)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
+    models, finish = [], train.finish
+    monkeypatch.setattr(train, "finish", lambda trainer, *args: (models.append(trainer.model), finish(trainer, *args)))
+    train.main([*run_arguments(texts, tmp_path), "--float8", "--torch_compile_backend", "eager"])
+    kinds = {name: type(module).__name__ for name, module in models[0].named_modules()}
+    converted = {name.rpartition(".")[2] for name, kind in kinds.items() if kind == "Float8Linear"}
+    assert converted == set(train.FLOAT8)
+    plain, losses = ([log["loss"] for log in history(folder, 8)] for folder in (run[0], tmp_path))
+    assert losses != plain and losses == pytest.approx(plain, rel=0.05)
+    weights = [load_file(folder / "model.safetensors") for folder in (run[0], tmp_path)]
+    assert [(name, w.shape, w.dtype) for name, w in weights[0].items()] == [
+        (name, w.shape, w.dtype) for name, w in weights[1].items()
+    ]
 
 
 @pytest.mark.slow
