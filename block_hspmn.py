@@ -370,21 +370,27 @@ class ReflexiveStream(nn.Module):
         least = 1.0 / horizon if horizon else 0.0
         return self.bound.float() * least if horizon and self.training else least
 
+    def written(self, h_BTD, heads, decay_BTH, stream):
+        """Keys [B, T, G, E] and values [B, T, G, F] whose products the linear state sums."""
+        if self.config.linear_attention == "gated":
+            return heads.k_linear_BTGE, heads.v_BTGE
+        return heads.k_linear_BTGE, F.pad(heads.v_BTGE, (0, 1), value=1.0)  # the last column: the normaliser
+
     def forward(self, h_BTD, heads, stream, layer_cache=None, sinks=None):
         """Sum of both attentions, [B, T, H, E]; advances the linear state and only reads the window."""
         operations, cached = OPERATIONS[stream.backend], layer_cache is not None
-        gated, v_BTGF = self.config.linear_attention == "gated", heads.v_BTGE
+        gated = self.config.linear_attention == "gated"
         if gated:
             decay_BTH, gate_BTH = self.head_proj(h_BTD).chunk(2, -1)
             decay_BTH = log_decay(decay_BTH, self.decay_log_rate, self.decay_bias, self.least_decay)
         else:
-            v_BTGF = F.pad(v_BTGF, (0, 1), value=1.0)  # the last column sums the keys: the normaliser
             decay_BTH = torch.zeros_like(heads.q_BTHE[..., 0], dtype=torch.float32)
+        k_BTGE, v_BTGF = self.written(h_BTD, heads, decay_BTH, stream)
         state = layer_cache.linear_state if cached else None
         if state is None and stream.backend == "triton" and torch.compiler.is_compiling():
             state = dropped_state(decay_BTH, heads.q_BTHE.shape[-1], v_BTGF.shape[-1])
         linear_BTHF = operations.linear_attention(
-            heads.q_linear_BTHE, heads.k_linear_BTGE, v_BTGF, decay_BTH, stream.start_BT, stream.length_B, state
+            heads.q_linear_BTHE, k_BTGE, v_BTGF, decay_BTH, stream.start_BT, stream.length_B, state
         )
         if gated:
             kind = torch.promote_types(linear_BTHF.dtype, torch.float32)

@@ -21,7 +21,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"] = ModuleType("hspmn")
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
-from hspmn.benchmarks.peers import MODELS, build_model, comparison_config, train_steps
+from hspmn.benchmarks.peers import CACHELESS, MODELS, build_model, comparison_config, train_steps
 from hspmn.configuration_hspmn import CHOICES
 from hspmn.results import (
     DEVICES,
@@ -107,7 +107,7 @@ def run(case, config, args):
         refuse(f"--lr {args.lr}: the training loss is {loss.item()} at step {args.steps}; lower it")
     rows = []
     for form in args.kv_cache_dtype:
-        if hasattr(config, "kv_cache_dtype"):
+        if case not in CACHELESS:
             model.config.kv_cache_dtype = form
         elif form != "auto":
             continue

@@ -9,9 +9,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..block_hspmn import SharedProjection, Stream
 from ..results import config_with, low_precision, refuse, refusing
+from .delta import use_delta_rule
 
 LLAMAS = ("dense", "dense_conv")  # models of transformers, which have no field of `HSPMNConfig`
-MODELS = (*LLAMAS, "linear_full4", "linear_full8", "hspmn", "hspmn_random", "hspmn_annealed", "reflexive")
+CACHELESS = (*LLAMAS, "hspmn_delta")  # models without a cache of HSPMN's
+PATCHED = ("dense_conv", "hspmn_delta")  # whose saved code would lack what was put in
+MODELS = (
+    *LLAMAS, "linear_full4", "linear_full8", "hspmn", "hspmn_random", "hspmn_annealed", "hspmn_delta", "reflexive"
+)  # fmt: skip
 
 
 class MatchedAttention(nn.Module):
@@ -76,6 +81,8 @@ def build_model(case, config, seed):
         own = config_with({field: getattr(config, field) for field in fields})
         for layer in model.base_model.layers:
             layer.self_attn = MatchedAttention(own)
+    if case == "hspmn_delta":
+        use_delta_rule(model)
     if case == "hspmn_random":
         for router in filter(None, (layer.router for layer in model.base_model.layers)):
             router.weight.register_hook(torch.zeros_like)  # one that needs no gradient leaves the bias at rest as well

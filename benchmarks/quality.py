@@ -16,6 +16,7 @@ Models, with the same data order, optimiser, steps and number of parameters:
     hspmn           HSPMN as configured: the target share is `sparsity_k` from the first step on
     hspmn_random    the same with every router frozen at its random start; its bias still balances the load
     hspmn_annealed  the target falls from 1 to `sparsity_k` over the first 60 % of the steps, states are bounded alike
+    hspmn_delta     the same as hspmn, but states written by the gated delta rule (arXiv 2412.06464), without a cache
     reflexive       no contextual stream at all, no such bound either
 Text is Python source found on the machine, split by the hash of each file. The results file `<name>.json` keeps every
 (model, seed) pair; later runs of the same code and settings append to it, and so may several processes at once, each
@@ -47,7 +48,16 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from hspmn import results
-from hspmn.benchmarks.peers import LLAMAS, MODELS, build_model, comparison_config, settle, train_steps
+from hspmn.benchmarks.peers import (
+    CACHELESS,
+    LLAMAS,
+    MODELS,
+    PATCHED,
+    build_model,
+    comparison_config,
+    settle,
+    train_steps,
+)
 from hspmn.benchmarks.report import SECTIONS, table
 from hspmn.configuration_hspmn import CHOICES
 from hspmn.evaluate import NeedleRows, cache_pieces, validate
@@ -211,7 +221,7 @@ class Case:
         """Validation loss of some rows in one pass, `val_once`, and through the cache of each form, in pieces and
         token by token, `val_cache_<form>`; nothing of a model that has no such cache."""
         config, size, pieces = self.model.config, self.args.batch_size, cache_pieces(rows.shape[1])
-        if getattr(config, "router_mode", "topk") == "topk":
+        if self.base in CACHELESS or config.router_mode == "topk":
             return {}
         found, own = {"val_once": validate(self.model, rows, size)["val"]}, config.kv_cache_dtype
         for form in CHOICES["kv_cache_dtype"]:
@@ -356,6 +366,8 @@ def list_cases(args):
         cases[name] = (model, shared | results.parse_overrides("--variants", re.split(r",(?=\w+=)", fields)))
     for name in args.save:
         results.check_name("--save", name, cases)
+        if cases[name][0] in PATCHED:
+            results.refuse(f"--save {name}: what is put into a {cases[name][0]} is in no saved code; leave it out")
     return cases
 
 

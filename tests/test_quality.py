@@ -113,6 +113,7 @@ REFUSED = {
     "--variants other@dense:sliding_window=16": "unknown",
     "--variants other@:sliding_window=16": "unknown",
     "--models hspmn --set intermediate_size=256": "parameters",
+    "--models hspmn_delta --save hspmn_delta": "leave it out",
     "--needle_mix 1.5": "--needle_mix",
     "--vocab_size 100": "--vocab_size",
     "--steps 0": "--steps",
