@@ -21,7 +21,9 @@ from transformers.utils.import_utils import is_triton_available
 from .operations_hspmn import (
     EVERY_TOKEN,
     SCORE_GAIN,
+    STORES,
     add_sinks,
+    as_stored,
     assign,
     causal_conv,
     end_slot,
@@ -573,6 +575,10 @@ class HSPMNBlock(GradientCheckpointingLayer):
             if layer_cache.quantized and torch.is_grad_enabled():
                 stored = None  # whole numbers have no gradient; `start_call` saw that nothing was held before
         if route is not None:
+            whole = STORES.get(self.config.kv_cache_dtype) if self.training else None
+            if whole and stored is None:
+                k_BTGE, v_BTGE = (as_stored(x, whole) for x in (heads.k_BTGE, heads.v_BTGE))
+                heads = heads._replace(k_BTGE=k_BTGE, v_BTGE=v_BTGE)
             merged_BTHE = self.contextual(merged_BTHE, heads, route, stream, stored, sinks)
         x_BTD = x_BTD + self.o_proj(merged_BTHE.flatten(2))
         h_BTD = self.post_attention_layernorm(x_BTD)

@@ -151,8 +151,8 @@ class HSPMNConfig(PreTrainedConfig):
     conv_kernel_size: int = 4  # taps of the causal depthwise convolution on q, k and v, at least 1; 1 leaves it out
     # Form of the cached keys and values of routed tokens: "auto", the dtype they are computed in, "int8" or "int4",
     # whole numbers of so many bits with a bfloat16 scale per token and key head, for about a half and a quarter of
-    # bfloat16's bytes. With a cache they are read as they are stored, however the tokens are fed; a forward without
-    # one, or one that records gradients, reads them as they are computed.
+    # bfloat16's bytes. With a cache they are read as they are stored, however the tokens are fed, and training reads
+    # them as they would be; a forward of `eval()` without a cache, or with gradients, reads them as they are computed.
     kv_cache_dtype: str = "auto"
     backend: str = "auto"  # "auto" picks by device; "reference", "flex" or "triton": that one, or it fails
 

@@ -722,6 +722,13 @@ def dequantize(kept_BPGE, scales_BPG, dtype):
     return (odd_BPGE * scales_BPG[..., None]).to(dtype)  # exact before: each factor has 8 bits
 
 
+def as_stored(x_BTGE, dtype):
+    """Rows as a store of `dtype` gives them back, with the gradient of the rows themselves (straight-through, arXiv
+    1308.3432): who trains this way is used to how coarse they are."""
+    kept_BTGE = dequantize(*quantize(x_BTGE.detach(), dtype), x_BTGE.dtype)
+    return kept_BTGE + (x_BTGE - x_BTGE.detach())
+
+
 def write_slots(kept_BPGE, scales_BPG, at, x_BKGE):
     """Put rows into the slots `at` of a sparse store, IN PLACE; their scales too if it is one of whole numbers."""
     if kept_BPGE.dtype in LEVELS:

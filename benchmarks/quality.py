@@ -18,6 +18,7 @@ Models, with the same data order, optimiser, steps and number of parameters:
     hspmn_annealed  the target falls from 1 to `sparsity_k` over the first 60 % of the steps, states are bounded alike
     hspmn_delta     the same as hspmn, but states written by the gated delta rule (arXiv 2412.06464), without a cache
     reflexive       no contextual stream at all, no such bound either
+The loss of a model whose `kv_cache_dtype` is int8 or int4 is measured through such a cache.
 Text is Python source found on the machine, split by the hash of each file. The results file `<name>.json` keeps every
 (model, seed) pair; later runs of the same code and settings append to it, and so may several processes at once, each
 with models or seeds of its own. Throughput is the median over intervals of `--log_every` steps, which leaves out those
@@ -217,13 +218,17 @@ class Case:
         return result
 
     @torch.compiler.set_stance("force_eager")  # the shapes of calls through a cache change
-    def _through_caches(self, rows):
-        """Validation loss of some rows in one pass, `val_once`, and through the cache of each form, in pieces and
-        token by token, `val_cache_<form>`; nothing of a model that has no such cache."""
-        config, size, pieces = self.model.config, self.args.batch_size, cache_pieces(rows.shape[1])
+    def _through_caches(self, rows_NT):
+        """Losses of a model whose cache holds whole numbers as it reads them; and validation loss of some rows in one
+        pass, `val_once`, and through the cache of each form, in pieces and token by token, `val_cache_<form>`; nothing
+        of a model that has no such cache."""
+        config, size, T = self.model.config, self.args.batch_size, rows_NT.shape[1]
+        rows, pieces = rows_NT[:CACHED_ROWS], cache_pieces(T)
         if self.base in CACHELESS or config.router_mode == "topk":
             return {}
         found, own = {"val_once": validate(self.model, rows, size)["val"]}, config.kv_cache_dtype
+        if own != "auto":
+            found |= validate(self.model, rows_NT, size, [T])
         for form in CHOICES["kv_cache_dtype"]:
             config.kv_cache_dtype = form
             found[f"val_cache_{form}"] = validate(self.model, rows, size, pieces)["val"]
@@ -241,7 +246,7 @@ class Case:
         entry = {"case": self.name, "seed": seed, "params": self.parameters, "overrides": self.overrides}
         entry["intermediate_size"] = config.intermediate_size
         entry |= self._train(batches, seed) | validate(self.model, validation_rows, args.batch_size)
-        entry |= self._through_caches(validation_rows[:CACHED_ROWS])
+        entry |= self._through_caches(validation_rows)
         dense_bytes = 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
         own_bytes = getattr(self.model, "kv_bytes_per_token", None)
         entry["kv_bytes_per_token"] = own_bytes(torch.bfloat16) if own_bytes else dense_bytes

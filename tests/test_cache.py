@@ -11,6 +11,7 @@ import pytest
 import torch
 from caches import CLOSE, MOVES, VARIANTS, addresses, assert_same, feed, pack, static_cache, tokens, used
 from hspmn.cache_hspmn import SLOT_BLOCK, HSPMNCache
+from hspmn.configuration_hspmn import CHOICES
 
 WHOLE = {"int8": 0.01, "int4": 0.15}  # stores of whole numbers, and the most that they change the logits
 QUANTIZED = {"sparsity_k": [1.0, 0.0, 0.5], "num_sink_tokens": 2}
@@ -71,6 +72,18 @@ def test_whole_numbers_cost_little_of_the_logits(tiny_model, kind, most):
     models = (tiny_model(sparsity_k=1.0, kv_cache_dtype=kind) for kind in (kind, "auto"))
     whole, exact = (feed(model, tokens(3, 60), HSPMNCache(model.config))[0] for model in models)
     assert 0.1 * most < (whole - exact).norm() / exact.norm() < most
+
+
+@pytest.mark.parametrize("readers", CHOICES["contextual_readers"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_training_reads_whole_numbers_as_a_cache_holds_them(tiny_model, kind, readers):
+    model, ids = tiny_model(kv_cache_dtype=kind, contextual_readers=readers, capacity_factor=8.0), tokens(3, 60)
+    with torch.no_grad():
+        stored, exact = (model(ids, use_cache=use_cache).logits for use_cache in (True, False))
+    trained = model.train()(ids).logits
+    assert (trained - stored).norm() < 1e-4 * stored.norm() < 0.1 * (exact - stored).norm()
+    trained.square().sum().backward()
+    assert all(layer.projection.qkv_proj.weight.grad.norm() > 0 for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("move", MOVES)
