@@ -28,7 +28,8 @@ import time
 import zlib
 from contextlib import suppress
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, count
+from json.encoder import encode_basestring
 from math import sqrt
 from pathlib import Path
 from types import ModuleType
@@ -52,12 +53,13 @@ from hspmn.results import DEVICES, Parser, at_least, check_folder, check_saved, 
 
 READ, LONGEST, HEAD = 2**20, 2**20, 1024  # bytes: read at once, of a line, by which a file is known again
 IDLE = 0.01  # seconds between two looks at a file that does not grow
+REFILL = 0.001  # seconds for which a writer may leave a pipe empty before what was read of it is judged
 AHEAD = 16  # blocks that are tokenized before the model reads them
 LOGITS = 2**28  # of a block that are held at once
 NUMBERS = ("surprise", "routing")
 WARM, HORIZON = 100, 10_000  # lines before any is marked, and over which a running mean forgets
 LEAST_DEVIATION = 0.02  # lines that are all alike have none
-CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if code != 9}
+CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 SIZES = {"cuda": (16384, 32768), "cpu": (512, 2048)}  # tokens of a block, slots per layer
 
 
@@ -111,10 +113,14 @@ class Log:
         """Bytes as they come; empty ones while there are none; None where what was read ends, if in a line then so."""
         while True:
             if self.path is None:
-                ready = select.select([self.file], [], [], 10 * IDLE)[0]
-                data = os.read(self.file.fileno(), READ) if ready else b""
-                if ready and not data:
-                    break
+                data, wait = b"", 10 * IDLE
+                while len(data) < READ and select.select([self.file], [], [], wait)[0]:
+                    part, wait = os.read(self.file.fileno(), READ - len(data)), REFILL
+                    if not part:
+                        yield data
+                        yield None
+                        return
+                    data += part
                 yield data
                 continue
             data = self.file.read(READ)
@@ -161,29 +167,30 @@ class Block(NamedTuple):
 
 
 def blocks(log, tokenizer, size):
-    """Blocks of about `size` tokens at most, or of one line, from a `Log` as it grows; None while nothing comes."""
-    rest = b""
+    """Blocks of `size` tokens at most, or of one line, from a `Log` as it grows; None while nothing comes."""
+    rest, texts, (ids, lengths, sizes) = b"", [], [np.empty(0, np.int32)] * 3  # sizes: bytes, with the lines' ends
     for data in log.chunks():
         *lines, rest = (rest + (data or b"")).split(b"\n")
-        ends = [1] * len(lines)  # bytes of the line's end
+        taken = [len(line) + 1 for line in lines]
         if rest and (data is None or len(rest) >= LONGEST):
-            lines, rest, ends = [*lines, rest], b"", [*ends, 0]
-        if not lines:
+            lines, rest, taken = [*lines, rest], b"", [*taken, len(rest)]
+        new = [line.removesuffix(b"\r").decode(errors="replace") for line in lines]
+        encoded = tokenizer.encode_batch_fast([f"{text}\n" for text in new], add_special_tokens=False)
+        flat = np.fromiter(chain.from_iterable(each.ids for each in encoded), np.int32)
+        texts, ids, begin = texts + new, np.concatenate([ids, flat]), 0
+        lengths = np.concatenate([lengths, np.fromiter(map(len, encoded), np.int32, len(new))])
+        sizes = np.concatenate([sizes, np.array(taken, np.int32)])
+        filled, passed = (np.concatenate([[0], np.cumsum(each)]) for each in (lengths, sizes))
+        while begin < len(texts):
+            stop = max(begin + 1, int(np.searchsorted(filled, filled[begin] + size, "right")) - 1)
+            if stop == len(texts) and len(data or b"") >= READ:
+                break  # what fills the block is there already
+            place = log.place(len(rest) + int(passed[-1] - passed[stop]))
+            yield Block(texts[begin:stop], ids[filled[begin] : filled[stop]], lengths[begin:stop], place)
+            begin = stop
+        texts, ids, lengths, sizes = texts[begin:], ids[filled[begin] :], lengths[begin:], sizes[begin:]
+        if not begin:
             yield None
-            continue
-        behind = len(rest) + sum(map(len, lines)) + sum(ends)
-        texts = [line.removesuffix(b"\r").decode(errors="replace") for line in lines]
-        encoded = tokenizer.encode_batch_fast([f"{text}\n" for text in texts], add_special_tokens=False)
-        ids = [each.ids for each in encoded]
-        begin, held = 0, 0
-        for i, line in enumerate(lines):
-            behind -= len(line) + ends[i]
-            held += len(ids[i])
-            if i + 1 == len(lines) or held + len(ids[i + 1]) > size:
-                part = slice(begin, i + 1)
-                flat = np.fromiter(chain.from_iterable(ids[part]), np.int32, held)
-                yield Block(texts[part], flat, np.array([*map(len, ids[part])], np.int32), log.place(behind))
-                begin, held = i + 1, 0
 
 
 class Ahead:
@@ -230,15 +237,19 @@ class Usual:
     def __init__(self, count=0, mean=0.0, variance=0.0):
         self.count, self.mean, self.variance = count, mean, variance
 
-    def judge(self, number, most):
-        """Deviations by which a number exceeds the mean, 0.0 before `WARM` numbers. It counts in what comes, but not
-        as more than `most` deviations."""
-        deviation, above, warm = max(sqrt(self.variance), LEAST_DEVIATION), number - self.mean, self.count >= WARM
-        self.count += 1
-        share, step = 1 / min(self.count, HORIZON), min(above, most * deviation) if warm else above
-        self.mean += share * step
-        self.variance = (1 - share) * (self.variance + share * step * step)
-        return above / deviation if warm else 0.0
+    def judge(self, numbers, most):
+        """Deviations by which each number exceeds the mean of those before, 0.0 before `WARM` numbers. It counts in
+        what comes, but not as more than `most` deviations."""
+        count, mean, variance, found = self.count, self.mean, self.variance, []
+        for number in numbers:  # some hundred thousand a second: names of this function alone
+            deviation, above, warm = max(sqrt(variance), LEAST_DEVIATION), number - mean, count >= WARM
+            count += 1
+            share, step = 1 / min(count, HORIZON), min(above, most * deviation) if warm else above
+            mean += share * step
+            variance = (1 - share) * (variance + share * step * step)
+            found.append(above / deviation if warm else 0.0)
+        self.count, self.mean, self.variance = count, mean, variance
+        return found
 
 
 class Watcher:
@@ -255,48 +266,49 @@ class Watcher:
         self.losses = OPERATIONS[pick_backend(model.config.backend, model.device, model.config.head_dim)].token_losses
         self.span = max(1, LOGITS // model.config.vocab_size)
 
-    @torch.no_grad()
     def launch(self, block):
-        """Start to read a block: sums of losses and of scores of its lines [lines, 2], on their way to the host."""
-        device, count = self.model.device, len(block.texts)
-        sent = torch.from_numpy(np.concatenate([block.ids, block.lengths]))
-        sent = (sent.pin_memory() if device.type == "cuda" else sent).to(device, non_blocking=True)
-        ids_T, length_N = sent[: len(block.ids)].long(), sent[len(block.ids) :]
-        line_T = torch.repeat_interleave(torch.arange(count, device=device), length_N, output_size=len(ids_T))
-        sums = torch.zeros(count, 2, device=device)
-        for ids, line in zip(ids_T.split(self.size), line_T.split(self.size), strict=True):
-            outputs = self.model.base_model(ids[None], past_key_values=self.cache, use_cache=True)
-            hidden = outputs.last_hidden_state[0]
-            before = torch.cat([hidden[:1] if self.last is None else self.last, hidden[:-1]])
-            losses = [
-                self.losses(self.model.lm_head(rows), targets)
-                for rows, targets in zip(before.split(self.span), ids.split(self.span), strict=True)
-            ]
-            if self.last is None:
-                losses[0][0] = 0  # nothing stands before the first token
-            self.last = hidden[-1:].clone()
-            scores = outputs.router_scores[self.routing, 0].mean(0) if self.routing else torch.zeros_like(losses[0])
-            sums.index_add_(0, line, torch.stack([torch.cat(losses), scores], 1))
-        event = None
-        if device.type == "cuda":
-            held = torch.empty(sums.shape, pin_memory=True)
-            sums, event = held.copy_(sums, non_blocking=True), torch.cuda.Event()
+        """Start to read a block: losses and scores of its tokens, [tokens, 2], in parts on their way to the host."""
+        parts, event, cuda = [], None, self.model.device.type == "cuda"
+        for ids in torch.from_numpy(block.ids).split(self.size):
+            part = self._read((ids.pin_memory() if cuda else ids).to(self.model.device, non_blocking=True).long())
+            parts.append(torch.empty(part.shape, pin_memory=True).copy_(part, non_blocking=True) if cuda else part)
+        if cuda:
+            event = torch.cuda.Event()
             event.record()
-        return block, sums, event
+        return block, parts, event
+
+    @torch.no_grad()
+    def _read(self, ids_T):
+        """Losses and scores of tokens, float32 [T, 2]."""
+        outputs = self.model.base_model(ids_T[None], past_key_values=self.cache, use_cache=True)
+        hidden_TD = outputs.last_hidden_state[0]
+        before_TD = torch.cat([hidden_TD[:1] if self.last is None else self.last, hidden_TD[:-1]])
+        losses_T = torch.cat([
+            self.losses(self.model.lm_head(rows), targets)
+            for rows, targets in zip(before_TD.split(self.span), ids_T.split(self.span), strict=True)
+        ])  # fmt: skip
+        if self.last is None:
+            losses_T[0] = 0  # nothing stands before the first token
+        self.last = hidden_TD[-1:].clone()
+        scores_T = outputs.router_scores[self.routing, 0].mean(0) if self.routing else torch.zeros_like(losses_T)
+        return torch.stack([losses_T, scores_T], 1)
 
     def finish(self, work):
-        """The block, and for each line its two numbers and by how many deviations each is above what is usual."""
-        block, sums, event = work
+        """The block, and four lists with an entry per line: its surprise, its routing, and by how many deviations each
+        is above what is usual. Raises ValueError for numbers that are not finite."""
+        block, parts, event = work
         if event is not None:
             event.synchronize()
-        surprise, routing = self.usual.values()
-        verdicts, threshold = [], self.threshold
-        for loss, score in (sums / torch.from_numpy(block.lengths).clamp(min=1)[:, None]).tolist():
-            verdicts.append((loss, score, surprise.judge(loss, threshold), routing.judge(score, threshold)))
-        self.lines += len(verdicts)
+        sums = np.concatenate([np.zeros((1, 2)), *parts]).cumsum(0)[np.concatenate([[0], block.lengths.cumsum()])]
+        means = np.diff(sums, axis=0) / np.maximum(block.lengths, 1)[:, None]
+        if not np.isfinite(means).all():
+            raise ValueError(f"the model's numbers behind line {self.lines} are not finite; try another --dtype")
+        numbers = means.T.tolist()
+        above = [usual.judge(each, self.threshold) for usual, each in zip(self.usual.values(), numbers, strict=True)]
+        self.lines += len(block.texts)
         self.tokens += len(block.ids)
-        self.marked += sum(max(each[2:]) > threshold for each in verdicts)
-        return block, verdicts
+        self.marked += int((np.array(above) > self.threshold).any(0).sum())
+        return block, [*numbers, *above]
 
 
 class Writer:
@@ -316,35 +328,35 @@ class Writer:
 
             self.console = Console(highlight=False, soft_wrap=True)
 
-    @staticmethod
-    def _json(number, text, verdict, reasons):
-        surprise, routing, surprise_z, routing_z = (round(x, 4) for x in verdict)
-        shown = {
-            "line": number, "marked": reasons, "surprise": surprise, "routing": routing, "surprise_z": surprise_z,
-            "routing_z": routing_z, "text": text,
-        }  # fmt: skip
-        return json.dumps(shown, ensure_ascii=False)
+    def _json(self, rows):
+        form = '{"line": %d, "marked": %s, "surprise": %.4f, "routing": %.4f, "surprise_z": %.4f, "routing_z": %.4f, '
+        form += '"text": %s}\n'  # json.dumps takes three times as long
+        for number, text, *numbers in rows:
+            marked = [name for name, z in zip(NUMBERS, numbers[2:], strict=True) if z > self.threshold]
+            yield form % (number, json.dumps(marked), *numbers, encode_basestring(text))
 
-    @staticmethod
-    def _text(number, text, verdict, reasons):
-        return f"{'!' if reasons else ' '} {verdict[0]:6.3f} {verdict[1]:7.3f} {text.translate(CONTROL)}"
+    def _text(self, rows):
+        for _, text, surprise, routing, surprise_z, routing_z in rows:
+            mark = "!" if surprise_z > self.threshold or routing_z > self.threshold else " "
+            yield "%s %6.3f %7.3f %s\n" % (mark, surprise, routing, text)  # noqa: UP031
 
     def write(self, number, block, verdicts):
-        """Lines of a block, of which the first has a number."""
-        shown = []
-        for number, (text, verdict) in enumerate(zip(block.texts, verdicts, strict=True), number):  # noqa: B020
-            reasons = [name for name, z in zip(NUMBERS, verdict[2:], strict=True) if z > self.threshold]
-            if reasons or not self.only_marked:
-                shown.append((self.form(number, text, verdict, reasons), reasons))
+        """Lines of a block, of which the first has a number; verdicts: of `Watcher.finish`."""
+        texts, most = block.texts, self.threshold
+        if self.form != self._json:
+            texts = "\n".join(texts).translate(CONTROL).split("\n")
+        rows = zip(count(number), texts, *verdicts, strict=False)
+        if self.only_marked:
+            rows = (row for row in rows if row[4] > most or row[5] > most)
+        shown = self.form(rows)
         if self.console is None:
-            data = "".join(f"{line}\n" for line, _ in shown).encode(errors="replace")
-            self.file.write(data)
+            self.file.write("".join(shown).encode(errors="replace"))
             self.file.flush()
         else:
             from rich.text import Text
 
-            for line, reasons in shown:
-                self.console.print(Text(line, "bold red" if reasons else "dim"))
+            for line in shown:
+                self.console.print(Text(line, "bold red" if line[0] == "!" else "dim"), end="")
 
     def written(self):
         """Bytes of the file that are on the disk by now; None for standard output."""

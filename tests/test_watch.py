@@ -24,7 +24,7 @@ LINES = [f"10:{i // 60:02}:{i % 60:02} web{i % 3:02} GET /{'abc'[i % 3]} status=
 def folder(tmp_path_factory, tiny_model):
     """A saved model with a tokenizer of little more than bytes."""
     folder, tokenizer = tmp_path_factory.mktemp("saved") / "model", fit_tokenizer(LINES, 280)
-    tiny_model(vocab_size=len(tokenizer), sliding_window=16).save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer), sliding_window=16, head_dim=16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -35,7 +35,8 @@ def call(folder, tmp_path):
 
     def run(*arguments, file=tmp_path / "a.log"):
         out = tmp_path / "out"
-        code = watch.main([str(folder), str(file), "--json", "-o", str(out), *map(str, arguments)])
+        fixed = ["--json", "--dtype", "float32", "-o"]
+        code = watch.main([str(folder), str(file), *fixed, str(out), *map(str, arguments)])
         return code, [json.loads(line) for line in out.read_text().splitlines()]
 
     return run
@@ -63,24 +64,38 @@ def test_a_line_is_judged_by_its_own_tokens_however_it_is_read(call, folder, tmp
         torch.testing.assert_close([each[name] for each in found], want, rtol=0, atol=2e-3)
 
 
+def test_blocks_are_full_and_know_where_in_the_log_they_end(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "READ", 300)
+    log, backend = tmp_path / "a.log", AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    log.write_text("".join(f"{line}\n" for line in LINES))
+    found = [each for each in watch.blocks(watch.Log(log), backend, 100) if each is not None]
+    assert [text for each in found for text in each.texts] == LINES
+    for i, each in enumerate(found):
+        written = sum(len(text) + 1 for before in found[: i + 1] for text in before.texts)
+        assert each.place["offset"] == written and len(each.ids) == each.lengths.sum() <= 100
+        assert backend.decode(each.ids) == "".join(f"{text}\n" for text in each.texts)
+        assert i + 1 == len(found) or len(each.ids) + found[i + 1].lengths[0] > 100
+
+
 def test_a_number_is_marked_by_how_far_it_is_above_what_is_usual():
     usual, draw = watch.Usual(), torch.Generator().manual_seed(0)
     numbers = (3 + 0.5 * torch.randn(watch.WARM + 900, generator=draw)).tolist()
-    above = [usual.judge(number, 5.0) for number in numbers]
+    above = usual.judge(numbers[:50], 5.0) + usual.judge(numbers[50:], 5.0)
     assert above[: watch.WARM] == [0.0] * watch.WARM and max(above) < 5
     assert abs(usual.mean - 3) < 0.1 and abs(usual.variance - 0.25) < 0.03
-    assert 9 < usual.judge(8.0, 5.0) < 11 and abs(usual.mean - 3) < 0.1  # it stands out, and hardly counts itself
+    assert 9 < usual.judge([8.0], 5.0)[0] < 11 and abs(usual.mean - 3) < 0.1  # it stands out, and hardly counts itself
     alike = watch.Usual()
-    assert {alike.judge(1.0, 5.0) for _ in range(200)} == {0.0} and alike.judge(1.01, 5.0) < 1
+    assert {*alike.judge([1.0] * 200, 5.0)} == {0.0} and alike.judge([1.01], 5.0)[0] < 1
 
 
 def test_only_marked_lines_are_written_on_request(call, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "WARM", 10)
-    (tmp_path / "a.log").write_text("".join(f"{line}\n" for line in [*LINES, "~~~~ \x1b[2J ~~~~"]))
+    odd = '~~~~ "\\n" \x1b[2J \u20ac ~~~~'
+    (tmp_path / "a.log").write_text("".join(f"{line}\n" for line in [*LINES, odd]))
     every = call("--threshold", 0.5)[1]
     (tmp_path / "out").unlink()
     marked = call("--threshold", 0.5, "--marked")[1]
-    assert 0 < len(marked) < 61 and marked == [each for each in every if each["marked"]]
+    assert every[-1]["text"] == odd and 0 < len(marked) < 61 and marked == [each for each in every if each["marked"]]
     for each in every:
         assert each["marked"] == [name for name in watch.NUMBERS if each[f"{name}_z"] > 0.5]
 
@@ -144,7 +159,7 @@ def test_a_line_without_end_is_read_in_parts(call, tmp_path, monkeypatch):
 def test_a_process_that_is_killed_goes_on_where_it_was(call, folder, tmp_path):
     log, out, state = tmp_path / "a.log", tmp_path / "out", tmp_path / "state"
     log.write_text("".join(f"{line}\n" for line in LINES))
-    options = ["--block", "60", "--max_slots", "100", "--state", str(state)]
+    options = ["--block", "60", "--max_slots", "100", "--dtype", "float32", "--state", str(state)]
     command = [sys.executable, watch.__file__, str(folder), str(log), "--json", "-o", str(out), "--follow", *options]
     with subprocess.Popen([*command, "--save_every", "0"], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         until = time.monotonic() + 120
@@ -159,7 +174,7 @@ def test_a_process_that_is_killed_goes_on_where_it_was(call, folder, tmp_path):
     assert code == 0 and [(each["line"], each["text"]) for each in found] == [*enumerate([*LINES, "after"], 1)]
     out.unlink()
     log.write_text("".join(f"{line}\n" for line in [*LINES, "after"]))
-    again = call(*options[:4])[1]
+    again = call(*options[:6])[1]
     for name in watch.NUMBERS:
         torch.testing.assert_close([x[name] for x in found], [x[name] for x in again], rtol=0, atol=2e-3)
 
@@ -176,6 +191,14 @@ def test_a_pipe_is_read_as_it_comes_and_no_control_character_gets_through(folder
     out, error = capfdbinary.readouterr()
     assert [line[17:] for line in out.decode().splitlines()] == ["one", "\ufffd]0;title\ufffd two", "three"]
     assert error.startswith(b"3 lines, ") and b" lines/s" in error and b" MiB of the process" in error
+
+
+def test_numbers_that_are_not_finite_end_it(call, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.log").write_text("a line\n")
+    monkeypatch.setattr(watch.Watcher, "_read", lambda *_: torch.full((7, 2), float("nan")))
+    with pytest.raises(SystemExit) as error:
+        call()
+    assert error.value.code == 2 and "not finite; try another --dtype" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [
