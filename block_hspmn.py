@@ -455,14 +455,18 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTD, backend="reference"):
-        """[B, T, D] to [B, T, D]; backend: of `Stream`. Training on kernels takes a plain `down_proj`'s weight."""
-        gate_BTN, up_BTN, down = self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj
-        plain = backend == "train" and type(down) is nn.Linear and down.bias is None and gate_BTN.dtype == up_BTN.dtype
-        plain = plain and type(down.weight) is nn.Parameter and down.weight.requires_grad
-        if plain and not any(map(down.__dict__.get, CHANGES)):
-            # Under autocast it is wider than gate and up; a frozen one is left out above, as it needs no gradient
-            return OPERATIONS[backend].gated_linear(gate_BTN, up_BTN, down.weight.to(gate_BTN.dtype))
-        return down(gated_product(gate_BTN, up_BTN))
+        """[B, T, D] to [B, T, D]; backend: of `Stream`. Training on kernels takes the weights of plain layers."""
+        layers, plain = (self.gate_proj, self.up_proj, self.down_proj), backend == "train"
+        for layer in layers:
+            plain = plain and type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter
+            # a frozen one needs no gradient
+            plain = plain and layer.weight.requires_grad and not any(map(layer.__dict__.get, CHANGES))
+        if plain:
+            kind, dtype = x_BTD.device.type, x_BTD.dtype
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+            return OPERATIONS[backend].gated_mlp(x_BTD.to(dtype), *(layer.weight.to(dtype) for layer in layers))[0]
+        gate, up, down = layers
+        return down(gated_product(gate(x_BTD), up(x_BTD)))
 
 
 class HSPMNBlock(GradientCheckpointingLayer):

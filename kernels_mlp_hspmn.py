@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .kernels_common_hspmn import (  # isort: skip
     DTYPES, Tiles, cdiv, check, has_descriptors, kernel, processors, refuse_in_place, tl, triton,
 )  # fmt: skip
-from .operations_hspmn import SILU_LIMIT, gated_linear, linear_add, spans, swiglu
+from .operations_hspmn import SILU_LIMIT, gated_mlp, linear_add, spans, swiglu
 
 LOWEST = tl.constexpr(-SILU_LIMIT)
 FARTHEST = 2**40  # bytes that a tensor descriptor's stride may span
@@ -162,31 +162,37 @@ def _gated(gate_BTN, up_BTN, product, *grads):
     return product
 
 
-@gated_linear.kernel
-def _gated_linear(gate_BTN, up_BTN, weight_DN):
+@gated_mlp.kernel
+def _gated_mlp(x_BTD, gate_weight_ND, up_weight_ND, weight_DN):
     """The product is float32, rounded once."""
-    N, dtype = gate_BTN.shape[-1], gate_BTN.dtype
-    got = f"{tuple(weight_DN.shape)} in {weight_DN.dtype}"
+    (N, D), dtype = gate_weight_ND.shape, x_BTD.dtype
+    wanted = {"gate_weight": (N, D), "up_weight": (N, D), "weight": (weight_DN.shape[0], N)}
     check(
-        (dtype in DTYPES, f"gate must be float32, bfloat16 or float16, got {dtype}; set backend='reference'"),
-        (up_BTN.shape == gate_BTN.shape and up_BTN.dtype == dtype, f"up must be as gate, {dtype} "
-         f"{tuple(gate_BTN.shape)}; got {up_BTN.dtype} {tuple(up_BTN.shape)}"),
-        (weight_DN.shape[1] == N and weight_DN.dtype == dtype, f"weight must be [D, {N}] in {dtype}, as gate has it, "
-         f"got {got}; cast it"),
-    )  # fmt: skip
-    return F.linear(_gated(gate_BTN, up_BTN, torch.empty_like(gate_BTN)), weight_DN)
+        (dtype in DTYPES, f"x must be float32, bfloat16 or float16, got {dtype}; set backend='reference'"),
+        (D == x_BTD.shape[-1], f"x must be [B, T, {D}], as gate_weight has it, got {tuple(x_BTD.shape)}"),
+    )
+    for (name, shape), weight in zip(wanted.items(), (gate_weight_ND, up_weight_ND, weight_DN), strict=True):
+        alike, got = weight.shape == shape and weight.dtype == dtype, f"{tuple(weight.shape)} in {weight.dtype}"
+        check((alike, f"{name} must be {shape} in {dtype}, got {got}; cast or transpose it"))
+    gate_BTN, up_BTN = F.linear(x_BTD, gate_weight_ND), F.linear(x_BTD, up_weight_ND)
+    return F.linear(_gated(gate_BTN, up_BTN, torch.empty_like(gate_BTN)), weight_DN), gate_BTN, up_BTN
 
 
-@gated_linear.gradient(wrt=("gate_BTN", "up_BTN", "weight_DN"), takes=lambda gate_BTN, *_: gate_BTN.dtype in DTYPES)
-def _gated_linear_back(grad_BTD, gate_BTN, up_BTN, weight_DN):
+@gated_mlp.gradient(
+    wrt=("x_BTD", "gate_weight_ND", "up_weight_ND", "weight_DN"), keeps=(1, 2), outputs=1,
+    takes=lambda x_BTD, *_: x_BTD.dtype in DTYPES,
+)  # fmt: skip
+def _gated_mlp_back(grad_BTD, x_BTD, gate_weight_ND, up_weight_ND, weight_DN, gate_BTN, up_BTN):
     """The product is made again where its gradient was, which is read at the same time: `BACK_ROWS` at once, so that
-    neither exists as a whole. Parts of the weight's gradient are summed in float32."""
-    gate_MN, up_MN, grad_MD = (x.reshape(-1, x.shape[-1]) for x in (gate_BTN, up_BTN, grad_BTD))
-    gate_grad, up_grad = torch.empty_like(gate_MN), torch.empty_like(up_MN)
-    weight_grad = None
-    for begin, end in spans(len(gate_MN), BACK_ROWS):
-        rows, grad = slice(begin, end), grad_MD[begin:end]
-        product = _gated(gate_MN[rows], up_MN[rows], grad @ weight_DN, gate_grad[rows], up_grad[rows])
-        part = grad.t() @ product
-        weight_grad = part if weight_grad is None else weight_grad.float().add_(part)
-    return gate_grad.view_as(gate_BTN), up_grad.view_as(up_BTN), weight_grad.to(weight_DN.dtype)
+    neither exists as a whole, nor do the gradients of gate and up. Parts of the weights' gradients are summed in
+    float32."""
+    grad_MD, x_MD, gate_MN, up_MN = (x.reshape(-1, x.shape[-1]) for x in (grad_BTD, x_BTD, gate_BTN, up_BTN))
+    x_grad, totals = torch.empty_like(x_MD), [None] * 3
+    for begin, end in spans(len(x_MD), BACK_ROWS):
+        grad, x, gate, up = (each[begin:end] for each in (grad_MD, x_MD, gate_MN, up_MN))
+        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+        product = _gated(gate, up, grad @ weight_DN, gate_grad, up_grad)
+        torch.mm(gate_grad, gate_weight_ND, out=x_grad[begin:end]).addmm_(up_grad, up_weight_ND)
+        parts = gate_grad.t() @ x, up_grad.t() @ x, grad.t() @ product
+        totals = [part if x is None else x.float().add_(part) for x, part in zip(totals, parts, strict=True)]
+    return x_grad.view_as(x_BTD), *(x.to(x_BTD.dtype) for x in totals)

@@ -880,11 +880,14 @@ def swiglu(x: Tensor, gate_weight_NK: Tensor, up_weight_NK: Tensor) -> Tensor:
 
 
 @operation()
-def gated_linear(gate_BTN: Tensor, up_BTN: Tensor, weight_DN: Tensor) -> Tensor:
-    """`gated_product` of gate and up times the weight, [B, T, D] in their dtype (arXiv 2002.05202). For the gradients
-    of its kernel no product is kept, as it costs one pass to make again.
+def gated_mlp(
+    x_BTD: Tensor, gate_weight_ND: Tensor, up_weight_ND: Tensor, weight_DN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`swiglu` of x times the weight, [B, T, D] in x's dtype (arXiv 2002.05202), and, detached, gate and up [B, T, N]:
+    what a kernel's gradient keeps beside the arguments, as the product costs one pass to make again.
     """
-    return F.linear(gated_product(gate_BTN, up_BTN), weight_DN)
+    gate_BTN, up_BTN = F.linear(x_BTD, gate_weight_ND), F.linear(x_BTD, up_weight_ND)
+    return F.linear(gated_product(gate_BTN, up_BTN), weight_DN), gate_BTN.detach(), up_BTN.detach()
 
 
 @operation("residual")

@@ -123,7 +123,7 @@ CASES = {name: {"plain": maker} for name, maker in {  # by operation and variant
     "take_rows": lambda m: (m.heads(m.T)[2], *m.route(m.T)[:2]),
     "add_norm": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.D), *m.norm(m.D)),
     "swiglu": lambda m: (m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D)),
-    "gated_linear": lambda m: (8 * m.normal(m.B, m.T, m.N), m.normal(m.B, m.T, m.N), *m.weights(1, m.D, m.N)),
+    "gated_mlp": lambda m: (8 * m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D), *m.weights(1, m.D, m.N)),
     "linear_add": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.N), *m.weights(1, m.D, m.N)),
     "swiglu_token": lambda m: (3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *m.weights(2, m.N, m.D)),
     "linear_add_token": lambda m: (m.normal(m.B, 1, m.D), m.normal(m.B, 1, m.N), *m.weights(1, m.D, m.N)),

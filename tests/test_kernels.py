@@ -283,7 +283,7 @@ def test_the_reference_trains_what_kernels_do_not_take(operation, variant):
     arguments = make(operation, variant, TINY, torch.float32)[1]
     assert REGISTRY[operation].trains(*exactly(arguments).values()) == (operation == "take_rows")
     arguments = make(operation, variant, TINY._replace(E=48), torch.float32)[1]
-    heedless = operation in ("take_rows", "gated_linear", "token_losses")
+    heedless = operation in ("take_rows", "gated_mlp", "token_losses")
     assert REGISTRY[operation].trains(*arguments.values()) == heedless
 
 
@@ -298,7 +298,7 @@ def test_the_reference_trains_what_kernels_do_not_take(operation, variant):
     ("linear_attention", "documents", {"_segments": lambda *_: 3} | descriptors(False)),
     ("linear_attention", "plain", {"_segments": lambda *_: 2} | descriptors(True)),
     ("linear_attention", "documents", descriptors(True)),
-    ("gated_linear", "plain", {"BACK_ROWS": 250}),
+    ("gated_mlp", "plain", {"BACK_ROWS": 250}),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_gradients_of_other_ways_to_launch_are_as_accurate(operation, variant, patches, patch_kernels):
     patch_kernels(**patches)
@@ -307,11 +307,12 @@ def test_gradients_of_other_ways_to_launch_are_as_accurate(operation, variant, p
 
 def test_the_gradient_of_a_gate_ends_where_it_is_clamped():
     """Below the bound, not at it, and for NaN as autograd has it; in a product of several programs."""
-    gate = torch.tensor([-1e4, -30.001, -30.0, -29.0, 0.0, 7.0, 1e4, float("nan")], device=DEVICE).repeat(2, 300, 1)
-    arguments = {"gate_BTN": gate, "up_BTN": torch.full_like(gate, 1e9), "weight_DN": torch.ones_like(gate[0, :3])}
-    weights = [torch.ones_like(gate[..., :3])]
-    got, want = (gradients("gated_linear", arguments, backend, weights) for backend in ("train", "reference"))
-    assert got["gate_BTN"][1, 299].bool().tolist() == [False, False, True, True, True, True, True, False]
+    gate_N1 = torch.tensor([-1e4, -30.001, -30.0, -29.0, 0.0, 7.0, 1e4, float("nan")] * 300, device=DEVICE)[:, None]
+    one_BTD = torch.ones(1, 1, 1, device=DEVICE)
+    arguments = {"x_BTD": one_BTD, "gate_weight_ND": gate_N1, "up_weight_ND": torch.full_like(gate_N1, 1e9)}
+    arguments |= {"weight_DN": torch.ones_like(gate_N1.mT)}
+    got, want = (gradients("gated_mlp", arguments, backend, [one_BTD] * 3) for backend in ("train", "reference"))
+    assert got["gate_weight_ND"][-8:, 0].bool().tolist() == [False, False, True, True, True, True, True, False]
     for name, x in want.items():
         torch.testing.assert_close(got[name], x, rtol=1e-5, atol=0, equal_nan=True)
 
@@ -364,9 +365,10 @@ ERRORS = [  # operation and variant, argument, what is done to it, what the mess
     ("swiglu", "plain", "up_weight_NK", cut(slice(16)), r"up_weight \(16, 40\)"),
     ("token_losses", "plain", "logits_NV", cast(torch.float64), "logits must be"),
     ("token_losses", "plain", "target_N", cut(slice(3)), "target must be int64"),
-    ("gated_linear", "plain", "gate_BTN", cast(torch.float64), "gate must be float32"),
-    ("gated_linear", "plain", "up_BTN", cut(slice(1)), "up must be as gate"),
-    ("gated_linear", "plain", "weight_DN", cast(HALF), r"weight must be \[D, 48\]"),
+    ("gated_mlp", "plain", "x_BTD", cast(torch.float64), "x must be float32"),
+    ("gated_mlp", "plain", "x_BTD", cut(..., slice(8)), r"x must be \[B, T, 40\]"),
+    ("gated_mlp", "plain", "up_weight_ND", cut(slice(16)), r"up_weight must be \(48, 40\)"),
+    ("gated_mlp", "plain", "weight_DN", cast(HALF), r"weight must be \(40, 48\)"),
     ("linear_add", "plain", "weight_NK", cast(HALF), r"weight must be \[N, 48\]"),
     ("linear_add", "plain", "residual", transposed, "residual must be contiguous"),
     ("attend_token", "plain", "q_BTHE", lambda x: x.expand(-1, 2, -1, -1), "attend_token takes one token"),

@@ -140,7 +140,7 @@ def build_all(target, dtype, launches):
         for operation in CASES.keys() - {"linear_add"}:  # has no kernel of its own
             variants = list(CASES[operation])
             for variant in variants if launches == "every" else {variants[0], variants[-1]}:
-                narrow = {"D": 16} if operation == "gated_linear" else {}  # whose products this machine makes
+                narrow = {"D": 16} if operation == "gated_mlp" else {}  # whose products this machine makes
                 args = case(operation, variant, sizes._replace(**narrow), getattr(torch, dtype), "cpu").args
                 if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
                     REGISTRY[operation](*args, backend="triton")

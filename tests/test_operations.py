@@ -373,7 +373,7 @@ def test_norms_and_products_are_the_layers_one_by_one():
         (ops.add_norm.reference(x, y, norm, eps), (total, F.rms_norm(total, (6,), norm, eps))),
         (ops.swiglu.reference(h, weight, up), hidden),
         (ops.swiglu_token.reference(x, norm, eps, weight, up), hidden),
-        (ops.gated_linear.reference(h @ weight.mT, h @ up.mT, down), hidden @ down.mT),
+        (ops.gated_mlp.reference(h, weight, up, down), (hidden @ down.mT, h @ weight.mT, h @ up.mT)),
         (ops.linear_add_token.reference(y, hidden, down), y + hidden @ down.mT),
         (added, y + hidden @ down.mT),
     ):  # fmt: skip
