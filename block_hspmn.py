@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.import_utils import is_triton_available
 
+from .float8_hspmn import KeepsDtypes
 from .operations_hspmn import (
     EVERY_TOKEN,
     SCORE_GAIN,
@@ -144,7 +145,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class HSPMNRouter(nn.Module):
+class HSPMNRouter(KeepsDtypes):
     """ALF-LB router: a float32 score per token, a bias that keeps the load at its target, no noise.
 
     Buffers: `bias`, added to the score for the decision only; `target`, the share of tokens to route at this point
@@ -176,13 +177,6 @@ class HSPMNRouter(nn.Module):
         init.constant_(self.target, self.sparsity_k)
         init.constant_(self.share, self.sparsity_k)
         init.zeros_(self.counts)
-
-    def _apply(self, fn, recurse=True):
-        def keep_dtype(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     @torch.no_grad()
     def set_progress(self, progress):

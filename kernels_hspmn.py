@@ -1,9 +1,10 @@
 """HSPMN's operations as Triton kernels, most with gradients; importing this file registers them all.
 
 Routing is here; `kernels_projection_hspmn` makes what the streams read, which are in `kernels_linear_hspmn` and
-`kernels_attention_hspmn`, `kernels_mlp_hspmn` has the SwiGLU, `kernels_loss_hspmn` the loss and `kernels_decode_hspmn`
-a single token. Every operation is a custom operator: no graph break under `torch.compile(fullgraph=True)`, no host
-synchronisation, capturable in a CUDA graph. Legend in `kernels_common_hspmn`.
+`kernels_attention_hspmn`, `kernels_mlp_hspmn` has the SwiGLU, `kernels_float8_hspmn` products in float8,
+`kernels_loss_hspmn` the loss and `kernels_decode_hspmn` a single token. Every operation is a custom operator: no graph
+break under `torch.compile(fullgraph=True)`, no host synchronisation, capturable in a CUDA graph. Legend in
+`kernels_common_hspmn`.
 """
 
 from functools import lru_cache
@@ -15,6 +16,7 @@ from .kernels_common_hspmn import (  # isort: skip
 )  # fmt: skip
 from .kernels_attention_hspmn import take_rows
 from .kernels_decode_hspmn import attend_token
+from .kernels_float8_hspmn import float8_linear
 from .kernels_linear_hspmn import linear_attention
 from .kernels_loss_hspmn import token_losses
 from .kernels_mlp_hspmn import swiglu_fits
@@ -139,6 +141,6 @@ def _route(score_BT, bias, start_BT, length_B, noise_floor, initial, capacity):
 
 
 __all__ = [
-    "HEAD_WIDTHS", "attend_token", "interpreted", "linear_attention", "split_heads", "swiglu_fits", "take_rows",
-    "token_losses",
+    "HEAD_WIDTHS", "attend_token", "float8_linear", "interpreted", "linear_attention", "split_heads", "swiglu_fits",
+    "take_rows", "token_losses",
 ]  # fmt: skip

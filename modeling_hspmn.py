@@ -38,6 +38,7 @@ from .block_hspmn import (
 )
 from .cache_hspmn import EVICTED, SLOT_BLOCK, HSPMNCache, HSPMNCacheLayer, HSPMNStaticCache, Piece
 from .configuration_hspmn import HSPMNConfig
+from .float8_hspmn import Float8Linear
 from .operations_hspmn import IGNORED, LINEAR_CHUNK, QUERY_SPAN, compact, take_rows
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,7 @@ class HSPMNPreTrainedModel(PreTrainedModel):
     """Loading, saving, initialisation and declarations shared by all HSPMN models."""
 
     config_class = HSPMNConfig
+    float8_layer = Float8Linear  # that of this file's copy, whichever copy's quantizer was registered
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HSPMNBlock"]

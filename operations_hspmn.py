@@ -3,7 +3,7 @@
 An operation is one typed function, its reference. From that come the schema, the shapes that `torch.compile` sees and
 the gradient; Triton kernels, FlexAttention and hand-written gradients register beside it. `operations(backend)` says
 which form of each runs. In order: routing, heads, the reflexive and the contextual stream, the cache, one decoded
-token, SwiGLU, the loss, FlexAttention.
+token, SwiGLU, float8, the loss, FlexAttention.
 
 Legend of shape suffixes:
     B batch, T tokens of this call, K routed slots of this call, P key slots (cached ones first), S key tokens,
@@ -44,6 +44,10 @@ LEVELS = {torch.int8: 256, torch.int32: 16}
 NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
 NEAR = 2**20  # positions up to which a product with a frequency in float32 is a precise enough angle
 LEAST_PEAK = 1e-30  # of a head that is stored as whole numbers; one of smaller elements is stored as zeros
+# Float8: what stands for a number, the largest of these, and by scaling the features that share a scale, and its dtype
+E4M3, E4M3_PEAK = torch.float8_e4m3fn, 448.0
+FLOAT8_CAPABILITY = 89  # compute capability from which on CUDA devices multiply such numbers
+SCALINGS = {"rowwise": (None, torch.float32), "mx": (32, torch.float8_e8m0fnu)}
 HIDDEN_SCORE = -1e30  # finite, since a softmax over nothing but -inf has no value
 IGNORED = -100  # the target of a token that has none
 EVERY_TOKEN = 2**31 - 1  # as many first tokens of a document as there can be
@@ -894,6 +898,45 @@ def gated_mlp(
 def linear_add(residual: Tensor, x: Tensor, weight_NK: Tensor) -> None:
     """Add the product of x [..., K] with the weight to residual [..., N], IN PLACE."""
     residual.add_(F.linear(x, weight_NK))
+
+
+def check_float8(capability):
+    """ValueError for the compute capability, as major * 10 + minor, of a device that does not multiply e4m3."""
+    if capability < FLOAT8_CAPABILITY:
+        raise ValueError(
+            f"float8 needs compute capability {FLOAT8_CAPABILITY / 10} or more, the device has {capability / 10}; "
+            "load the model without quantization_config, or call its dequantize()"
+        )
+
+
+def scale_exponent(peak):
+    """e8m0 bits of the least power of two by which a positive `peak` is divided to be at most `E4M3_PEAK`."""
+    bits = (peak / E4M3_PEAK).float().view(torch.int32)
+    return ((bits >> 23) + (bits & 0x7FFFFF != 0)).clamp(max=254).to(torch.uint8)
+
+
+@operation()
+def quantize_rows(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    """Rows x [..., K] in e4m3 and the scales that they are to be multiplied by, of the largest element of each:
+    "rowwise" float32 [..., 1]; "mx" e8m0 [..., K / 32], rounded up (OCP Microscaling Formats 1.0, arXiv 2506.08027).
+    """
+    group, kind = SCALINGS[scaling]
+    groups = wide(x).unflatten(-1, (-1, group or x.shape[-1]))
+    peak = groups.abs().amax(-1).clamp(min=LEAST_PEAK)
+    scale = scale_exponent(peak).view(kind) if group else (peak / E4M3_PEAK).float()
+    return (groups * scale.to(groups.dtype).reciprocal()[..., None]).flatten(-2).to(E4M3), scale
+
+
+def dequantize_rows(x, scale, dtype=torch.float32):
+    """What `quantize_rows` gave, as rows [..., K] in `dtype`, exact in float32."""
+    return (x.to(dtype).unflatten(-1, (scale.shape[-1], -1)) * scale.to(dtype)[..., None]).flatten(-2)
+
+
+@operation()
+def float8_linear(x: Tensor, scale: Tensor, weight_NK: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product [..., N] in `dtype` of x [..., K] with a weight, both of `quantize_rows` with their scales."""
+    kind = torch.promote_types(dtype, torch.float32)
+    return F.linear(dequantize_rows(x, scale, kind), dequantize_rows(weight_NK, weight_scale, kind)).to(dtype)
 
 
 @operation()

@@ -14,7 +14,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
-from ..operations_hspmn import EVERY_TOKEN, IGNORED, REGISTRY, compact, end_slot, first_slot, quantize
+from ..operations_hspmn import (
+    EVERY_TOKEN,
+    IGNORED,
+    REGISTRY,
+    SCALINGS,
+    compact,
+    end_slot,
+    first_slot,
+    quantize,
+    quantize_rows,
+)
 from .timing import LeftOut, measure
 
 CHECKED_QUERIES = 512  # the last ones of the last row, over all their keys
@@ -151,6 +161,18 @@ def _token_losses(m, share=0.0):
     target_N = torch.randint(m.N, (m.B * m.T,), device=m.device)
     none_N = torch.rand(m.B * m.T, device=m.device) < share
     return Case((4 * m.normal(m.B * m.T, m.N), target_N.masked_fill(none_N, IGNORED)), {}, {"logits_NV": none_N})
+
+
+@variants("quantize_rows", **{scaling: {"scaling": scaling} for scaling in SCALINGS})
+def _quantize_rows(m, scaling):
+    return 3 * m.normal(m.B, m.T, m.N - m.N % (SCALINGS[scaling][0] or 1)), scaling
+
+
+@variants("float8_linear", **{scaling: {"scaling": scaling} for scaling in SCALINGS})
+def _float8_linear(m, scaling):
+    rows, _ = _quantize_rows(m, scaling)
+    (weight,) = m.weights(1, m.D, rows.shape[-1])
+    return *quantize_rows.reference(rows, scaling), *quantize_rows.reference(weight, scaling), m.dtype
 
 
 @variants("route", plain={}, padded={"padded": True}, initial={"kind": "packed", "initial": 5},
@@ -413,7 +435,7 @@ def last_row(operation, a, widen=False):
     row = SimpleNamespace(**vars(a))
     for name, x in vars(a).items():
         if isinstance(x, torch.Tensor):
-            per_row = name in ("x", "residual") or name.rpartition("_")[2].startswith("B")
+            per_row = name in ("x", "scale", "residual") or name.rpartition("_")[2].startswith("B")
             x = x[-CHECKED_QUERIES:] if operation is REGISTRY["token_losses"] else x
             x = (x[-1:] if per_row else x).clone()
             setattr(row, name, x.double() if widen and x.is_floating_point() else x)
@@ -432,8 +454,9 @@ def check(got, eager, exact, compared):
     worst = 0.0
 
     def relative_rms(x, right):
-        difference = torch.where(x == right, 0, x.double() - right.double())  # infinities that agree do not differ
-        scale = right[right.isfinite()].double().square().mean()
+        x, right = x.double(), right.double()
+        difference = torch.where(x == right, 0, x - right)  # infinities that agree do not differ
+        scale = right[right.isfinite()].square().mean()
         return (difference.square().mean() / scale.clamp_min(1e-30)).sqrt().item()
 
     for key, kernel in got.items():
@@ -441,7 +464,9 @@ def check(got, eager, exact, compared):
         mask = compared.get(key, torch.ones(kernel.shape[:1], dtype=torch.bool, device=kernel.device))
         kernel, mask = (x[tuple(slice(-n, None) for n in right.shape[: x.dim()])] for x in (kernel, mask))
         if right[mask].numel():
-            rounding = torch.finfo(kernel.dtype).eps if kernel.is_floating_point() else 0.0
+            # numbers of 8 bits are rounded by the reference too, also in float64
+            rounded = kernel.is_floating_point() and kernel.itemsize > 1
+            rounding = torch.finfo(kernel.dtype).eps if rounded else 0.0
             error, usual = (relative_rms(x[mask], right[mask]) for x in (kernel, usual))
             if not error <= 2 * usual + rounding:
                 raise ValueError(f"output {key} is {error:.2e} off, the eager reference {usual:.2e}: it is not timed")

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 # Largest shared memory of one block in bytes; CUDA C++ Programming Guide, table of compute capabilities
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 # Bytes of local memory per thread. The launch that measured fastest for long SQSK rows takes 256 on sm_90; the most
 # that any target takes is 392 (linear attention with packed documents in segments on sm_100)
 SPILL_LIMIT = 400
 
+FLOAT8 = {"quantize_rows_kernel", "float8_linear_kernel"}  # of which sm_80 has none
 DESCRIPTORS = (90, 100)  # chips whose matrix units read tensor descriptors; swiglu_kernel runs on no others
 SLOW = [(target, *kind) for kind in (("bfloat16", "every"), ("float32", "few")) for target in SHARED_LIMIT]
 
@@ -39,8 +40,9 @@ def test_every_kernel_builds_within_the_limits(target, dtype, launches):
     builds = json.loads(done.stdout.splitlines()[-1])
     files = Path(kernels_hspmn.__file__).parent.glob("kernels*_hspmn.py")
     kernels = re.findall(r"^@kernel\(.*\)\ndef (\w+)", "".join(file.read_text() for file in files), re.MULTILINE)
-    runs = target in DESCRIPTORS and dtype == "bfloat16"
-    assert {build["kernel"] for build in builds} == set(kernels) - {not runs and "swiglu_kernel"}
+    others = set() if target in DESCRIPTORS and dtype == "bfloat16" else {"swiglu_kernel"}
+    others |= FLOAT8 if target == 80 else set()
+    assert {build["kernel"] for build in builds} == set(kernels) - others
     for build in builds:
         assert build["shared"] <= SHARED_LIMIT[target] and build["spilled"] <= SPILL_LIMIT, build
 
@@ -84,6 +86,7 @@ def describe(value):
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
     names |= {torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
+    names |= {torch.float8_e4m3fn: "fp8e4nv"}
     if value is None:
         return "constexpr"
     if isinstance(value, torch.Tensor):
@@ -142,8 +145,12 @@ def build_all(target, dtype, launches):
             for variant in variants if launches == "every" else {variants[0], variants[-1]}:
                 narrow = {"D": 16} if operation == "gated_mlp" else {}  # whose products this machine makes
                 args = case(operation, variant, sizes._replace(**narrow), getattr(torch, dtype), "cpu").args
-                if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
-                    REGISTRY[operation](*args, backend="triton")
+                try:
+                    if operation != "swiglu" or swiglu_fits(*args[:2]):  # else it is a product on this machine
+                        REGISTRY[operation](*args, backend="triton")
+                except ValueError as error:
+                    if target != 80 or not str(error).startswith("float8 needs compute capability 8.9"):
+                        raise
                 if REGISTRY[operation].trains(*args):
                     differentiate(REGISTRY[operation], args)
     return list(recorder.builds.values())

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 CHECKOUT = Path(__file__).resolve().parent.parent
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 16, "intermediate_size": 48, "sliding_window": 8, "sparsity_k": [0.5, 0.2],
+    "head_dim": 16, "intermediate_size": 64, "sliding_window": 8, "sparsity_k": [0.5, 0.2],
 }  # fmt: skip
 # Triton is hidden from `import` and from `find_spec` alike, as if it had never been installed
 LOAD = """
@@ -89,8 +89,14 @@ def test_saved_folder_holds_code_and_auto_map_and_is_saved_again_the_same(saved,
     assert contents(tmp_path) == files
 
 
-def test_fresh_process_without_checkout_and_triton_gives_the_same_logits(saved, tmp_path):
+@pytest.mark.parametrize("scaling", [None, "rowwise", "mx"])
+def test_fresh_process_without_checkout_and_triton_gives_the_same_logits(saved, tmp_path, scaling):
     folder, model = saved
+    if scaling is not None:
+        chosen = {"quant_method": "hspmn_float8", "scaling": scaling}
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, quantization_config=chosen)
+        folder = tmp_path / "float8"
+        model.save_pretrained(folder)
     (folder.rename(tmp_path / "elsewhere")).rename(folder)  # nothing may depend on where the folder was written
     ids = torch.randint(1, 64, (2, 21), generator=torch.Generator().manual_seed(1))
     torch.save(ids, tmp_path / "ids.pt")
