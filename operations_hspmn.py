@@ -921,7 +921,8 @@ def quantize_rows(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     "rowwise" float32 [..., 1]; "mx" e8m0 [..., K / 32], rounded up (OCP Microscaling Formats 1.0, arXiv 2506.08027).
     """
     group, kind = SCALINGS[scaling]
-    groups = wide(x).unflatten(-1, (-1, group or x.shape[-1]))
+    size = group or x.shape[-1]
+    groups = wide(x).unflatten(-1, (x.shape[-1] // size, size))
     peak = groups.abs().amax(-1).clamp(min=LEAST_PEAK)
     scale = scale_exponent(peak).view(kind) if group else (peak / E4M3_PEAK).float()
     return (groups * scale.to(groups.dtype).reciprocal()[..., None]).flatten(-2).to(E4M3), scale
@@ -929,7 +930,8 @@ def quantize_rows(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
 
 def dequantize_rows(x, scale, dtype=torch.float32):
     """What `quantize_rows` gave, as rows [..., K] in `dtype`, exact in float32."""
-    return (x.to(dtype).unflatten(-1, (scale.shape[-1], -1)) * scale.to(dtype)[..., None]).flatten(-2)
+    sizes = scale.shape[-1], x.shape[-1] // scale.shape[-1]
+    return (x.to(dtype).unflatten(-1, sizes) * scale.to(dtype)[..., None]).flatten(-2)
 
 
 @operation()

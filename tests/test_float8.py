@@ -78,6 +78,7 @@ def test_rows_of_extreme_values_are_quantized(scaling):
     near = dequantize_rows(values, scale)
     assert ((near - x)[2:].abs() <= x[2:].abs() / 16 + x[2:].abs().amax(-1, keepdim=True) * 2**-15).all()
     assert quantize_rows(torch.full((1, 32), torch.nan), scaling)[0].float().isnan().all()
+    assert dequantize_rows(*quantize_rows(x[:0], scaling)).shape == (0, 64)
 
 
 @pytest.mark.parametrize("attempt, message", [
