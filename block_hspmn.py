@@ -18,8 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.import_utils import is_triton_available
 
-from .float8_hspmn import KeepsDtypes
+from .float8_hspmn import Float8Linear, KeepsDtypes
 from .operations_hspmn import (
+    E4M3,
     EVERY_TOKEN,
     SCORE_GAIN,
     STORES,
@@ -48,6 +49,11 @@ SHARE_UNIT = 10**6  # shares are whole multiples of 1 / SHARE_UNIT where tokens 
 CHANGES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
 QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and its key head
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
+
+
+def changed(module):
+    """Whether a module is hooked, or has another forward than its class."""
+    return any(map(module.__dict__.get, CHANGES))
 
 
 def pick_backend(requested, device, head_dim):
@@ -311,7 +317,7 @@ class SharedProjection(nn.Module):
         place, kind = (history_BLC, stream.start_BT, stream.length_B), config.linear_attention
         plain = not config.num_sink_tokens
         for norm in (self.q_norm, self.k_norm):
-            plain = plain and type(norm) is RMSNorm and not any(map(norm.__dict__.get, CHANGES))
+            plain = plain and type(norm) is RMSNorm and not changed(norm)
         if plain:
             return Heads(*OPERATIONS[stream.backend].split_heads(
                 x_BTC, self.conv_weight, *place, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
@@ -439,6 +445,11 @@ class ContextualStream(nn.Module):
         return reflexive_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
 
 
+def is_float8(layers):
+    """Whether all layers are in float8, of one scaling."""
+    return all(type(layer) is Float8Linear and layer.scaling == layers[0].scaling for layer in layers)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -454,13 +465,29 @@ class SwiGLU(nn.Module):
         for layer in layers:
             plain = plain and type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter
             # a frozen one needs no gradient
-            plain = plain and layer.weight.requires_grad and not any(map(layer.__dict__.get, CHANGES))
+            plain = plain and layer.weight.requires_grad and not changed(layer)
         if plain:
             kind, dtype = x_BTD.device.type, x_BTD.dtype
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
             return OPERATIONS[backend].gated_mlp(x_BTD.to(dtype), *(layer.weight.to(dtype) for layer in layers))[0]
         gate, up, down = layers
+        if is_float8(layers) and down.rounds(x_BTD) and not any(map(changed, layers)):
+            return self.float8(x_BTD, OPERATIONS["triton" if x_BTD.is_cuda else "reference"])
         return down(gated_product(gate(x_BTD), up(x_BTD)))
+
+    def float8(self, x_BTD, operations):
+        """`forward` of float8 layers: gate and up read the same rows, and their product is made as rows of down."""
+        rows = operations.quantize_rows(x_BTD, self.gate_proj.scaling)
+        gate, up = (layer.product(operations, rows, x_BTD.dtype) for layer in (self.gate_proj, self.up_proj))
+        rows = operations.quantize_product(gate, up, self.down_proj.scaling)
+        return self.down_proj.product(operations, rows, x_BTD.dtype)
+
+
+def multiply(operations, layer, x_BTX):
+    """What a linear layer, plain or in float8, makes of x [B, T, X]."""
+    if type(layer) is nn.Linear:
+        return F.linear(x_BTX, layer.weight)
+    return layer.product(operations, operations.quantize_rows(x_BTX, layer.scaling), x_BTX.dtype)
 
 
 class HSPMNBlock(GradientCheckpointingLayer):
@@ -534,14 +561,16 @@ class HSPMNBlock(GradientCheckpointingLayer):
             if holds:
                 return "modules", reason
         projection, reflexive, mlp = self.projection, self.reflexive, self.mlp
+        products = projection.qkv_proj, self.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        product = Float8Linear if is_float8(products) else nn.Linear
         for module, kind, weighs in (
             (self.input_layernorm, RMSNorm, True), (projection, SharedProjection, False),
-            (projection.qkv_proj, nn.Linear, True), (projection.q_norm, RMSNorm, False),
-            (projection.k_norm, RMSNorm, False), (reflexive, ReflexiveStream, False),
+            (projection.q_norm, RMSNorm, False), (projection.k_norm, RMSNorm, False),
+            (reflexive, ReflexiveStream, False),
             (reflexive.head_proj, nn.Linear, True), (reflexive.norm, RMSNorm, False),
             (self.router, HSPMNRouter, False), (self.contextual, ContextualStream, False),
-            (self.o_proj, nn.Linear, True), (self.post_attention_layernorm, RMSNorm, True), (mlp, SwiGLU, False),
-            (mlp.gate_proj, nn.Linear, True), (mlp.up_proj, nn.Linear, True), (mlp.down_proj, nn.Linear, True),
+            (self.post_attention_layernorm, RMSNorm, True), (mlp, SwiGLU, False),
+            *((layer, product, True) for layer in products),
         ):  # fmt: skip
             if module is None:
                 continue
@@ -550,12 +579,15 @@ class HSPMNBlock(GradientCheckpointingLayer):
                 return "modules", f"a {type(module).__name__} is adapted, replaced or hooked (offloading does too)"
             held = module._parameters  # the modules' own lookup takes longer than all other checks
             weight = held.get("weight") if weighs else None
-            if weighs and (type(weight) is not nn.Parameter or weight.dtype != x_BTD.dtype):
+            dtype = E4M3 if kind is Float8Linear else x_BTD.dtype
+            if weighs and (type(weight) is not nn.Parameter or weight.dtype != dtype):
                 return "modules", f"a {kind.__name__} is quantised or not in the dtype of the hidden states"
             if weighs and not weight.is_contiguous():
                 return "modules", f"the weight of a {kind.__name__} is not contiguous"
             if kind is nn.Linear and held.get("bias") is not None:
                 return "modules", "a linear layer has a bias"
+        if product is Float8Linear:
+            return "fused", "products are in float8"
         single = cached and x_BTD.shape[1] == 1
         return ("token", "one token of a cached row") if single else ("fused", "several tokens, or no cache")
 
@@ -605,7 +637,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             reflexive.least_decay, None if router is None else router.weight,
         )  # fmt: skip
         q_linear, k_linear, q_BTHE, k_BTGE, v_BTGE = operations.split_heads(
-            F.linear(h_BTD, projection.qkv_proj.weight), projection.conv_weight, history, start_BT, length_B,
+            multiply(operations, projection.qkv_proj, h_BTD), projection.conv_weight, history, start_BT, length_B,
             stream.cos, stream.sin, projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads,
             config.rms_norm_eps, "gated",
         )  # fmt: skip
@@ -630,8 +662,10 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if route is not None:
             end_BT = end_slot(route.slot_BT) if self.contextual.every else None
             operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, *stored[:3], route.index_BK, *stored[3:], end_BT)
-        norm, y_BTD = self.post_attention_layernorm, F.linear(merged_BTHE.flatten(2), self.o_proj.weight)
+        norm, y_BTD = self.post_attention_layernorm, multiply(operations, self.o_proj, merged_BTHE.flatten(2))
         x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
+        if type(mlp.down_proj) is Float8Linear:
+            return x_BTD.add_(mlp.float8(h_BTD, operations)), route
         product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else OPERATIONS["reference"].swiglu
         operations.linear_add(x_BTD, product(h_BTD, mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight)
         return x_BTD, route
@@ -688,7 +722,7 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         seen_B = cache.seen
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)
-        if placed and not any(map(rotary.__dict__.get, CHANGES)):
+        if placed and not changed(rotary):
             cos, sin, start_BT, position_BT = OPERATIONS[backend].place(
                 T, position_BT, cache.document_seen, cache.last_position, rotary.inv_freq,
                 float(rotary.attention_scaling), x_BTD.dtype,

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .operations_hspmn import E4M3, SCALINGS, check_float8, dequantize_rows, float8_linear, quantize_rows
+from .operations_hspmn import E4M3, SCALINGS, check_float8, dequantize_rows, operations, quantize_rows
 
 METHOD = "hspmn_float8"
 LAYERS = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # whose products are in float8
@@ -78,13 +78,20 @@ class Float8Linear(KeepsDtypes, nn.Linear):
         linear.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_scale).to(dtype))
         return linear
 
+    def rounds(self, x):
+        """Whether `forward` quantises x: not one that records gradients, those of adapters."""
+        return not (torch.is_grad_enabled() and x.requires_grad)
+
+    def product(self, operations, rows, dtype):
+        """[..., N] in `dtype` of `rows`, e4m3 [..., K] and scales of `quantize_rows`; operations: of a backend."""
+        return operations.float8_linear(*rows, self.weight, self.weight_scale, dtype)
+
     def forward(self, x):
-        """[..., K] to [..., N]. An input that records gradients, those of adapters, is not rounded."""
-        if torch.is_grad_enabled() and x.requires_grad:
+        """[..., K] to [..., N] in x's dtype; see `rounds`."""
+        if not self.rounds(x):
             return self.dequantized(x.dtype)(x)
-        backend = "triton" if x.is_cuda else "reference"
-        rows = quantize_rows(x, self.scaling, backend=backend)
-        return float8_linear(*rows, self.weight, self.weight_scale, x.dtype, backend=backend)
+        form = operations("triton" if x.is_cuda else "reference")
+        return self.product(form, form.quantize_rows(x, self.scaling), x.dtype)
 
     def extra_repr(self):
         """What a print of the layer shows."""

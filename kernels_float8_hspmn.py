@@ -10,7 +10,16 @@ import torch
 from .kernels_common_hspmn import (  # isort: skip
     DTYPES, LEAST, capability, cdiv, check, interpreted, kernel, power_of_2, tl, triton,
 )  # fmt: skip
-from .operations_hspmn import E4M3, E4M3_PEAK, SCALINGS, check_float8, float8_linear, quantize_rows
+from .kernels_mlp_hspmn import gated
+from .operations_hspmn import (
+    E4M3,
+    E4M3_PEAK,
+    SCALINGS,
+    check_float8,
+    float8_linear,
+    quantize_product,
+    quantize_rows,
+)
 
 PEAK = tl.constexpr(E4M3_PEAK)
 
@@ -41,12 +50,15 @@ def store_e4m3(tile, out, scale, m, M, K: tl.constexpr, GROUP: tl.constexpr):
 
 @kernel("M")
 def quantize_rows_kernel(
-    x, out, scale, M, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    x, up, out, scale, M, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """BLOCK_M rows of x [M, K], which are held whole."""
+    """BLOCK_M rows of x [M, K] or, given `up`, of their gated product, which are held whole."""
     m, k = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    tile = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-    store_e4m3(tile.to(tl.float32), out, scale, m, M, K, GROUP)
+    at, inside = m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :]
+    tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if up is not None:
+        tile = gated(tile, tl.load(up + at, mask=inside, other=0.0).to(tl.float32))
+    store_e4m3(tile, out, scale, m, M, K, GROUP)
 
 
 @kernel("M")
@@ -98,23 +110,31 @@ def unpack(tile, scale, GROUP: tl.constexpr):
 def _quantize_plan(K, dtype, scaling, device):
     """Constants of `quantize_rows`: rows of 4096 values per program, which stay in registers."""
     check_float8(capability(device))
-    check((dtype in DTYPES, f"x of quantize_rows must be float32, bfloat16 or float16, got {dtype}; cast it"))
+    check((dtype in DTYPES, f"rows to quantise must be float32, bfloat16 or float16, got {dtype}; cast them"))
     group, block_k = SCALINGS[scaling][0] or 0, power_of_2(K)
-    check((K % (group or 1) == 0, f"x must have a multiple of {group} features, got {K}; use scaling='rowwise'"))
+    check((K % (group or 1) == 0, f"rows must have a multiple of {group} features, got {K}; use scaling='rowwise'"))
     block_m, warps = max(1, 4096 // block_k), max(4, min(32, block_k // 1024))
     return {"K": K, "GROUP": group, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps}
 
 
 @quantize_rows.kernel
-def _quantize_rows(x, scaling):
+def _quantize_rows(x, scaling, up=None):
     """Bit for bit the reference."""
     K, (group, kind) = x.shape[-1], SCALINGS[scaling]
     constants = _quantize_plan(K, x.dtype, scaling, x.device)
     x, out = x.contiguous(), torch.empty_like(x, dtype=E4M3)
     scale, M = x.new_empty(*x.shape[:-1], K // group if group else 1, dtype=kind), x.numel() // K
     if M:
-        quantize_rows_kernel[(cdiv(M, constants["BLOCK_M"]),)](x, out, bits(scale), M, **constants)
+        quantize_rows_kernel[(cdiv(M, constants["BLOCK_M"]),)](x, up, out, bits(scale), M, **constants)
     return out, scale
+
+
+@quantize_product.kernel
+def _quantize_product(gate, up, scaling):
+    """One pass, in which the product is float32."""
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(f"up must be {tuple(gate.shape)} in {gate.dtype}, got {tuple(up.shape)} in {up.dtype}")
+    return _quantize_rows(gate, scaling, up.contiguous())
 
 
 def bits(scale):

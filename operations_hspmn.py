@@ -928,6 +928,12 @@ def quantize_rows(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     return (groups * scale.to(groups.dtype).reciprocal()[..., None]).flatten(-2).to(E4M3), scale
 
 
+@operation()
+def quantize_product(gate: Tensor, up: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of the `gated_product` of gate and up [..., K] (which a kernel does not round in between)."""
+    return quantize_rows.reference(gated_product(gate, up), scaling)
+
+
 def dequantize_rows(x, scale, dtype=torch.float32):
     """What `quantize_rows` gave, as rows [..., K] in `dtype`, exact in float32."""
     sizes = scale.shape[-1], x.shape[-1] // scale.shape[-1]

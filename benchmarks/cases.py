@@ -168,6 +168,12 @@ def _quantize_rows(m, scaling):
     return 3 * m.normal(m.B, m.T, m.N - m.N % (SCALINGS[scaling][0] or 1)), scaling
 
 
+@variants("quantize_product", **{scaling: {"scaling": scaling} for scaling in SCALINGS})
+def _quantize_product(m, scaling):
+    gate, _ = _quantize_rows(m, scaling)
+    return gate, m.normal(*gate.shape), scaling
+
+
 @variants("float8_linear", **{scaling: {"scaling": scaling} for scaling in SCALINGS})
 def _float8_linear(m, scaling):
     rows, _ = _quantize_rows(m, scaling)

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter; with one, compiled, and u
 """
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from caches import tokens as tokens_on_cpu
 from hspmn import block_hspmn
 from hspmn.block_hspmn import pick_backend
 from hspmn.cache_hspmn import HSPMNCache
-from hspmn.operations_hspmn import STORES, Operation, operations
+from hspmn.float8_hspmn import Float8Linear, replace_layers
+from hspmn.operations_hspmn import SCALINGS, STORES, Operation, operations
 
 # Small, for the interpreter; a layer that routes and one that does not
 SIZES = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -136,6 +138,22 @@ def test_the_kernels_run_where_they_are_forced(pair, called, hook):
         model.model.layers[0].mlp.up_proj._forward_hooks.clear()
     fed([model], tokens(1, 8), [7, 1])
     assert called == [*PROMPT, *TOKEN]
+
+
+FLOAT8 = ["quantize_rows", "float8_linear"]
+FLOAT8_PROMPT = ["place", "norm_heads", *FLOAT8, *STREAMS[1:], *FLOAT8, "add_norm", *FLOAT8, "float8_linear"]
+FLOAT8_PROMPT += ["quantize_product", "float8_linear"]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_products_in_float8_are_fused_too(pair, called, scaling):
+    """As their modules give it, but for the few roundings to e4m3 that another order of a sum turns around."""
+    models = pair(**ONE_LAYER, intermediate_size=64)
+    for model in models:
+        replace_layers(model, partial(Float8Linear.of, scaling=scaling))
+    (got, routed), want = fed(models, tokens(2, 20), [12, 7, 1])
+    assert called == 3 * FLOAT8_PROMPT
+    assert (got - want[0]).norm() < 5e-3 * want[0].norm() and torch.equal(routed, want[1])
 
 
 def test_the_loss_runs_as_a_kernel(pair, called):
