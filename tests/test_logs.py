@@ -26,7 +26,7 @@ def args():
 
 @pytest.fixture(scope="module")
 def stream(encoder):
-    return logs.AskedStream(encoder, "here", [256, 1024], 5, every=20)
+    return logs.AskedStream(encoder, "here", 1024, 5, every=20)
 
 
 def test_cutting_at_details_leaves_the_tokens_as_they_are(encoder):
@@ -40,25 +40,47 @@ def test_reports_stand_at_their_distance(encoder, stream):
     text_of = [encoder.tokenizer.decode(stream.ids[stream.line_T == n]) for n in range(len(stream.labels))]
     begins = np.searchsorted(stream.line_T, np.arange(len(text_of)))
     first = {text.split(" id=")[1][:9]: n for n, text in reversed([*enumerate(text_of)]) if " id=" in text}
-    asked = {}
-    for begin, end, distance in stream.answers:
+    asked = set()
+    for begin, end in stream.answers:
         n = stream.line_T[begin]
         about = first[text_of[n].split(" id=")[1][:9]]
         assert stream.labels[n] == "report" and stream.labels[about] == "incident"
-        assert 0 <= begins[n] - begins[about] - distance < 100
+        assert 0 <= begins[n] - begins[about] - 1024 < 100
         assert encoder.tokenizer.decode(stream.ids[begin:end]) in text_of[about]
-        asked.setdefault(distance, set()).add(n)
-    assert {distance: len(reports) for distance, reports in asked.items()} == {256: 5, 1024: 5}
-    assert begins[min(map(min, asked.values()))] > len(stream.ids) - 1.5 * stream.tail
+        asked.add(n)
+    assert len(asked) == len(stream.answers) == 5
+    assert begins[min(asked)] > len(stream.ids) - 1.5 * stream.tail
 
 
 def test_training_rows_mark_what_reports_give(encoder):
-    rows = logs.LogRows(encoder, 8, 1024, 0)
+    rows = logs.LogRows(encoder, 8, 1024, 0, shortest=256, grown=0.5)
     assert len(rows) == 8 and torch.equal(rows[3], rows[3]) and not torch.equal(rows[3], rows[4])
-    ids_BT, given_BT = torch.stack(list(rows)).unbind(1)
+    ids_BT, given_BT, position_BT = torch.stack(list(rows)).unbind(1)
     assert ids_BT.shape == (8, 1024) and 0.01 < given_BT.float().mean() < 0.2
     text = encoder.tokenizer.decode(ids_BT[given_BT > 0])
     assert not set(text) - set("0123456789.abcdefghijklmnopqrstuvwxyz")
+    assert torch.equal(position_BT[0], torch.arange(1024) % 256)  # documents grow after the first row
+    assert ((position_BT[:, 1:] == 0) | (position_BT.diff() == 1)).all() and position_BT[4:].max() > 300
+
+
+def test_routers_are_taught_what_answers_read(encoder, args):
+    """Tokens before an answer's window are wanted as far as it reads them; nothing else is, nor another document's."""
+    config = logs.arm_config("hspmn", args, 5)
+    config.vocab_size, config.sliding_window = 600, 4
+    model = peers.build_model("hspmn", config, 0)
+    router = model.base_model.layers[1].router
+    ids_BT = torch.tensor([[7, 8, 9, 10, 11, 12, 13, 14, 7, 8]])
+    given_BT = torch.zeros_like(ids_BT)
+    given_BT[0, 9] = 1
+    reads = []
+    for position_T in (torch.arange(10), torch.arange(10) % 8):
+        router.zero_grad()
+        outputs = model.base_model(ids_BT, position_ids=position_T[None], use_cache=False, output_hidden_states=True)
+        outputs.router_scores.retain_grad()
+        logs.read_loss(model, outputs, given_BT, position_T[None]).backward()
+        reads.append((outputs.router_scores.sigmoid() - 10 * outputs.router_scores.grad)[1, 0].detach())
+        assert router.weight.grad.abs().sum() > 0
+    assert reads[0][:5].max() > 0.05 and reads[0][5:].abs().max() < 1e-6 and reads[1].abs().max() < 1e-6
 
 
 def test_classes_are_counted_exactly(stream):
@@ -83,10 +105,9 @@ def test_reading_in_pieces_gives_the_same_and_biases_keep_the_share(args, stream
     assert np.array_equal(whole[0], cut[0]) and np.array_equal(whole[2], cut[2])
     np.testing.assert_allclose(whole[1], cut[1], atol=1e-5)
     assert whole[2].mean() == pytest.approx(0.2, abs=0.001)
-    certain = [(begin, end, 0) for begin, end, _ in stream.answers]
     model.lm_head.weight.data.zero_()  # every token is as likely, and the first one chosen
-    assert not logs.read(model, stream.ids, certain, 100)[0].any()
-    assert logs.read(model, torch.zeros_like(stream.ids), certain, 100)[0].all()
+    assert not logs.read(model, stream.ids, stream.answers, 100)[0].any()
+    assert logs.read(model, torch.zeros_like(stream.ids), stream.answers, 100)[0].all()
 
 
 @pytest.mark.parametrize("arm", ["hspmn", "random"])
@@ -97,13 +118,14 @@ def test_routers_wait_until_recall_may_have_formed(encoder, args, arm):
     model = peers.build_model(logs.ARMS[arm], config, 0)
     router, start = model.base_model.layers[1].router, model.base_model.layers[1].router.weight.detach().clone()
     schedule, rows = logs.Schedule(model, arm, args), torch.utils.data.DataLoader(logs.LogRows(encoder, 8, 128, 0))
-    trained = peers.train_steps(model, rows, partial(logs.report_loss, weight=0.5), 8, 1e-3, schedule)
+    loss_function = partial(logs.report_loss, weight=0.5, schedule=schedule)
+    trained = peers.train_steps(model, rows, loss_function, 8, 1e-3, schedule)
     for step, (_, outputs) in enumerate(trained):
         if step < 4:
             assert outputs.router_load[1] == 1.0 and outputs.aux_loss == 0.0 and router.bias == logs.OPEN_BIAS
             assert torch.equal(router.weight, start * (arm == "random"))
         elif step > 4:
-            assert router.bias < logs.OPEN_BIAS and outputs.aux_loss > 0.0
+            assert router.bias < logs.OPEN_BIAS and (outputs.aux_loss > 0.0) == (arm != "random")
             assert torch.equal(router.weight, start) == (arm == "random")
 
 
