@@ -456,7 +456,7 @@ def make_parser():
     add("--shortest", type=results.at_least(64), default=512, help="tokens of a document at least, and at first")
     add("--grown", type=results.SHARE, default=0.5, help="share of the steps after which documents fill a row")
     add("--lr", type=results.RATE, default=2e-3, help="peak learning rate")
-    add("--hold", type=results.SHARE, default=0.6, help="share of the steps in which every token is kept")
+    add("--hold", type=results.SHARE, default=0.5, help="share of the steps in which every token is kept")
     add("--fall", type=results.SHARE, default=0.3, help="share of the steps over which fewer and fewer are")
     add("--price", type=results.at_least(0.0, float), default=0.0,
         help="router_load_entropy_coef while routers learn, in the place of what is read")  # fmt: skip
