@@ -398,6 +398,7 @@ RIVALS["linear_attention"] = {"fla_simple_gla": simple_gla}
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "flex": "flex"}
 RIVALS["sqsk_attention"] = {name: partial(attention, backend) for name, backend in BACKENDS.items()}
 MEASURED = {"norm_heads": "scored", "project_token": "scored", "sqsk_merge": "tokens", "place": "counted"}
+MEASURED |= dict.fromkeys(("quantize_rows", "quantize_product", "float8_linear"), next(iter(SCALINGS)))
 SINGLE_TOKEN = ("project_token", "swiglu_token", "linear_add_token")
 BY_SHARE = ("take_rows", "contextual", "sqsk_merge", "extend", "attend_token")
 FLOPS = {  # of attentions; of all others, those of their products
