@@ -214,8 +214,8 @@ class HSPMNRouter(KeepsDtypes):
             score_BT, self.bias, start_BT, length_B, self.config.router_noise_floor, self.initial, capacity
         )
         if not (self.training or h_BTD.is_cuda or backend == "triton" or torch.compiler.is_compiling()):
-            # a CPU may as well look how many those are
-            index_BK = index_BK[:, : max(1, int(rest[1].max()))]
+            # a CPU may as well look how many those are; one slot is for one token, which float8 multiplies otherwise
+            index_BK = index_BK[:, : max(2, int(rest[1].max()))]
         return Route(score_BT, gate_BT, index_BK, *rest)
 
     def _rank(self, score_BT, length_B):
@@ -490,6 +490,11 @@ def multiply(operations, layer, x_BTX):
     return layer.product(operations, operations.quantize_rows(x_BTX, layer.scaling), x_BTX.dtype)
 
 
+def scale_of(layer):
+    """Scales of a weight in float8, or None."""
+    return layer._parameters.get("weight_scale")
+
+
 class HSPMNBlock(GradientCheckpointingLayer):
     """One block: shared projection, router, both streams, merge and SwiGLU. Works alone on [B, S, hidden_size]."""
 
@@ -586,10 +591,12 @@ class HSPMNBlock(GradientCheckpointingLayer):
                 return "modules", f"the weight of a {kind.__name__} is not contiguous"
             if kind is nn.Linear and held.get("bias") is not None:
                 return "modules", "a linear layer has a bias"
-        if product is Float8Linear:
-            return "fused", "products are in float8"
-        single = cached and x_BTD.shape[1] == 1
-        return ("token", "one token of a cached row") if single else ("fused", "several tokens, or no cache")
+        if x_BTD.shape[1] == 1 and getattr(self.o_proj, "scaling", "rowwise") == "rowwise":
+            if cached:
+                return "token", "one token of a cached row"
+            if product is Float8Linear:
+                return "modules", "one token without a cache, of whose rows float8 rounds the weights alone"
+        return "fused", "several tokens, no cache, or scaling='mx'"
 
     def _run_modules(self, x_BTD, stream, layer_cache):
         """Every module is called, norms included: training, adapters, hooks, offloading, and CPUs."""
@@ -682,7 +689,13 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if router is not None:
             score_weight, decision = router.weight, router.bias
         x_BTC, head_BTX, score_BT = operations.project_token(
-            x_BTD, norm.weight, norm.eps, projection.qkv_proj.weight, reflexive.head_proj.weight, score_weight
+            x_BTD,
+            norm.weight,
+            norm.eps,
+            projection.qkv_proj.weight,
+            reflexive.head_proj.weight,
+            score_weight,
+            scale_of(projection.qkv_proj),
         )
         heads = operations.split_heads(
             x_BTC, projection.conv_weight, layer_cache.conv_state, start_BT, length_B, stream.cos, stream.sin,
@@ -698,10 +711,12 @@ class HSPMNBlock(GradientCheckpointingLayer):
             layer_cache.values, layer_cache.positions, layer_cache.count, layer_cache.document_slot,
             layer_cache.key_scales, layer_cache.value_scales, layer_cache.log_gates,
         )  # fmt: skip
-        x_BTD = operations.linear_add_token(x_BTD, merged_BTHE.flatten(2), self.o_proj.weight)
-        norm, gate = self.post_attention_layernorm, mlp.gate_proj.weight
-        hidden_BTX = operations.swiglu_token(x_BTD, norm.weight, norm.eps, gate, mlp.up_proj.weight)
-        x_BTD = operations.linear_add_token(x_BTD, hidden_BTX, mlp.down_proj.weight)
+        norm, o_proj, (gate, up, down) = self.post_attention_layernorm, self.o_proj, mlp.children()
+        x_BTD = operations.linear_add_token(x_BTD, merged_BTHE.flatten(2), o_proj.weight, scale_of(o_proj))
+        hidden_BTX = operations.swiglu_token(
+            x_BTD, norm.weight, norm.eps, gate.weight, up.weight, scale_of(gate), scale_of(up)
+        )
+        x_BTD = operations.linear_add_token(x_BTD, hidden_BTX, down.weight, scale_of(down))
         return x_BTD, None if router is None else Route(score_BT, None, None, slot_BT, None, None)
 
 

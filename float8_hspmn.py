@@ -79,8 +79,10 @@ class Float8Linear(KeepsDtypes, nn.Linear):
         return linear
 
     def rounds(self, x):
-        """Whether `forward` quantises x: not one that records gradients, those of adapters."""
-        return not (torch.is_grad_enabled() and x.requires_grad)
+        """Whether `forward` quantises x: not one that records gradients, those of adapters, nor rows of a single token
+        under scales by row, see `few_rows`."""
+        single = self.scaling == "rowwise" and x.shape[-2:-1] == (1,)
+        return not (single or (torch.is_grad_enabled() and x.requires_grad))
 
     def product(self, operations, rows, dtype):
         """[..., N] in `dtype` of `rows`, e4m3 [..., K] and scales of `quantize_rows`; operations: of a backend."""

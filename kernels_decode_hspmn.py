@@ -12,12 +12,12 @@ from functools import lru_cache
 import torch
 
 from .kernels_common_hspmn import (  # isort: skip
-    DTYPES, FLOOR, GAIN, LOG2E, cdiv, check, check_heads, dependent, kernel, power_of_2, processors,
+    DTYPES, FLOOR, GAIN, LOG2E, capability, cdiv, check, check_heads, dependent, kernel, power_of_2, processors,
     refuse_in_place, softplus, tl, triton,
 )  # fmt: skip
 from .kernels_attention_hspmn import finish, fold_block, kept_form, quantize, store_rows
 from .kernels_mlp_hspmn import gated
-from .operations_hspmn import attend_token, linear_add_token, project_token, swiglu_token
+from .operations_hspmn import E4M3, attend_token, check_float8, linear_add_token, project_token, swiglu_token
 
 MOST_ROWS = 16  # of the products: two narrow tiles of the tensor cores
 
@@ -396,8 +396,11 @@ def load_normed(x, norm, squares, begin, end, M, K: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def fold_product(total, weight, column, N, begin, end, rows, K: tl.constexpr):
-    """total [BLOCK_N, TILE] + weight tile, of `load_rows`, @ rows [TILE, BLOCK_K]^T; TF32 holds float16 as it is."""
+    """total [BLOCK_N, TILE] + weight tile, of `load_rows`, @ rows [TILE, BLOCK_K]^T; TF32 holds float16 as it is, and
+    every dtype e4m3."""
     weight_tile = load_rows(weight, column, N, begin, end, K, total.shape[0], rows.shape[1])
+    if weight_tile.dtype == tl.float8e4nv:
+        weight_tile = weight_tile.to(rows.dtype)
     if rows.dtype == weight_tile.dtype:
         total = tl.dot(weight_tile, tl.trans(rows), total, input_precision="tf32x3")
     else:
@@ -461,12 +464,13 @@ def store_scores(
 
 @kernel("M")
 def product_kernel(
-    x, norm, weight, other, second, score_weight, residual, out, second_out, score, M, N: tl.constexpr,
-    X: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    x, norm, weight, other, second, score_weight, weight_scale, other_scale, residual, out, second_out, score, M,
+    N: tl.constexpr, X: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out [M, N], the product of `weight` with the rows, added to `residual` or, given `other`, of
-    their SwiGLU; or of second_out [M, X], that of `second`; a last program, if launched, makes the scores [M]."""
+    their SwiGLU; or of second_out [M, X], that of `second`; a last program, if launched, makes the scores [M].
+    weight_scale, other_scale: [N], of weights in e4m3."""
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = TILES_N + (X + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
@@ -474,20 +478,37 @@ def product_kernel(
     if second is not None:
         columns, works = tl.where(tile < TILES_N, N, X), tile < TILES
         if tile >= TILES_N:
-            weight, column = second, (tile - TILES_N) * BLOCK_N
+            column = (tile - TILES_N) * BLOCK_N
+            if weight_scale is None:
+                weight = second
     if PDL:
         tl.extra.cuda.gdc_wait()
     if works:
         low = tl.zeros([BLOCK_N, TILE], tl.float32)
+        before = low
         if residual is not None:
             m, n = tl.arange(0, TILE), column + tl.arange(0, BLOCK_N)
             inside = (n < N)[:, None] & (m < M)[None, :]
-            low = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
-        low, high, scale = two_sums(low, x, norm, weight, other, column, columns, M, K, HALF, EPS, ROWS, BLOCK_K, PDL)
+            before = tl.load(residual + m[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32)
+            if weight_scale is None:
+                low = before
+        if second is None or weight_scale is None:
+            low, high, scale = two_sums(
+                low, x, norm, weight, other, column, columns, M, K, HALF, EPS, ROWS, BLOCK_K, PDL
+            )
+        elif tile < TILES_N:
+            low, high, scale = two_sums(low, x, norm, weight, None, column, N, M, K, HALF, EPS, ROWS, BLOCK_K, PDL)
+        else:  # pointers to two dtypes are no alternatives
+            low, high, scale = two_sums(low, x, norm, second, None, column, X, M, K, HALF, EPS, ROWS, BLOCK_K, PDL)
+        if weight_scale is not None and tile < TILES_N:
+            factor = load_factor(weight_scale, column, N, BLOCK_N)[:, None]
+            low = low * factor
+            high = high * (factor if other is None else load_factor(other_scale, column, N, BLOCK_N)[:, None])
         if other is not None:
             store_columns(out, gated(low * scale, high * scale), column, M, N)
         elif second is None:
-            store_columns(out, low + high, column, M, N)
+            total = low + high
+            store_columns(out, total if weight_scale is None else total + before, column, M, N)
         else:
             total = (low + high) * scale
             if tile < TILES_N:
@@ -523,10 +544,17 @@ def _product_plan(operation, names, x_shape, dtype, device, *others):
         (dtype in DTYPES, f"x of {operation} must be float32, bfloat16 or float16, got {dtype}; cast it"),
     )
     vectors = [(name, shape) for name, shape, _ in others if name in ("norm", "score_weight")]
-    weights = [other for other in others if other[:2] not in vectors]
+    scales = {name: (shape, kind) for name, shape, kind in others if name.endswith("scale")}
+    weights = [other for other in others if other[:2] not in vectors and other[0] not in scales]
+    if scales:
+        check_float8(capability(device))
     for name, shape, kind in weights:
-        wanted = f"{name} must be [N, {K}] in {dtype}, as x of {operation} has it, got {shape} in {kind}; cast it"
-        check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == dtype, wanted))
+        scale = scales.get(name.replace("weight", "scale"))
+        right, of = (dtype, f"as x of {operation} has it") if scale is None else (E4M3, "of scales")
+        wanted = f"{name} must be [N, {K}] in {right}, {of}, got {shape} in {kind}; cast it"
+        check((len(shape) == 2 and shape[1] == K and 0 not in shape and kind == right, wanted))
+        wanted = f"the scale of {name} must be [{shape[0]}, 1] in float32, got {scale}"
+        check((scale in (None, ((shape[0], 1), torch.float32)), wanted))
     for name, shape in vectors:
         check((shape == (K,), f"{name} must be [{K}], the width of x, got {shape}"))
     gates, half = operation == "swiglu_token", dtype.itemsize == 2  # gates: two weights that share tiles
@@ -549,56 +577,61 @@ def _product(operation, names, x_BTD, *others):
 
 
 @project_token.kernel
-def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D):
+def _project_token(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, qkv_scale_C1):
     """One launch for at most 16 rows; sums are float32."""
     B = x_BTD.shape[0]
     if B > MOST_ROWS:
-        return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D)
-    names = ("norm", "qkv_weight", "head_weight", "score_weight")
-    grid, constants = _product("project_token", names, x_BTD, norm_D, qkv_weight_CD, head_weight_XD, score_weight_D)
+        return project_token.reference(x_BTD, norm_D, eps, qkv_weight_CD, head_weight_XD, score_weight_D, qkv_scale_C1)
+    names = ("norm", "qkv_weight", "head_weight", "score_weight", "qkv_scale")
+    others = norm_D, qkv_weight_CD, head_weight_XD, score_weight_D, qkv_scale_C1
+    grid, constants = _product("project_token", names, x_BTD, *others)
     qkv_BTC = x_BTD.new_empty(B, 1, constants["N"])
     head_BTX = x_BTD.new_empty(B, 1, constants["X"], dtype=torch.float32)
     score_BT = x_BTD.new_empty(B, 0 if score_weight_D is None else 1, dtype=torch.float32)
     if B:
         product_kernel[grid](
-            x_BTD, norm_D, qkv_weight_CD, None, head_weight_XD, score_weight_D, None, qkv_BTC, head_BTX, score_BT, B,
-            EPS=eps, **constants,
+            x_BTD, norm_D, qkv_weight_CD, None, head_weight_XD, score_weight_D, qkv_scale_C1, None, None, qkv_BTC,
+            head_BTX, score_BT, B, EPS=eps, **constants,
         )  # fmt: skip
     return qkv_BTC, head_BTX, score_BT
 
 
 @swiglu_token.kernel
-def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND):
+def _swiglu_token(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, gate_scale_N1, up_scale_N1):
     """One launch for at most 16 rows; gate and up are not rounded before SiLU and product."""
     B, N = x_BTD.shape[0], gate_weight_ND.shape[0]
     if B > MOST_ROWS:
-        return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND)
-    names = ("norm", "gate_weight", "up_weight")
-    grid, constants = _product("swiglu_token", names, x_BTD, norm_D, gate_weight_ND, up_weight_ND)
+        return swiglu_token.reference(x_BTD, norm_D, eps, gate_weight_ND, up_weight_ND, gate_scale_N1, up_scale_N1)
+    if (gate_scale_N1 is None) != (up_scale_N1 is None):
+        raise ValueError("swiglu_token takes both weights with scales or none; quantise the other one too")
+    names = ("norm", "gate_weight", "up_weight", "gate_scale", "up_scale")
+    others = norm_D, gate_weight_ND, up_weight_ND, gate_scale_N1, up_scale_N1
+    grid, constants = _product("swiglu_token", names, x_BTD, *others)
     if up_weight_ND.shape[0] != N:
         raise ValueError(f"up_weight must have the {N} rows of gate_weight, got {tuple(up_weight_ND.shape)}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
         product_kernel[grid](
-            x_BTD, norm_D, gate_weight_ND, up_weight_ND, None, None, None, out_BTN, None, None, B, EPS=eps,
-            **constants,
+            x_BTD, norm_D, gate_weight_ND, up_weight_ND, None, None, gate_scale_N1, up_scale_N1, None, out_BTN, None,
+            None, B, EPS=eps, **constants,
         )  # fmt: skip
     return out_BTN
 
 
 @linear_add_token.kernel
-def _linear_add_token(residual_BTN, x_BTD, weight_ND):
+def _linear_add_token(residual_BTN, x_BTD, weight_ND, scale_N1):
     """One launch for at most 16 rows, summed in float32 and rounded once."""
     B, N = x_BTD.shape[0], weight_ND.shape[0]
     if B > MOST_ROWS:
-        return linear_add_token.reference(residual_BTN, x_BTD, weight_ND)
-    grid, constants = _product("linear_add_token", ("weight",), x_BTD, weight_ND)
+        return linear_add_token.reference(residual_BTN, x_BTD, weight_ND, scale_N1)
+    grid, constants = _product("linear_add_token", ("weight", "scale"), x_BTD, weight_ND, scale_N1)
     if residual_BTN.shape != (B, 1, N) or residual_BTN.dtype != x_BTD.dtype:
         got = f"{tuple(residual_BTN.shape)} in {residual_BTN.dtype}"
         raise ValueError(f"residual must be {(B, 1, N)} in {x_BTD.dtype}, got {got}")
     out_BTN = x_BTD.new_empty(B, 1, N)
     if B:
         product_kernel[grid](  # nothing is normed
-            x_BTD, None, weight_ND, None, None, None, residual_BTN, out_BTN, None, None, B, EPS=1.0, **constants
+            x_BTD, None, weight_ND, None, None, None, scale_N1, None, residual_BTN, out_BTN, None, None, B, EPS=1.0,
+            **constants,
         )  # fmt: skip
     return out_BTN

@@ -797,17 +797,27 @@ def extend(
     return first_BN, torch.stack([before_B, kept_B]), after_B, document_B
 
 
+def few_rows(x_BTD, weight_ND, scale_N1):
+    """The product with a weight in x's dtype or, given scales of its rows, in e4m3. So few rows are bound by the
+    weight's bytes and stay as they are, where `float8_linear` takes e4m3 on both sides.
+    """
+    if scale_N1 is not None:
+        kind = torch.promote_types(x_BTD.dtype, torch.float32)
+        weight_ND = dequantize_rows(weight_ND, scale_N1, kind).to(x_BTD.dtype)
+    return F.linear(x_BTD, weight_ND)
+
+
 @operation()
 def project_token(
     x_BTD: Tensor, norm_D: Tensor, eps: float, qkv_weight_CD: Tensor, head_weight_XD: Tensor,
-    score_weight_D: Tensor | None,
+    score_weight_D: Tensor | None, qkv_scale_C1: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """From RMSNorm of a single token (T = 1): qkv [B, 1, C] in x's dtype, head [B, 1, X] (the inputs of the decays,
-    then the gates) and the score [B, 1], [B, 0] without a weight, in float32.
+    then the gates) and the score [B, 1], [B, 0] without a weight, in float32. qkv_scale_C1: of `few_rows`.
     """
     h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
     score_BT = wide(h_BTD)[:, :0, 0] if score_weight_D is None else router_score(h_BTD, score_weight_D)
-    return F.linear(h_BTD, qkv_weight_CD), wide(F.linear(h_BTD, head_weight_XD)), score_BT
+    return few_rows(h_BTD, qkv_weight_CD, qkv_scale_C1), wide(F.linear(h_BTD, head_weight_XD)), score_BT
 
 
 @operation("state_BHEE", "held_B", "document_slot_B", *KEPT)
@@ -858,16 +868,19 @@ def attend_token(
 
 
 @operation()
-def swiglu_token(x_BTD: Tensor, norm_D: Tensor, eps: float, gate_weight_ND: Tensor, up_weight_ND: Tensor) -> Tensor:
-    """`swiglu` of RMSNorm(x), of a single token (T = 1)."""
+def swiglu_token(
+    x_BTD: Tensor, norm_D: Tensor, eps: float, gate_weight_ND: Tensor, up_weight_ND: Tensor,
+    gate_scale_N1: Tensor | None, up_scale_N1: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`swiglu` of RMSNorm(x), of a single token (T = 1); scales: of `few_rows`."""
     h_BTD = F.rms_norm(x_BTD, norm_D.shape, norm_D.to(x_BTD.dtype), eps)
-    return gated_product(F.linear(h_BTD, gate_weight_ND), F.linear(h_BTD, up_weight_ND))
+    return gated_product(few_rows(h_BTD, gate_weight_ND, gate_scale_N1), few_rows(h_BTD, up_weight_ND, up_scale_N1))
 
 
 @operation()
-def linear_add_token(residual_BTN: Tensor, x_BTD: Tensor, weight_ND: Tensor) -> Tensor:
-    """residual [B, 1, N] + the product of x [B, 1, D] with the weight, in x's dtype."""
-    return residual_BTN + F.linear(x_BTD, weight_ND)
+def linear_add_token(residual_BTN: Tensor, x_BTD: Tensor, weight_ND: Tensor, scale_N1: Tensor | None) -> Tensor:
+    """residual [B, 1, N] + the product of x [B, 1, D] with the weight, in x's dtype; scale_N1: of `few_rows`."""
+    return residual_BTN + few_rows(x_BTD, weight_ND, scale_N1)
 
 
 def gated_product(gate, up):

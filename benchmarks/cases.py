@@ -59,6 +59,11 @@ class Draw:
         """Weights that keep the variance."""
         return [self.normal(outputs, inputs) / inputs**0.5 for _ in range(number)]
 
+    def scaled(self, outputs, inputs, float8):
+        """Such a weight and None or, in float8, its scales."""
+        (weight,) = self.weights(1, outputs, inputs)
+        return quantize_rows.reference(weight, "rowwise") if float8 else (weight, None)
+
     def norm(self, width):
         """A norm's weight and epsilon."""
         return torch.rand(width, device=self.device).to(self.dtype) + 0.5, 1e-6
@@ -135,8 +140,6 @@ CASES = {name: {"plain": maker} for name, maker in {  # by operation and variant
     "swiglu": lambda m: (m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D)),
     "gated_mlp": lambda m: (8 * m.normal(m.B, m.T, m.D), *m.weights(2, m.N, m.D), *m.weights(1, m.D, m.N)),
     "linear_add": lambda m: (m.normal(m.B, m.T, m.D), m.normal(m.B, m.T, m.N), *m.weights(1, m.D, m.N)),
-    "swiglu_token": lambda m: (3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *m.weights(2, m.N, m.D)),
-    "linear_add_token": lambda m: (m.normal(m.B, 1, m.D), m.normal(m.B, 1, m.N), *m.weights(1, m.D, m.N)),
 }.items()}  # fmt: skip
 
 
@@ -212,10 +215,21 @@ def _norm_heads(m, scored=True):
     return 3 * m.normal(m.B, m.T, m.D), *m.norm(m.D), *m.weights(1, 2 * m.H, m.D), *rates, score_weight_D
 
 
-@variants("project_token", scored={}, plain={"scored": False})
-def _project_token(m, scored=True):
-    weights = m.weights(1, (m.H + 2 * m.G) * m.E, m.D) + m.weights(1, 2 * m.H, m.D)
-    return 3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *weights, m.wide(m.D) / m.D**0.5 if scored else None
+@variants("project_token", scored={}, plain={"scored": False}, float8={"float8": True})
+def _project_token(m, scored=True, float8=False):
+    (weight, scale), heads = m.scaled((m.H + 2 * m.G) * m.E, m.D, float8), m.weights(1, 2 * m.H, m.D)
+    return 3 * m.normal(m.B, 1, m.D), *m.norm(m.D), weight, *heads, m.wide(m.D) / m.D**0.5 if scored else None, scale
+
+
+@variants("swiglu_token", plain={}, float8={"float8": True})
+def _swiglu_token(m, float8=False):
+    pairs = (m.scaled(m.N, m.D, float8) for _ in range(2))
+    return 3 * m.normal(m.B, 1, m.D), *m.norm(m.D), *(x for both in zip(*pairs, strict=True) for x in both)
+
+
+@variants("linear_add_token", plain={}, float8={"float8": True})
+def _linear_add_token(m, float8=False):
+    return m.normal(m.B, 1, m.D), m.normal(m.B, 1, m.N), *m.scaled(m.D, m.N, float8)
 
 
 @variants("linear_attention", plain={"state": False}, state={}, row={"kind": "row"}, padded={"padded": True},

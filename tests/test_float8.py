@@ -52,9 +52,12 @@ def test_a_float8_model_is_near_and_the_same_through_a_cache(quantized, scaling)
     with torch.no_grad():
         want, got = plain(ids, use_cache=False), model(ids, use_cache=False)
         assert 0 < (got.logits - want.logits).norm() < 0.2 * want.logits.norm()
-        pieces = feed(model, ids, HSPMNCache(model.config), [9, 1, 1, 12])
+        pieces = feed(model, ids, HSPMNCache(model.config), [9, 2, 12])
+        singles = feed(model, ids, HSPMNCache(model.config), [9, 1, 1, 12])  # whose inputs rowwise does not round
     torch.testing.assert_close(pieces[0], got.logits, **CLOSE)
     assert torch.equal(pieces[1], got.router_mask)
+    apart = (singles[0] - got.logits)[:, 9:11].norm() / got.logits[:, 9:11].norm()
+    assert 1e-3 * (scaling == "rowwise") < apart < 0.2
 
 
 def test_an_input_with_gradients_meets_the_weights_that_dequantize_gives(quantized):

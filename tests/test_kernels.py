@@ -362,6 +362,9 @@ ERRORS = [  # operation and variant, argument, what is done to it, what the mess
     ("swiglu_token", "plain", "up_weight_ND", cut(slice(4)), "up_weight must have the 48 rows"),
     ("swiglu_token", "plain", "x_BTD", lambda x: x.expand(-1, 2, -1), "must be one token"),
     ("linear_add_token", "plain", "residual_BTN", cut(..., slice(8)), "residual must be"),
+    ("linear_add_token", "float8", "weight_ND", cast(HALF), "weight must be .* of scales"),
+    ("linear_add_token", "float8", "scale_N1", cut(slice(8)), "scale of weight must be"),
+    ("swiglu_token", "float8", "up_scale_N1", lambda x: None, "both weights with scales or none"),
     ("swiglu", "plain", "up_weight_NK", cut(slice(16)), r"up_weight \(16, 40\)"),
     ("token_losses", "plain", "logits_NV", cast(torch.float64), "logits must be"),
     ("token_losses", "plain", "target_N", cut(slice(3)), "target must be int64"),
@@ -467,8 +470,8 @@ def test_a_chain_of_overlapping_launches_is_in_order(captured):
     def chain(wait):
         out, y = [], x
         for gate, up in zip(weights, weights[::-1], strict=True):
-            hidden = swiglu_token(y, norm, eps, gate, up, backend="triton")
-            y = linear_add_token(y, hidden, up, backend="triton")
+            hidden = swiglu_token(y, norm, eps, gate, up, None, None, backend="triton")
+            y = linear_add_token(y, hidden, up, None, backend="triton")
             wait()
             out.append(y.clone() if len(out) % 3 else y)
         return out

@@ -369,16 +369,16 @@ def test_norms_and_products_are_the_layers_one_by_one():
     for got, want in (
         (ops.norm_heads.reference(x, norm, eps, heads, rate, rate, 0.1, score),
          (h, ops.log_decay(decay, rate, rate, 0.1), gate, scores)),
-        (ops.project_token.reference(x, norm, eps, weight, heads, score), (h @ weight.mT, h @ heads.mT, scores)),
+        (ops.project_token.reference(x, norm, eps, weight, heads, score, None), (h @ weight.mT, h @ heads.mT, scores)),
         (ops.add_norm.reference(x, y, norm, eps), (total, F.rms_norm(total, (6,), norm, eps))),
         (ops.swiglu.reference(h, weight, up), hidden),
-        (ops.swiglu_token.reference(x, norm, eps, weight, up), hidden),
+        (ops.swiglu_token.reference(x, norm, eps, weight, up, None, None), hidden),
         (ops.gated_mlp.reference(h, weight, up, down), (hidden @ down.mT, h @ weight.mT, h @ up.mT)),
-        (ops.linear_add_token.reference(y, hidden, down), y + hidden @ down.mT),
+        (ops.linear_add_token.reference(y, hidden, down, None), y + hidden @ down.mT),
         (added, y + hidden @ down.mT),
     ):  # fmt: skip
         torch.testing.assert_close(got, want, **EXACT)
-    assert ops.project_token.reference(x, norm, eps, weight, heads, None)[2].shape == (3, 0)
+    assert ops.project_token.reference(x, norm, eps, weight, heads, None, None)[2].shape == (3, 0)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
