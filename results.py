@@ -244,7 +244,7 @@ def check_output(path, needed=()):
 
 def merge_results(path, rows, extra, command):
     """Write rows to a results file; rows and entries of `extra` replace earlier ones of the same name. Refuses what is
-    not finite: it is no result."""
+    not finite: it is no result. `commands` are those that its rows are of, where it holds earlier ones."""
     for item in rows:
         if not math.isfinite(value := item["value"]):
             refuse(f"{item['metric']} of {item['case']} is {value}, which is no result: {path} is left as it was")
@@ -252,6 +252,8 @@ def merge_results(path, rows, extra, command):
     new = {(item["case"], item["metric"]) for item in rows}
     kept = [item for item in old["rows"] if (item["case"], item["metric"]) not in new]
     merged = {key: old.get(key, {}) | value for key, value in extra.items()}
+    if kept:
+        merged["commands"] = list(dict.fromkeys([*old.get("commands", [old.get("command", "")]), command]))
     write_json(path, results_header(path.stem, command) | merged | {"rows": kept + rows})
 
 

@@ -41,9 +41,11 @@ COLUMNS = {  # a function from a value to a text, and the metric, or two of them
     "val": (THREE_PLACES, "val"), "recall": (THREE_PLACES, "recall"), "other": (THREE_PLACES, "other"),
     "std of val": (THREE_PLACES, "val_std"), "load / target": (TWO_PLACES, "load_min", "load_max"),
     "KV bytes per token": (WHOLE, "kv_bytes_per_token"), "training tok/s": (millions, "train_tok_s"),
-    "accuracy": (THREE_PLACES, "accuracy"), "ms": (three_digits, "ms"), "eager ms": (three_digits, "eager_ms"),
-    "compiled ms": (three_digits, "compiled_ms"), "graph ms": (three_digits, "graph_ms"),
-    "first token ms": (three_digits, "ttft_ms"), "one forward ms": (three_digits, "forward_ms"),
+    "accuracy": (THREE_PLACES, "accuracy"), "through int8": (THREE_PLACES, "accuracy_int8"),
+    "through int4": (THREE_PLACES, "accuracy_int4"), "ms": (three_digits, "ms"),
+    "eager ms": (three_digits, "eager_ms"), "compiled ms": (three_digits, "compiled_ms"),
+    "graph ms": (three_digits, "graph_ms"), "first token ms": (three_digits, "ttft_ms"),
+    "one forward ms": (three_digits, "forward_ms"),
     "tok/s": (millions, "tok_s"), "prefill tok/s": (millions, "prefill_tok_s"),
     "decode tok/s": (millions, "decode_tok_s"), "tokens": (WHOLE, "tokens"), "peak GB": (ONE_PLACE, "peak_gb"),
     "launches": (three_digits, "launches"), "host us": (three_digits, "host_us"), "TB/s": (three_digits, "tb_s"),
@@ -69,7 +71,7 @@ SECTIONS = {
     "decode": Section(MODE + "decode", ("ms", "tok/s", "floor ratio", "over dense"), has_even=True),
     "context": Section(MODE + "context", ("tokens", "prefill tok/s", "decode tok/s", "peak GB"), has_even=True),
     "needle": Section("python evaluate.py --task needle FOLDER", ("accuracy",), group=0),
-    "mqar": Section("python benchmarks/mqar.py", ("accuracy",)),
+    "mqar": Section("python benchmarks/mqar.py", ("accuracy", "through int8", "through int4")),
     "logs": Section("python benchmarks/logs.py", (
         "details right", "incidents kept", "routine kept", "AUC", "AUC, unseen", "bytes per line"))}  # fmt: skip
 

@@ -98,6 +98,8 @@ def test_later_runs_replace_their_cases_and_failing_ones_stop_no_other(tmp_path,
     assert {case for case, _ in after} == {case for case, _ in before} | {"floor/fwd/B1_S32"}
     assert after["dense/fwd/B2_S64", "ms"] == before["dense/fwd/B2_S64", "ms"]
     assert after["floor/fwd/B2_S64", "ms"] != before["floor/fwd/B2_S64", "ms"]
+    document = json.loads((tmp_path / "throughput.json").read_text())
+    assert len(document["commands"]) == 2 and document["commands"][1] == document["command"]
 
 
 @needs_interpreter
