@@ -16,7 +16,9 @@ Models: hspmn, the default configuration, where every fourth layer routes 0.8 of
 blocks the mean of one hspmn_routing and three hspmn_reflexive; hspmn_even, the original setting, the same share,
 `--sparsity_k`, in every layer; dense, a Llama of transformers with SDPA; gdn, GatedDeltaNet of flash-linear-attention,
 if it is installed, between the norms and SwiGLU of dense; floor, what no block with these projections can beat by
-much: its GEMMs alone on random data, and the least bytes of everything between them at the measured copy rate. Every
+much: its GEMMs alone on random data, and the least bytes of everything between them at the measured copy rate; and,
+where it is asked for, hspmn_float8, hspmn with its products in float8, in the modes throughput, latency, decode and
+serve. Every
 model runs in the same process and dtype. Routing biases are set so that random inputs are routed at the configured
 shares. floor_ratio is the floor's time over the measured one, so 1 is the best; flops of gdn counts its GEMMs alone.
 Results go to one file per mode, saved after every case; later runs replace cases of the same name. B batch, S and T
@@ -43,7 +45,7 @@ if "hspmn" not in sys.modules:  # run as a script: this checkout is the package,
     sys.modules["hspmn"].__path__ = [str(Path(__file__).resolve().parent)]
 
 from hspmn.benchmarks import training
-from hspmn.benchmarks.blocks import MODELS, MODES, block_cases
+from hspmn.benchmarks.blocks import IN_FLOAT8, MODELS, MODES, block_cases
 from hspmn.benchmarks.cases import kernels_cases
 from hspmn.benchmarks.context import context_cases, decode_cases
 from hspmn.benchmarks.serve import serve_cases
@@ -143,7 +145,7 @@ def make_parser():
     parser = Parser("benchmark.py", __doc__)
     add = parser.add_argument
     add("--mode", required=True, choices=(*CASES, "all"))
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="all but kernels")
+    add("--models", nargs="+", choices=(*MODELS, IN_FLOAT8), default=list(MODELS), help="all but kernels")
     add("--shapes", nargs="+", type=shape, metavar="BxS", help="throughput, latency: such as 64x4096")
     add("--cases", nargs="+", type=training.case, default=TRAINED, help="train: block/B4_S4096, model24/B4_S4096")
     add("--parallel", choices=training.PARALLEL, help="train: models in all processes that torchrun starts, too")

@@ -18,6 +18,7 @@ from . import timing
 from .timing import LeftOut, measure, peak_memory, random_hidden, spread
 
 MODELS = ("hspmn", "hspmn_even", "dense", "gdn", "floor")
+IN_FLOAT8 = "hspmn" + timing.FLOAT8  # measured where it is asked for, by no mode that trains
 DEFAULT_LAYERS = ("hspmn_routing", "hspmn_reflexive")  # of the default model, whose mean layer is `hspmn`
 # One block ready to run: its module, `forward` from [B, S, D] to the same, flops of it, and the measured load
 Block = namedtuple("Block", "module forward flops load", defaults=({},))
@@ -29,7 +30,7 @@ def hspmn_model(args, name):
     with args.device:
         config = timing.model_config(args, name, 1, args.intermediate_size)
         model = AutoModel.from_config(config, trust_remote_code=True, dtype=args.dtype)
-    return model.eval(), sys.modules[type(model).__module__]
+    return timing.as_named(model, name), sys.modules[type(model).__module__]
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def floor_block(args, name, x_BSD):
     return Block(None, forward, gemm_flops(args, tokens))
 
 
-BLOCKS = dict.fromkeys(("hspmn_even", *DEFAULT_LAYERS), hspmn_block)
+BLOCKS = dict.fromkeys(("hspmn_even", *DEFAULT_LAYERS, *(x + timing.FLOAT8 for x in DEFAULT_LAYERS)), hspmn_block)
 BLOCKS |= {"dense": llama_block, "gdn": llama_block, "floor": floor_block}
 
 
@@ -160,11 +161,12 @@ def measure_latency(args, name, shape):
     return metrics | block.load
 
 
-def mean_layer(found, tokens):
-    """What a layer of the default model takes on average; one of ROUTING_PERIOD layers routes."""
-    if not found.keys() >= set(DEFAULT_LAYERS):
+def mean_layer(found, tokens, suffix=""):
+    """What a layer of the default model takes on average; one of ROUTING_PERIOD layers routes. suffix: of a name."""
+    layers = [name + suffix for name in DEFAULT_LAYERS]
+    if not found.keys() >= set(layers):
         raise LeftOut("one of its two kinds of layer was not measured")
-    routing, reflexive = (found[name] for name in DEFAULT_LAYERS)
+    routing, reflexive = (found[name] for name in layers)
     means = [name for name in reflexive if name.endswith("ms") or name in ("flops", "bytes", "load")]
     total = {name: routing[name] + (ROUTING_PERIOD - 1) * reflexive[name] for name in means if name in routing}
     metrics = {name: value / ROUTING_PERIOD for name, value in total.items()}
@@ -183,14 +185,16 @@ def block_cases(mode, args):
     call, way, shapes = MODES[mode]
 
     def run(name, shape, found):
-        found[name] = mean_layer(found, math.prod(shape)) if name == "hspmn" else call(args, name, shape)
+        suffix = name.removeprefix("hspmn")
+        found[name] = call(args, name, shape) if name in BLOCKS else mean_layer(found, math.prod(shape), suffix)
         if "floor" in found and name != "floor":
             found[name]["floor_ratio"] = found["floor"]["ms"] / found[name]["ms"]
         return found[name]
 
     for text in args.shapes or shapes:
         (B, S), found = map(int, text.split("x")), {}
-        for model in ("floor", *MODELS[:-1]) if mode == "throughput" else MODELS[:-1]:
-            names = (*DEFAULT_LAYERS, model) if model == "hspmn" else (model,)
+        for model in (*MODELS[-1:] * (mode == "throughput"), *MODELS[:-1], IN_FLOAT8):
+            suffix = model.removeprefix("hspmn")
+            names = (model,) if model in BLOCKS else (*(layer + suffix for layer in DEFAULT_LAYERS), model)
             for name in names if model in args.models else ():
                 yield f"{name}/{way}B{B}_S{S}", partial(run, name, (B, S), found)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from ..configuration_hspmn import ROUTING_PERIOD
 from . import timing
-from .blocks import hspmn_model, set_load
+from .blocks import IN_FLOAT8, hspmn_model, set_load
 from .timing import LeftOut, clock, random_hidden, random_tokens
 
 DECODE_ROOM = 320  # tokens that a static cache can take after its context; no measurement takes more steps
@@ -28,7 +28,7 @@ def new_model(args, name, layers):
 
 def causal_lm(args, name):
     """A whole model with random weights; HSPMN's loads are set on random tokens."""
-    model = new_model(args, name, args.layers).eval()
+    model = timing.as_named(new_model(args, name, args.layers), name)
     if name != "dense":
         set_model_loads(model, random_tokens(args, 1, min(args.chunk, 8192)))
     return model
@@ -216,6 +216,6 @@ def decode_cases(args):
             raise LeftOut("its cache does not fit into memory")
         return measured[name, B][S]
 
-    for name, B, S in itertools.product(("hspmn", "hspmn_even", "dense"), sorted(args.batches), contexts):
+    for name, B, S in itertools.product(("hspmn", "hspmn_even", "dense", IN_FLOAT8), sorted(args.batches), contexts):
         if name in args.models:
             yield f"{name}/B{B}_S{S}", partial(run, name, B, S)

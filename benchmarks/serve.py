@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from . import timing
+from .blocks import IN_FLOAT8
 from .context import DECODE_ROOM, causal_lm, static_cache, step, time_steps
 from .timing import clock, measure, random_tokens
 
@@ -51,9 +52,9 @@ class Server:
         metrics = {"ttft_ms": median(measure(partial(self.generate, name, ids_BT, 1), args, wall=True))}
         metrics |= timing.peak_memory(args)
         ways = {}
-        if name == "hspmn":
+        if name != "dense":
             ways["forward_ms"] = partial(model, input_ids=ids_BT, use_cache=True, logits_to_keep=1)
-        if name == "hspmn" and tokens == min((n for n in args.prompts if n > max(args.pieces)), default=0):
+        if name != "dense" and tokens == min((n for n in args.prompts if n > max(args.pieces)), default=0):
             ways |= {f"chunked_{n}_ms": partial(model.prefill, ids_BT, chunk_size=n) for n in args.pieces}
         return metrics | {way: median(measure(call, args, wall=True)) for way, call in ways.items()}
 
@@ -116,12 +117,12 @@ def serve_cases(args):
     """`<model>/prompt_<tokens>` and `<model>/<way>_B<rows>`, the models one after the other."""
     server, static = Server(args), {"tokens": args.static_tokens, "cache_implementation": "static"}
     ways = (("eager", {"tokens": args.new_tokens}), ("static", static))
-    for name in (name for name in ("hspmn", "dense") if name in args.models):
+    for name in (name for name in ("hspmn", IN_FLOAT8, "dense") if name in args.models):
         for tokens in args.prompts:
             yield f"{name}/prompt_{tokens}", partial(server.first_token, name, tokens)
         for B, (way, options) in itertools.product((1, 8), ways):
             yield f"{name}/{way}_B{B}", partial(server.rate, name, way, B, **options)
-        if name == "hspmn":
+        if name != "dense":
             yield f"{name}/sampled_static_B1", partial(server.rate, name, "sampled", 1, **static, **SAMPLING)
             yield f"{name}/captured_B1", partial(server.captured, name)
             for way, B in (("prefill", 1), ("token_B1", 1), ("token_B16", 16)):

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -10,8 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from ..configuration_hspmn import CONCENTRATED_SHARE, ROUTING_PERIOD
+from ..float8_hspmn import replace_layers
 from ..results import config_with, parse_overrides, refusing
 
+FLOAT8 = "_float8"  # how the names of such models end
 SLOW_MS = 300.0  # calls longer than this are timed five times
 
 
@@ -128,7 +131,7 @@ def host_work(call):
 def model_config(args, name, layers, intermediate_size):
     """Configuration of a model of the sizes in `args`: a Llama with SDPA for dense, else an HSPMN with `--set`. hspmn
     is the default one, of whose layers hspmn_routing and hspmn_reflexive are the two kinds; hspmn_even routes the same
-    share in every layer."""
+    share in every layer; `<name>_float8` is configured as the model of that name."""
     fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = {field: getattr(args, field) for field in fields} | {
         "num_hidden_layers": layers, "intermediate_size": intermediate_size, "tie_word_embeddings": True,
@@ -138,8 +141,15 @@ def model_config(args, name, layers, intermediate_size):
             return LlamaConfig(**sizes, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)
     routing = [CONCENTRATED_SHARE * ROUTING_PERIOD]
     shares = {"hspmn": None, "hspmn_even": args.sparsity_k, "hspmn_reflexive": [0.0], "hspmn_routing": routing}
-    own = {"sparsity_k": shares[name], "sliding_window": args.sliding_window}
+    own = {"sparsity_k": shares[name.removesuffix(FLOAT8)], "sliding_window": args.sliding_window}
     return config_with(sizes | own | parse_overrides("--set", args.set))
+
+
+def as_named(model, name):
+    """A model in evaluation, its products in float8, by rows, if its name ends so."""
+    if name.endswith(FLOAT8):
+        replace_layers(model, partial(model.float8_layer.of, scaling="rowwise"))
+    return model.eval()
 
 
 def random_hidden(args, B, S, seed=0):
