@@ -83,6 +83,13 @@ def test_results_have_the_documented_form(mode, tmp_path):
         assert found["hspmn/B2_S128", "bytes"] > found["hspmn/B1_S64", "bytes"]
 
 
+@pytest.mark.parametrize("mode", ["throughput", pytest.param("decode", marks=pytest.mark.slow)])
+def test_a_float8_model_is_measured_where_it_is_asked_for(mode, tmp_path):
+    assert run(tmp_path, mode, "--models", "hspmn_float8") == 0
+    wanted = {case.replace("/", "_float8/", 1) for case in DOCUMENTED[mode] if case.startswith("hspmn")}
+    assert {case for case, _ in values(tmp_path, mode)} == {case for case in wanted if "even" not in case}
+
+
 def test_later_runs_replace_their_cases_and_failing_ones_stop_no_other(tmp_path, monkeypatch, capsys):
     def fail(args, name, x_BSD):
         raise RuntimeError("no [bold] luck")
