@@ -25,6 +25,7 @@ with models or seeds of its own. Throughput is the median over intervals of `--l
 that compile; `final_tok_s` is that of the last fifth of the steps, when annealing is over.
 """
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -62,6 +64,8 @@ from hspmn.benchmarks.peers import (
 from hspmn.benchmarks.report import SECTIONS, table
 from hspmn.configuration_hspmn import CHOICES
 from hspmn.evaluate import NeedleRows, cache_pieces, validate
+from hspmn.float8_hspmn import replace_layers
+from hspmn.results import low_precision
 from hspmn.tokens import BYTES_PER_TOKEN, encode, fit_tokenizer, read_sources, rows_of
 
 FULL = {
@@ -233,7 +237,20 @@ class Case:
             config.kv_cache_dtype = form
             found[f"val_cache_{form}"] = validate(self.model, rows, size, pieces)["val"]
         config.kv_cache_dtype = own
-        return found
+        able = self.args.device != "cuda" or torch.cuda.get_device_capability() >= (8, 9)
+        return found | (self._in_float8(rows) if able and self.base not in PATCHED else {})
+
+    @torch.no_grad()
+    def _in_float8(self, rows_NT):
+        """Validation loss of some rows in one pass with products in float8, and the share of decisions that flip."""
+        model, flips, made = copy.deepcopy(self.model), 0, len(rows_NT) * rows_NT.shape[1]
+        replace_layers(model, partial(model.float8_layer.of, scaling="rowwise"))
+        found = {"val_float8": validate(model, rows_NT, self.args.batch_size)["val"]}
+        for ids in rows_NT.split(self.args.batch_size):
+            with low_precision(model.device):
+                given = {"input_ids": ids.to(model.device), "use_cache": False}
+                flips += (model.base_model(**given).router_mask != self.model.base_model(**given).router_mask).sum()
+        return found | {"val_float8_flips": float(flips) / made / max(1, sum(map(bool, self.config.layer_sparsity)))}
 
     def run(self, seed, batches, validation_rows):
         """Train and evaluate one seed; returns its entry of the results file, where `kv_bytes_per_token` is by how

@@ -67,6 +67,7 @@ def test_results_have_the_documented_form(folder):
         mean = entry["recall_share"] * entry["recall"] + (1 - entry["recall_share"]) * entry["other"]
         assert entry["val"] == pytest.approx(mean)
     assert (folder / "quality.png").exists() or importlib.util.find_spec("matplotlib") is None
+    assert abs(values["hspmn", "val_float8"] - once) < 0.05 and 0 <= values["hspmn", "val_float8_flips"] < 0.1
 
 
 def test_finished_pairs_are_kept_and_new_ones_appended(folder, capsys):
