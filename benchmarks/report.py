@@ -39,7 +39,8 @@ def millions(value):
 WHOLE, ONE_PLACE, TWO_PLACES, THREE_PLACES = "{:,.0f}".format, "{:.1f}".format, "{:.2f}".format, "{:.3f}".format
 COLUMNS = {  # a function from a value to a text, and the metric, or two of them for a range
     "val": (THREE_PLACES, "val"), "recall": (THREE_PLACES, "recall"), "other": (THREE_PLACES, "other"),
-    "std of val": (THREE_PLACES, "val_std"), "load / target": (TWO_PLACES, "load_min", "load_max"),
+    "seeds": (WHOLE, "seeds"), "std of val": (THREE_PLACES, "val_std"),
+    "load / target": (TWO_PLACES, "load_min", "load_max"),
     "KV bytes per token": (WHOLE, "kv_bytes_per_token"), "training tok/s": (millions, "train_tok_s"),
     "accuracy": (THREE_PLACES, "accuracy"), "through int8": (THREE_PLACES, "accuracy_int8"),
     "through int4": (THREE_PLACES, "accuracy_int4"), "ms": (three_digits, "ms"),
@@ -60,7 +61,7 @@ Section = namedtuple("Section", "command columns group has_even", defaults=(-1, 
 MODE, SPEEDS = "python benchmark.py --mode ", ("ms", "tok/s", "peak GB", "over dense")
 SECTIONS = {
     "quality": Section("python benchmarks/quality.py", (
-        "val", "recall", "other", "std of val", "load / target", "KV bytes per token", "training tok/s")),
+        "val", "recall", "other", "seeds", "std of val", "load / target", "KV bytes per token", "training tok/s")),
     "serve": Section(MODE + "serve", (
         "first token ms", "one forward ms", "tok/s", "peak GB", "over dense", "launches", "host us")),
     "throughput": Section(MODE + "throughput", SPEEDS, has_even=True),
