@@ -689,14 +689,9 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if router is not None:
             score_weight, decision = router.weight, router.bias
         x_BTC, head_BTX, score_BT = operations.project_token(
-            x_BTD,
-            norm.weight,
-            norm.eps,
-            projection.qkv_proj.weight,
-            reflexive.head_proj.weight,
-            score_weight,
+            x_BTD, norm.weight, norm.eps, projection.qkv_proj.weight, reflexive.head_proj.weight, score_weight,
             scale_of(projection.qkv_proj),
-        )
+        )  # fmt: skip
         heads = operations.split_heads(
             x_BTC, projection.conv_weight, layer_cache.conv_state, start_BT, length_B, stream.cos, stream.sin,
             projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads, config.rms_norm_eps,

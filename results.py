@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -240,6 +241,18 @@ def check_output(path, needed=()):
     """Refuse, before any work, a results file that could not be written or added to."""
     check_folder("--output", path.parent)
     read_results(path, needed)
+
+
+@contextmanager
+def held(folder):
+    """Keep a folder, made if it is missing, from other processes that ask for it in this way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def merge_results(path, rows, extra, command):

@@ -22,7 +22,6 @@ those before. The results file keeps every training, and means over seeds. B row
     bytes_per_line      bytes of bfloat16 keys and values kept per line of the stream
 """
 
-import fcntl
 import json
 import math
 import os
@@ -374,9 +373,7 @@ def summary_rows(runs):
 
 def add_run(path, name, entry, command):
     """Add a training to the results file, in place of an earlier one; other processes may add theirs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with results.held(path.parent):
         runs = results.read_results(path).get("runs", {}) | {name: entry}
         results.merge_results(path, summary_rows(runs), {"runs": {name: entry}}, command)
 

@@ -26,7 +26,6 @@ that compile; `final_tok_s` is that of the last fifth of the steps, when anneali
 """
 
 import copy
-import fcntl
 import hashlib
 import json
 import os
@@ -337,10 +336,7 @@ class Results:
     def add(self, entry):
         """Keep an entry, in place of an earlier one of the same pair, and save. Processes that run other pairs, on
         other GPUs say, may share the file: each adds to what the others wrote."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with results.held(self.path.parent):
             self._read()
             others = [run for run in self.runs if (run["case"], run["seed"]) != (entry["case"], entry["seed"])]
             self.runs = sorted([*others, entry | {"stamp": self.stamp}], key=lambda run: run["seed"])
@@ -349,8 +345,6 @@ class Results:
             results.write_json(self.path, results.results_header(self.args.name, self.args.command) | {
                 "commands": self.commands, "settings": self.settings, "rows": summary_rows(self.runs),
                 "mixed": mixed, "runs": self.runs})  # fmt: skip
-        finally:
-            os.close(folder)
 
 
 def show(path):
