@@ -51,11 +51,6 @@ QUERY_KEY_MATCH = 0.8  # correlation of the fresh weights of a query head and it
 QUERY_KEY_GAIN = 2.0  # fresh weight of both norms: a match stands out of thousands of keys
 
 
-def changed(module):
-    """Whether a module is hooked, or has another forward than its class."""
-    return any(map(module.__dict__.get, CHANGES))
-
-
 def pick_backend(requested, device, head_dim):
     """What runs the operations on `device` now: "reference", "flex" (FlexAttention), "train" (kernels with gradients)
     or "triton" (those without).
@@ -317,7 +312,7 @@ class SharedProjection(nn.Module):
         place, kind = (history_BLC, stream.start_BT, stream.length_B), config.linear_attention
         plain = not config.num_sink_tokens
         for norm in (self.q_norm, self.k_norm):
-            plain = plain and type(norm) is RMSNorm and not changed(norm)
+            plain = plain and type(norm) is RMSNorm and not any(map(norm.__dict__.get, CHANGES))
         if plain:
             return Heads(*OPERATIONS[stream.backend].split_heads(
                 x_BTC, self.conv_weight, *place, stream.cos, stream.sin, self.q_norm.weight, self.k_norm.weight,
@@ -445,11 +440,6 @@ class ContextualStream(nn.Module):
         return reflexive_BTHE + contextual_BTHE * route.gate_BT[..., None, None].to(contextual_BTHE.dtype)
 
 
-def is_float8(layers):
-    """Whether all layers are in float8, of one scaling."""
-    return all(type(layer) is Float8Linear and layer.scaling == layers[0].scaling for layer in layers)
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -465,13 +455,17 @@ class SwiGLU(nn.Module):
         for layer in layers:
             plain = plain and type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter
             # a frozen one needs no gradient
-            plain = plain and layer.weight.requires_grad and not changed(layer)
+            plain = plain and layer.weight.requires_grad and not any(map(layer.__dict__.get, CHANGES))
         if plain:
             kind, dtype = x_BTD.device.type, x_BTD.dtype
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
             return OPERATIONS[backend].gated_mlp(x_BTD.to(dtype), *(layer.weight.to(dtype) for layer in layers))[0]
         gate, up, down = layers
-        if is_float8(layers) and down.rounds(x_BTD) and not any(map(changed, layers)):
+        fused = type(down) is Float8Linear and down.rounds(x_BTD)
+        for layer in layers if fused else ():
+            fused = fused and type(layer) is Float8Linear and layer.scaling == down.scaling
+            fused = fused and not any(map(layer.__dict__.get, CHANGES))
+        if fused:
             return self.float8(x_BTD, OPERATIONS["triton" if x_BTD.is_cuda else "reference"])
         return down(gated_product(gate(x_BTD), up(x_BTD)))
 
@@ -483,10 +477,8 @@ class SwiGLU(nn.Module):
         return self.down_proj.product(operations, rows, x_BTD.dtype)
 
 
-def multiply(operations, layer, x_BTX):
-    """What a linear layer, plain or in float8, makes of x [B, T, X]."""
-    if type(layer) is nn.Linear:
-        return F.linear(x_BTX, layer.weight)
+def multiply_float8(operations, layer, x_BTX):
+    """What a float8 layer makes of x [B, T, X]."""
     return layer.product(operations, operations.quantize_rows(x_BTX, layer.scaling), x_BTX.dtype)
 
 
@@ -566,8 +558,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
             if holds:
                 return "modules", reason
         projection, reflexive, mlp = self.projection, self.reflexive, self.mlp
-        products = projection.qkv_proj, self.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        product = Float8Linear if is_float8(products) else nn.Linear
+        product = Float8Linear if type(self.o_proj) is Float8Linear else nn.Linear
         for module, kind, weighs in (
             (self.input_layernorm, RMSNorm, True), (projection, SharedProjection, False),
             (projection.q_norm, RMSNorm, False), (projection.k_norm, RMSNorm, False),
@@ -575,7 +566,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
             (reflexive.head_proj, nn.Linear, True), (reflexive.norm, RMSNorm, False),
             (self.router, HSPMNRouter, False), (self.contextual, ContextualStream, False),
             (self.post_attention_layernorm, RMSNorm, True), (mlp, SwiGLU, False),
-            *((layer, product, True) for layer in products),
+            (projection.qkv_proj, product, True), (self.o_proj, product, True), (mlp.gate_proj, product, True),
+            (mlp.up_proj, product, True), (mlp.down_proj, product, True),
         ):  # fmt: skip
             if module is None:
                 continue
@@ -589,6 +581,8 @@ class HSPMNBlock(GradientCheckpointingLayer):
                 return "modules", f"a {kind.__name__} is quantised or not in the dtype of the hidden states"
             if weighs and not weight.is_contiguous():
                 return "modules", f"the weight of a {kind.__name__} is not contiguous"
+            if kind is Float8Linear and module.scaling != self.o_proj.scaling:
+                return "modules", "its products in float8 are of several scalings"
             if kind is nn.Linear and held.get("bias") is not None:
                 return "modules", "a linear layer has a bias"
         if x_BTD.shape[1] == 1 and getattr(self.o_proj, "scaling", "rowwise") == "rowwise":
@@ -632,7 +626,7 @@ class HSPMNBlock(GradientCheckpointingLayer):
         operations, config = OPERATIONS["triton" if torch.compiler.is_compiling() else "launch"], self.config
         projection, reflexive, router, mlp = self.projection, self.reflexive, self.router, self.mlp
         norm, start_BT, length_B = self.input_layernorm, stream.start_BT, stream.length_B
-        x_BTD = x_BTD.contiguous()
+        x_BTD, plain = x_BTD.contiguous(), type(self.o_proj) is nn.Linear
         history = state = ring_k = ring_v = route = stored = None
         if layer_cache is not None:
             if (layer_cache.dtype, layer_cache.device) != (x_BTD.dtype, x_BTD.device):
@@ -643,10 +637,12 @@ class HSPMNBlock(GradientCheckpointingLayer):
             x_BTD, norm.weight, norm.eps, reflexive.head_proj.weight, reflexive.decay_log_rate, reflexive.decay_bias,
             reflexive.least_decay, None if router is None else router.weight,
         )  # fmt: skip
+        linear = projection.qkv_proj
+        x_BTC = F.linear(h_BTD, linear.weight) if plain else multiply_float8(operations, linear, h_BTD)
         q_linear, k_linear, q_BTHE, k_BTGE, v_BTGE = operations.split_heads(
-            multiply(operations, projection.qkv_proj, h_BTD), projection.conv_weight, history, start_BT, length_B,
-            stream.cos, stream.sin, projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads,
-            config.rms_norm_eps, "gated",
+            x_BTC, projection.conv_weight, history, start_BT, length_B, stream.cos, stream.sin,
+            projection.q_norm.weight, projection.k_norm.weight, config.num_key_value_heads, config.rms_norm_eps,
+            "gated",
         )  # fmt: skip
         if state is None and torch.compiler.is_compiling():
             state = dropped_state(decay_BTH, config.head_dim, config.head_dim)
@@ -669,9 +665,10 @@ class HSPMNBlock(GradientCheckpointingLayer):
         if route is not None:
             end_BT = end_slot(route.slot_BT) if self.contextual.every else None
             operations.sqsk_merge(merged_BTHE, route.gate_BT, q_BTHE, *stored[:3], route.index_BK, *stored[3:], end_BT)
-        norm, y_BTD = self.post_attention_layernorm, multiply(operations, self.o_proj, merged_BTHE.flatten(2))
+        norm, linear, merged_BTX = self.post_attention_layernorm, self.o_proj, merged_BTHE.flatten(2)
+        y_BTD = F.linear(merged_BTX, linear.weight) if plain else multiply_float8(operations, linear, merged_BTX)
         x_BTD, h_BTD = operations.add_norm(x_BTD, y_BTD, norm.weight, norm.eps)
-        if type(mlp.down_proj) is Float8Linear:
+        if not plain:
             return x_BTD.add_(mlp.float8(h_BTD, operations)), route
         product = operations.swiglu if swiglu_fits(h_BTD, mlp.gate_proj.weight) else OPERATIONS["reference"].swiglu
         operations.linear_add(x_BTD, product(h_BTD, mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight)
@@ -732,7 +729,7 @@ def make_stream(x_BTD, cache, rotary, position_BT=None, length_B=None, backend="
         seen_B = cache.seen
         # `place` knows no padding, which starts no document whatever position it is given
         placed = position_BT is None or (T == 1 and length_B is None)
-        if placed and not changed(rotary):
+        if placed and not any(map(rotary.__dict__.get, CHANGES)):
             cos, sin, start_BT, position_BT = OPERATIONS[backend].place(
                 T, position_BT, cache.document_seen, cache.last_position, rotary.inv_freq,
                 float(rotary.attention_scaling), x_BTD.dtype,

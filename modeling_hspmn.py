@@ -272,7 +272,9 @@ class HSPMNModel(HSPMNPreTrainedModel):
                 x_BTD = restore_rows(states[-1], rows and rows[::-1])
             x_BTD, *route = layer(x_BTD, stream, past_key_values=cache, output_router=True)
             routes.append(Route(*route) if route else None)
-        x_BTD = restore_rows(self.norm(x_BTD), rows)
+        x_BTD = self.norm(x_BTD)
+        if rows is not None:
+            x_BTD = restore_rows(x_BTD, rows)
         if cache is not None:
             cache.advance(T, stream)
         return x_BTD, states, routes, rows, length_B
@@ -394,9 +396,10 @@ class HSPMNModel(HSPMNPreTrainedModel):
             found_L3 = totals_L3 / (real if length_B is None else real.clamp(min=1))
             if self.training and self.config.router_mode != "topk":
                 self._count_routed(routing, totals_L3, real)
-        scores_BTL, slots_BTL = torch.stack(scores, -1), torch.stack(slots, -1)
-        outputs = {"router_scores": restore_rows(scores_BTL, rows).permute(2, 0, 1)}
-        outputs |= {"router_mask": restore_rows(slots_BTL >= 0, rows).permute(2, 0, 1)}
+        scores_BTL, mask_BTL = torch.stack(scores, -1), torch.stack(slots, -1) >= 0
+        if rows is not None:
+            scores_BTL, mask_BTL = restore_rows(scores_BTL, rows), restore_rows(mask_BTL, rows)
+        outputs = {"router_scores": scores_BTL.permute(2, 0, 1), "router_mask": mask_BTL.permute(2, 0, 1)}
         outputs["aux_loss"] = scores_BTL.new_zeros(()) if found_L3 is None else loss.to(device)
         if found_L3 is not None or not routed:
             found, nothing, columns = iter(found_L3.to(device) if routed else []), torch.zeros(3, device=device), []
